@@ -1,0 +1,323 @@
+// Standalone check of the kernels, no Python: a CPU reference in float64, every kernel against it, then the times.
+//
+//   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a csrc/*.cu -o router_gemm_check
+//   ./router_gemm_check            checks, then times
+//   ./router_gemm_check --check    checks only
+//   ./router_gemm_check --small    checks of small awkward shapes only, for compute-sanitizer
+//   ./router_gemm_check --time     times only
+//
+// Accuracy is judged against the float64 reference; every configuration must then give the naive kernel's bits, for
+// every number of tokens and every position of a row. Outputs are poisoned before each launch and followed by a canary.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <array>
+#include <random>
+#include <vector>
+
+#include "reduction_tree.cuh"
+#include "router_gemm.h"
+#include "sm90_primitives.cuh"
+
+namespace {
+
+using namespace jax_router;
+
+#define CUDA_OK(call)                                                                                  \
+  do {                                                                                                 \
+    if (const cudaError_t error = (call); error != cudaSuccess) {                                      \
+      fprintf(stderr, "%s:%d: %s failed: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
+      exit(2);                                                                                         \
+    }                                                                                                  \
+  } while (0)
+
+constexpr uint8_t kPoison = 0xA5;
+constexpr size_t kCanaryBytes = 256;
+constexpr int kTokens[] = {1, 2, 3, 7, 8, 9, 17, 63, 64, 65, 255, 1024};
+constexpr int kMaxTokens = 1024;
+
+struct DeviceBuffer {
+  void* data = nullptr;
+  explicit DeviceBuffer(size_t bytes) { CUDA_OK(cudaMalloc(&data, std::max<size_t>(bytes, 16))); }
+  ~DeviceBuffer() { cudaFree(data); }
+  DeviceBuffer(const DeviceBuffer&) = delete;
+};
+
+size_t bytes_of(int dtype) { return dtype == JR_FLOAT32 ? 4 : 2; }
+
+// A host array of one dtype with its float64 values.
+struct HostArray {
+  std::vector<uint8_t> bytes;
+  std::vector<double> values;
+
+  HostArray(size_t count, int dtype, double scale, double mean, std::mt19937& random)
+      : bytes(count * bytes_of(dtype)), values(count) {
+    std::normal_distribution<float> normal{static_cast<float>(mean), static_cast<float>(scale)};
+    for (size_t i = 0; i < count; ++i) {
+      const float v = normal(random);
+      if (dtype == JR_FLOAT32) {
+        memcpy(&bytes[4 * i], &v, 4);
+        values[i] = v;
+      } else if (dtype == JR_BFLOAT16) {
+        const bfloat16 rounded = __float2bfloat16(v);
+        memcpy(&bytes[2 * i], &rounded, 2);
+        values[i] = __bfloat162float(rounded);
+      } else {
+        const float16 rounded = __float2half(v);
+        memcpy(&bytes[2 * i], &rounded, 2);
+        values[i] = __half2float(rounded);
+      }
+    }
+  }
+};
+
+double read_as_double(const uint8_t* bytes, int dtype) {
+  if (dtype == JR_FLOAT32) {
+    float v;
+    memcpy(&v, bytes, 4);
+    return v;
+  }
+  if (dtype == JR_BFLOAT16) {
+    bfloat16 v;
+    memcpy(&v, bytes, 2);
+    return __bfloat162float(v);
+  }
+  float16 v;
+  memcpy(&v, bytes, 2);
+  return __half2float(v);
+}
+
+struct Case {
+  int experts, hidden, dtype, bias_dtype, out_dtype;
+  double mean;
+};
+
+struct Checker {
+  long launches = 0, failures = 0;
+  double worst_error = 0;  // in units of the bound
+
+  void fail(const Case& c, const char* what, const char* kernel, int tokens, long index) {
+    if (++failures <= 20)
+      printf("FAILED %s: %s experts=%d hidden=%d dtype=%d bias=%d out=%d tokens=%d element=%ld\n", what, kernel,
+             c.experts, c.hidden, c.dtype, c.bias_dtype, c.out_dtype, tokens, index);
+  }
+
+  // Poisons the output, launches, checks the canary and returns the output bytes. config -2 is the naive kernel.
+  std::vector<uint8_t> run(const Case& c, jr_router_gemm_args args, int config, void* out, size_t out_bytes) {
+    char message[512] = "";
+    CUDA_OK(cudaMemset(out, kPoison, out_bytes + kCanaryBytes));
+    args.out = out;
+    args.config = config;
+    const int status = config == -2 ? jr_router_gemm_naive(&args, nullptr, message, sizeof(message))
+                                    : jr_router_gemm(&args, nullptr, message, sizeof(message));
+    if (status != JR_OK) {
+      fprintf(stderr, "launch refused: %s\n", message);
+      exit(2);
+    }
+    CUDA_OK(cudaDeviceSynchronize());
+    std::vector<uint8_t> result(out_bytes + kCanaryBytes);
+    CUDA_OK(cudaMemcpy(result.data(), out, result.size(), cudaMemcpyDeviceToHost));
+    for (size_t i = out_bytes; i < result.size(); ++i) {
+      if (result[i] != kPoison) {
+        fail(c, "wrote past the output", jr_router_gemm_config_name(config), int(args.tokens), long(i - out_bytes));
+        break;
+      }
+    }
+    result.resize(out_bytes);
+    ++launches;
+    return result;
+  }
+
+  void check(const Case& c, std::mt19937& random) {
+    const HostArray x(size_t(kMaxTokens) * c.hidden, c.dtype, 1.0, c.mean, random);
+    const HostArray weight(size_t(c.experts) * c.hidden, c.dtype, 1.0 / sqrt(double(c.hidden)),
+                           c.mean / sqrt(double(c.hidden)), random);
+    const HostArray bias(size_t(c.experts), c.bias_dtype == JR_NONE ? JR_FLOAT32 : c.bias_dtype, 1.0, 0.0, random);
+    const size_t row_bytes = c.experts * bytes_of(c.out_dtype);
+    DeviceBuffer device_x(x.bytes.size()), device_weight(weight.bytes.size()), device_bias(bias.bytes.size()),
+        out(kMaxTokens * row_bytes + kCanaryBytes);
+    CUDA_OK(cudaMemcpy(device_x.data, x.bytes.data(), x.bytes.size(), cudaMemcpyHostToDevice));
+    CUDA_OK(cudaMemcpy(device_weight.data, weight.bytes.data(), weight.bytes.size(), cudaMemcpyHostToDevice));
+    CUDA_OK(cudaMemcpy(device_bias.data, bias.bytes.data(), bias.bytes.size(), cudaMemcpyHostToDevice));
+
+    jr_router_gemm_args args = {};
+    args.x = device_x.data;
+    args.weight = device_weight.data;
+    args.bias = c.bias_dtype == JR_NONE ? nullptr : device_bias.data;
+    args.tokens = kMaxTokens;
+    args.hidden = c.hidden;
+    args.experts = c.experts;
+    args.dtype = c.dtype;
+    args.bias_dtype = c.bias_dtype;
+    args.out_dtype = c.out_dtype;
+    const std::vector<uint8_t> expected = run(c, args, -2, out.data, kMaxTokens * row_bytes);
+    check_accuracy(c, x, weight, bias, expected);
+
+    for (int config = -1; config < jr_router_gemm_num_configs(); ++config) {
+      if (config >= 0 && !jr_router_gemm_config_fits(config, &args)) continue;
+      int start = 0;
+      for (const int tokens : kTokens) {
+        start = (start + 37) % (kMaxTokens - tokens + 1);
+        jr_router_gemm_args part = args;
+        part.tokens = tokens;
+        part.x = static_cast<const uint8_t*>(device_x.data) + size_t(start) * c.hidden * 2;
+        // A row of hidden % 8 == 0 two-byte elements keeps the alignment.
+        const std::vector<uint8_t> got = run(c, part, config, out.data, tokens * row_bytes);
+        const auto difference = std::mismatch(got.begin(), got.end(), expected.begin() + start * row_bytes).first;
+        if (difference != got.end())
+          fail(c, "bits differ from the naive kernel", config < 0 ? "auto" : jr_router_gemm_config_name(config), tokens,
+               long(difference - got.begin()) / long(bytes_of(c.out_dtype)));
+      }
+    }
+  }
+
+  // |error| <= depth * 2^-23 * sum |x w| + half an ulp of the output: the tree's longest path is `depth` additions (MMA
+  // steps of a slice and four levels inside a step, slices of a group, four levels of groups, the bias), each of which
+  // truncates by at most one ulp (2^-23) of a partial sum that sum |x w| bounds.
+  void check_accuracy(const Case& c, const HostArray& x, const HostArray& weight, const HostArray& bias,
+                      const std::vector<uint8_t>& got) {
+    const int depth = kUnitsPerSlice * kUnit / 16 + 4 + slices_per_group(c.hidden) + 4 + 1;
+    const double half_ulp = c.out_dtype == JR_FLOAT32    ? ldexp(1, -24)
+                            : c.out_dtype == JR_BFLOAT16 ? ldexp(1, -8)
+                                                         : ldexp(1, -11);
+    const double smallest = c.out_dtype == JR_FLOAT16 ? ldexp(1, -25) : 0;  // half the smallest float16
+    const int rows = int(std::max<long>(3, 30000000L / (long(c.experts) * c.hidden)));
+    for (int i = 0; i < std::min(rows, kMaxTokens); ++i) {
+      const int token = rows >= kMaxTokens ? i : int((long(i) * 397) % kMaxTokens);
+      for (int expert = 0; expert < c.experts; ++expert) {
+        double sum = c.bias_dtype == JR_NONE ? 0 : bias.values[expert], magnitude = fabs(sum);
+        const double* a = &x.values[size_t(token) * c.hidden];
+        const double* b = &weight.values[size_t(expert) * c.hidden];
+        for (int k = 0; k < c.hidden; ++k) {
+          sum += a[k] * b[k];
+          magnitude += fabs(a[k] * b[k]);
+        }
+        const long index = long(token) * c.experts + expert;
+        const double value = read_as_double(&got[index * bytes_of(c.out_dtype)], c.out_dtype);
+        const double bound = depth * ldexp(1, -23) * magnitude * (1 + half_ulp) + half_ulp * fabs(sum) + smallest;
+        const double error = fabs(value - sum) / bound;
+        if (!(error <= 1)) fail(c, "error above the bound", "naive", kMaxTokens, index);
+        worst_error = std::max(worst_error, error);
+      }
+    }
+  }
+};
+
+int check_all(bool only_small) {
+  std::vector<std::array<int, 2>> shapes = {{1, 8}, {3, 72}, {8, 720}, {31, 2688}, {72, 1000}};
+  if (!only_small) {
+    shapes.insert(shapes.end(), {{33, 2880},
+                                 {128, 2880},
+                                 {32, 2880},
+                                 {160, 5120},
+                                 {256, 7168},
+                                 {384, 7168},
+                                 {896, 2688},
+                                 {8, 16384},
+                                 {3, 65536},
+                                 {64, 2048},
+                                 {512, 2048}});
+  }
+  std::mt19937 random(20261123);
+  Checker checker;
+  int variant = 0;
+  for (const auto& [experts, hidden] : shapes) {
+    for (const int dtype : {int(JR_BFLOAT16), int(JR_FLOAT16)}) {
+      const int biases[] = {JR_NONE, JR_FLOAT32, dtype}, outs[] = {JR_FLOAT32, dtype};
+      checker.check({experts, hidden, dtype, biases[variant % 3], outs[variant / 3 % 2], variant % 2 ? 0.5 : 0.0},
+                    random);
+      ++variant;
+    }
+  }
+  printf("checked %d cases, %ld launches: worst error %.3f of the bound, %ld failures\n", variant, checker.launches,
+         checker.worst_error, checker.failures);
+  return checker.failures == 0 ? 0 : 1;
+}
+
+double median_microseconds(int operation, const std::vector<jr_router_gemm_args>& variants, int launches) {
+  float samples[25];
+  char message[512] = "";
+  if (jr_time_graph(operation, variants.data(), int(variants.size()), launches, 25, samples, message,
+                    sizeof(message)) != JR_OK) {
+    fprintf(stderr, "timing failed: %s\n", message);
+    exit(2);
+  }
+  std::sort(samples, samples + 25);
+  return samples[12];
+}
+
+void time_shape(int experts, int hidden, bool with_bias) {
+  constexpr size_t kRotatedBytes = size_t(160) << 20;  // well past the 60 MB of L2
+  const int tokens_list[] = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096};
+  const size_t weight_bytes = size_t(experts) * hidden * 2;
+  const int copies = int(kRotatedBytes / weight_bytes) + 1;
+  std::mt19937 random(1);
+  const HostArray x(size_t(1024) * hidden, JR_BFLOAT16, 1.0, 0.0, random),
+      bias(size_t(experts), JR_FLOAT32, 1.0, 0.0, random);
+  const HostArray weight(size_t(experts) * hidden, JR_BFLOAT16, 0.02, 0.0, random);
+  DeviceBuffer device_x(size_t(16384) * hidden * 2), device_bias(bias.bytes.size()),
+      device_weight(copies * weight_bytes), out(size_t(16384) * experts * 4);
+  for (int i = 0; i < 16; ++i)
+    CUDA_OK(cudaMemcpy(static_cast<uint8_t*>(device_x.data) + i * x.bytes.size(), x.bytes.data(), x.bytes.size(),
+                       cudaMemcpyHostToDevice));
+  for (int i = 0; i < copies; ++i)
+    CUDA_OK(cudaMemcpy(static_cast<uint8_t*>(device_weight.data) + i * weight_bytes, weight.bytes.data(), weight_bytes,
+                       cudaMemcpyHostToDevice));
+  CUDA_OK(cudaMemcpy(device_bias.data, bias.bytes.data(), bias.bytes.size(), cudaMemcpyHostToDevice));
+
+  jr_router_gemm_args args = {
+      device_x.data, device_weight.data, with_bias ? device_bias.data : nullptr, out.data,   1, hidden,
+      experts,       JR_BFLOAT16,        with_bias ? JR_FLOAT32 : JR_NONE,       JR_FLOAT32, -1};
+  const auto time = [&](int operation, int tokens, int config, bool cold) {
+    std::vector<jr_router_gemm_args> variants(cold ? copies : 1, args);
+    for (size_t i = 0; i < variants.size(); ++i) {
+      variants[i].weight = static_cast<const uint8_t*>(device_weight.data) + i * weight_bytes;
+      variants[i].tokens = tokens;
+      variants[i].config = config;
+    }
+    return median_microseconds(operation, variants, cold ? std::max(copies, 48) : 192);
+  };
+  printf("\nhidden=%d experts=%d%s, microseconds warm/cold L2; empty launch %.2f, read of the weight %.2f/%.2f\n",
+         hidden, experts, with_bias ? " + bias" : "", time(JR_OP_EMPTY, 1, -1, false),
+         time(JR_OP_READ_WEIGHT, 1, -1, false), time(JR_OP_READ_WEIGHT, 1, -1, true));
+  for (const int tokens : tokens_list) {
+    printf("T=%-6d", tokens);
+    args.tokens = tokens;
+    const int picked = jr_router_gemm_pick_config(&args);
+    for (int config = 0; config < jr_router_gemm_num_configs(); ++config) {
+      if (!jr_router_gemm_config_fits(config, &args)) continue;
+      if (config != picked && (tokens > 128) != (strncmp(jr_router_gemm_config_name(config), "many", 4) == 0) &&
+          tokens != 64)
+        continue;
+      printf(" %s%s %.2f/%.2f", config == picked ? "*" : "", jr_router_gemm_config_name(config),
+             time(JR_OP_ROUTER_GEMM, tokens, config, false), time(JR_OP_ROUTER_GEMM, tokens, config, true));
+    }
+    printf("\n");
+    fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* only = argc < 2 ? "" : argv[1];
+  const bool small = strcmp(only, "--small") == 0, check = small || argc < 2 || strcmp(only, "--check") == 0;
+  const bool time = argc < 2 || strcmp(only, "--time") == 0;
+  if (!check && !time) {
+    fprintf(stderr, "usage: %s [--check | --small | --time]\n", argv[0]);
+    return 2;
+  }
+  const int status = check ? check_all(small) : 0;
+  if (time) {
+    const int shapes[][2] = {{128, 2880}, {256, 7168}, {384, 7168}, {32, 2880}, {128, 2048}, {128, 4096},
+                             {512, 2048}, {160, 5120}, {256, 3072}, {8, 4096},  {128, 5120}, {64, 2048}};
+    int left = argc > 2 ? atoi(argv[2]) : 1000;
+    for (const auto& [experts, hidden] : shapes) {
+      if (left-- > 0) time_shape(experts, hidden, hidden == 2880);
+    }
+  }
+  return status;
+}

@@ -1,0 +1,253 @@
+// The launcher: checks a problem, picks a configuration of the one reduction tree, launches it.
+#include <functional>
+#include <mutex>
+
+#include "router_gemm.h"
+#include "sm90_router_gemm.cuh"
+#include "status.h"
+
+namespace jax_router {
+namespace {
+
+constexpr int kConfigs = kFewTokensConfigs + kManyTokensConfigs;
+constexpr int kMaxDevices = 64;
+
+const Config& config_at(int index) {
+  return index < kFewTokensConfigs ? few_tokens_configs[index] : many_tokens_configs[index - kFewTokensConfigs];
+}
+
+// ---- What is taken -------------------------------------------------------------------------------------------------
+
+// Why the kernels do not take this problem, or JR_OK. The only statement of their limits besides the Python predicate.
+int check_problem(const jr_router_gemm_args& a, const Report& report) {
+  if (a.dtype != JR_BFLOAT16 && a.dtype != JR_FLOAT16)
+    return report.fail(JR_UNSUPPORTED, "dtype is %d; x and weight must both be bfloat16 (0) or both float16 (1)",
+                       a.dtype);
+  if (a.bias_dtype != JR_NONE && a.bias_dtype != JR_FLOAT32 && a.bias_dtype != a.dtype)
+    return report.fail(JR_UNSUPPORTED, "bias_dtype is %d; expected none (-1), float32 (2) or x's dtype (%d)",
+                       a.bias_dtype, a.dtype);
+  if (a.out_dtype != JR_FLOAT32 && a.out_dtype != a.dtype)
+    return report.fail(JR_UNSUPPORTED, "out_dtype is %d; expected float32 (2) or x's dtype (%d)", a.out_dtype, a.dtype);
+  if (a.tokens < 0 || a.tokens > (int64_t(1) << 27))
+    return report.fail(JR_UNSUPPORTED, "tokens is %lld; expected 0 to 2^27", static_cast<long long>(a.tokens));
+  if (a.hidden < 8 || a.hidden % 8 != 0 || a.hidden > kMaxHidden)
+    return report.fail(JR_UNSUPPORTED, "hidden is %lld; expected a multiple of 8 from 8 to %d",
+                       static_cast<long long>(a.hidden), kMaxHidden);
+  if (a.experts < 1 || a.experts > (1 << 16))
+    return report.fail(JR_UNSUPPORTED, "experts is %lld; expected 1 to 65536", static_cast<long long>(a.experts));
+  if (a.tokens * ceil_div(int(a.experts), kTileExperts) >= int64_t(1) << 31)
+    return report.fail(JR_UNSUPPORTED, "tokens * experts is %lld; expected less than 2^34",
+                       static_cast<long long>(a.tokens * a.experts));
+  return JR_OK;
+}
+
+int check_pointers(const jr_router_gemm_args& a, const Report& report) {
+  const auto misaligned = [](const void* pointer, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes != 0;
+  };
+  if (a.x == nullptr || a.weight == nullptr || a.out == nullptr || (a.bias == nullptr) != (a.bias_dtype == JR_NONE))
+    return report.fail(JR_UNSUPPORTED, "x is %p, weight %p, bias %p (dtype %d), out %p; expected device memory", a.x,
+                       a.weight, a.bias, a.bias_dtype, a.out);
+  if (misaligned(a.x, 16) || misaligned(a.weight, 16) || misaligned(a.out, 16))
+    return report.fail(JR_UNSUPPORTED, "x is at %p, weight at %p, out at %p; expected 16-byte alignment", a.x, a.weight,
+                       a.out);
+  return JR_OK;
+}
+
+// Whether a block of this configuration fits a multiprocessor for this hidden size.
+bool fits(const Config& config, int hidden) { return config.shared_bytes(hidden) <= kMaxSharedBytes; }
+
+// ---- Which configuration -------------------------------------------------------------------------------------------
+
+// Estimated microseconds of a configuration: waves of clusters, each as long as its bytes. Ranks configurations; says
+// nothing about bits, which are equal.
+double estimate(const Config& config, const jr_router_gemm_args& a) {
+  constexpr double kLaunch = 0.8;
+  const int clusters_per_wave =
+      config.cluster == 16 ? 7 : 15;  // cudaOccupancyMaxActiveClusters of an H200, one block each
+  const int resident = kMaxSharedBytes / (config.shared_bytes(int(a.hidden)) + 1024);
+  const int64_t clusters =
+      (a.tokens + config.block_tokens - 1) / config.block_tokens * ceil_div(int(a.experts), config.block_experts);
+  const int64_t waves = (clusters + clusters_per_wave * resident - 1) / (clusters_per_wave * resident);
+  const int64_t sharing = waves > 1 ? resident : (clusters + clusters_per_wave - 1) / clusters_per_wave;
+  const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
+  const double kilobytes = (tokens + config.block_experts) * double(a.hidden) / config.cluster * 2e-3 * double(sharing);
+  return kLaunch +
+         double(waves) * (config.cost.microseconds - kLaunch + config.cost.microseconds_per_kilobyte * kilobytes);
+}
+
+// The cheapest configuration whose cluster has at most `max_cluster` blocks.
+int pick(const jr_router_gemm_args& a, int max_cluster) {
+  int best = -1;
+  for (int i = 0; i < kConfigs; ++i) {
+    if (config_at(i).cluster <= max_cluster && fits(config_at(i), int(a.hidden)) &&
+        (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a)))
+      best = i;
+  }
+  return best;
+}
+
+// ---- Launch --------------------------------------------------------------------------------------------------------
+
+// A launch of `clusters` clusters, with the attribute it points to.
+struct ClusterLaunch {
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t shape = {};
+
+  ClusterLaunch(const Config& config, int hidden, int64_t clusters, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = config.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    shape.gridDim = dim3(unsigned(clusters * config.cluster));
+    shape.blockDim = dim3(config.threads(hidden));
+    shape.dynamicSmemBytes = config.shared_bytes(hidden);
+    shape.stream = stream;
+    shape.attrs = &cluster;
+    shape.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
+struct DeviceState {
+  std::once_flag once;
+  cudaError_t error = cudaSuccess;
+  int max_cluster = 8;  // 16 where a whole cluster of 16 blocks fits; not on every slice of a GPU
+};
+
+// Sets the kernels' attributes, once per device and process.
+void prepare(DeviceState& state) {
+  for (int i = 0; i < kConfigs; ++i) {
+    const Config& config = config_at(i);
+    for (const void* kernel : config.kernel) {
+      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+      if (error == cudaSuccess && config.cluster > 8)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error == cudaSuccess && config.cluster > state.max_cluster) {
+        ClusterLaunch launch(config, kUnit, 1, nullptr);
+        int clusters = 0;
+        error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.shape);
+        if (error == cudaSuccess && clusters > 0) state.max_cluster = config.cluster;
+      }
+      if (error != cudaSuccess) state.error = error;
+    }
+  }
+}
+
+// The state of the current device, or null with a report.
+DeviceState* current_device(const Report& report, int* status) {
+  static DeviceState states[kMaxDevices];
+  int device = 0;
+  *status = report.check(cudaGetDevice(&device), "cudaGetDevice");
+  if (*status != JR_OK) return nullptr;
+  if (device >= kMaxDevices) {
+    *status = report.fail(JR_UNSUPPORTED, "device is %d; expected less than %d", device, kMaxDevices);
+    return nullptr;
+  }
+  DeviceState& state = states[device];
+  std::call_once(state.once, prepare, std::ref(state));
+  *status = report.check(state.error, "setting the kernels' attributes");
+  return *status == JR_OK ? &state : nullptr;
+}
+
+Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
+  return {a.x,
+          a.weight,
+          a.bias,
+          a.out,
+          a.tokens,
+          int(a.hidden),
+          int(a.experts),
+          a.bias_dtype,
+          a.out_dtype,
+          ceil_div(int(a.experts), block_experts),
+          0};
+}
+
+// Describes a row-major [rows, hidden] matrix to the copy engine in boxes of one unit by `box_rows`.
+int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int64_t hidden, int box_rows,
+             const Report& report) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  }();
+  if (encode == nullptr)
+    return report.fail(JR_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; expected CUDA 12.0 or newer");
+  const cuuint64_t sizes[2] = {cuuint64_t(hidden), cuuint64_t(rows)}, stride = cuuint64_t(hidden) * 2;
+  const cuuint32_t box[2] = {kUnit, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const CUtensorMapDataType type =
+      dtype == JR_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(matrix), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return JR_OK;
+  return report.fail(JR_CUDA_ERROR, "cuTensorMapEncodeTiled for rows=%lld hidden=%lld box=%d at %p failed: CUresult %d",
+                     static_cast<long long>(rows), static_cast<long long>(hidden), box_rows, matrix, int(result));
+}
+
+int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stream, const Report& report) {
+  TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
+  Problem& problem = tiled.problem;
+  // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
+  problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;
+  int status = describe(&tiled.x, a.x, a.dtype, a.tokens, a.hidden, problem.box_tokens, report);
+  if (status == JR_OK)
+    status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
+  if (status != JR_OK) return status;
+  const int64_t token_blocks = (a.tokens + config.block_tokens - 1) / config.block_tokens;
+  ClusterLaunch launch(config, problem.hidden, token_blocks * problem.expert_tiles, stream);
+  void* parameters[] = {&tiled};
+  const cudaError_t error = cudaLaunchKernelExC(&launch.shape, config.kernel[a.dtype], parameters);
+  if (error == cudaSuccess) return JR_OK;
+  return report.fail(JR_CUDA_ERROR, "launch of %s for tokens=%lld hidden=%d experts=%d failed: %s (%s)", config.name,
+                     static_cast<long long>(a.tokens), problem.hidden, problem.experts, cudaGetErrorName(error),
+                     cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace jax_router
+
+using namespace jax_router;
+
+int jr_router_gemm_num_configs(void) { return kConfigs; }
+
+const char* jr_router_gemm_config_name(int config) {
+  return config >= 0 && config < kConfigs ? config_at(config).name : "";
+}
+
+int jr_router_gemm_config_fits(int config, const jr_router_gemm_args* args) {
+  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK &&
+         fits(config_at(config), int(args->hidden));
+}
+
+int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {
+  return check_problem(*args, Report{}) == JR_OK ? pick(*args, 16) : -1;
+}
+
+int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  if (const int status = check_problem(*args, report); status != JR_OK) return status;
+  if (args->tokens == 0) return JR_OK;
+  if (const int status = check_pointers(*args, report); status != JR_OK) return status;
+  int status = JR_OK;
+  const DeviceState* device = current_device(report, &status);
+  if (device == nullptr) return status;
+  const int config = args->config == -1 ? pick(*args, device->max_cluster) : args->config;
+  if (!jr_router_gemm_config_fits(config, args))
+    return report.fail(JR_UNSUPPORTED, "config is %d; expected -1 or one that fits hidden=%lld, of 0 to %d", config,
+                       static_cast<long long>(args->hidden), kConfigs - 1);
+  return launch(config_at(config), *args, static_cast<cudaStream_t>(stream), report);
+}
+
+int jr_router_gemm_naive(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  if (const int status = check_problem(*args, report); status != JR_OK) return status;
+  if (args->tokens == 0) return JR_OK;
+  if (const int status = check_pointers(*args, report); status != JR_OK) return status;
+  const Problem problem = device_problem(*args, kTileExperts);
+  return report.check(launch_naive(args->dtype, problem, static_cast<cudaStream_t>(stream)),
+                      "launch of sm90_router_gemm_naive");
+}

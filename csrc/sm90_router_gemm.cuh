@@ -1,0 +1,35 @@
+// The kernels as the launcher sees them: one row per configuration of the one reduction tree.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "sm90_tile.cuh"
+
+namespace jax_router {
+
+constexpr int kMaxSharedBytes = 232448;  // of a block on compute capability 9.0
+
+// Measured on an H200 in CUDA-graph replay, 2880x128 and 7168x256, 2026-11-24; used only to rank configurations.
+struct Cost {
+  double microseconds;               // of one wave of clusters, without the bytes
+  double microseconds_per_kilobyte;  // that a block reads
+};
+
+// One compiled shape of a kernel. A block computes block_tokens x block_experts logits over 1/cluster of K.
+struct Config {
+  const char* name;
+  int block_tokens, block_experts, cluster;
+  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+  int (*threads)(int hidden);
+  int (*shared_bytes)(int hidden);  // dynamic; no kernel has static shared memory
+  Cost cost;
+};
+
+constexpr int kFewTokensConfigs = 6;
+constexpr int kManyTokensConfigs = 6;
+extern const Config few_tokens_configs[kFewTokensConfigs];
+extern const Config many_tokens_configs[kManyTokensConfigs];
+
+cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream);
+
+}  // namespace jax_router

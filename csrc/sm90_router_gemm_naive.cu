@@ -1,0 +1,60 @@
+// The readable answer: one warp computes one tile of 16 tokens x 8 experts and walks the whole reduction tree alone.
+// Same bits as every other kernel, no exchange between threads, no cluster. Slow: it reads x once per 8 experts, 4
+// bytes at a time.
+#include "sm90_router_gemm.cuh"
+
+namespace jax_router {
+
+// Two neighbouring elements of `row` at element k, or zeros outside the matrix.
+template <typename Element>
+__device__ uint32_t load_two(const void* matrix, int64_t row, int64_t rows, int k, int hidden) {
+  if (row >= rows || k >= hidden) return 0;
+  return *reinterpret_cast<const uint32_t*>(static_cast<const Element*>(matrix) + row * hidden + k);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
+  grid_dependency_wait();
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const int64_t token = int64_t(blockIdx.x) / p.expert_tiles * kTileTokens;
+  const int expert = blockIdx.x % p.expert_tiles * kTileExperts;
+  const int units = units_of(p.hidden);
+
+  __shared__ float4 group_sums[kGroups][32];
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group) {
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    const int end = group_begin(units, group + 1);
+    for (int slice = group_begin(units, group); slice < end; slice += kUnitsPerSlice) {
+      float4 slice_sum = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int k16 = slice * kUnit; k16 < min(slice + kUnitsPerSlice, end) * kUnit; k16 += 16) {
+        const int k = k16 + 2 * t;  // this lane's elements: k, k+1 and k+8, k+9 of each row
+        const uint32_t a[4] = {load_two<Element>(p.x, token + g, p.tokens, k, p.hidden),
+                               load_two<Element>(p.x, token + g + 8, p.tokens, k, p.hidden),
+                               load_two<Element>(p.x, token + g, p.tokens, k + 8, p.hidden),
+                               load_two<Element>(p.x, token + g + 8, p.tokens, k + 8, p.hidden)};
+        const uint32_t b0 = load_two<Element>(p.weight, expert + g, p.experts, k, p.hidden);
+        const uint32_t b1 = load_two<Element>(p.weight, expert + g, p.experts, k + 8, p.hidden);
+        mma_m16n8k16(slice_sum, a, b0, b1, Element());
+      }
+      sum = sum + slice_sum;
+    }
+    group_sums[group][lane] = sum;
+  }
+  const float4 total = tree_sum<kGroups>(0, [&](int group) { return group_sums[group][lane]; });
+  store_quad<Element>(p, token, expert, lane, total, load_bias<Element>(p, expert + 2 * t),
+                      load_bias<Element>(p, expert + 2 * t + 1));
+  grid_dependency_trigger();
+}
+
+cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream) {
+  const unsigned blocks = unsigned((p.tokens + kTileTokens - 1) / kTileTokens * p.expert_tiles);
+  if (dtype == JR_BFLOAT16) {
+    sm90_router_gemm_naive<bfloat16><<<blocks, 32, 0, stream>>>(p);
+  } else {
+    sm90_router_gemm_naive<float16><<<blocks, 32, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace jax_router

@@ -1,0 +1,272 @@
+"""Which implementation computes a problem: data, and one pure function.
+
+Order: the argument `implementation`, then the environment (`JAX_ROUTER_IMPLEMENTATION` names the one to use,
+`JAX_ROUTER_DISABLE` lists those that must not run), then the measured table of this GPU, then a heuristic, then `xla`.
+Both variables are read while tracing: a function that is already compiled keeps what it was compiled with.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from jax_router import checks, implementations
+from jax_router.tables import Table, load_table
+
+IMPLEMENTATIONS = implementations.NAMES
+PREFER_VARIABLE = "JAX_ROUTER_IMPLEMENTATION"
+DISABLE_VARIABLE = "JAX_ROUTER_DISABLE"
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One router GEMM, x [tokens, hidden] @ weight [experts, hidden].T. Sizes in elements, dtypes by name."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    dtype: str = "bfloat16"  # of x
+    weight_dtype: str | None = None  # None means dtype
+    bias_dtype: str | None = None  # None means no bias
+    out_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on. `Device.of(jax.devices()[0])` reads it from a JAX device."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    kind: str = ""  # JAX's device_kind, "NVIDIA H200"
+    compute_capability: str | None = None  # "9.0" on NVIDIA GPUs
+
+    @classmethod
+    def of(cls, device: jax.Device) -> Device:
+        return cls(device.platform, device.device_kind, getattr(device, "compute_capability", None))
+
+    @classmethod
+    def default(cls) -> Device:
+        """The device that JAX would put a new array on."""
+        configured = jax.config.jax_default_device  # type: ignore[attr-defined]  # untyped before jax 0.11
+        if configured is None or isinstance(configured, str):
+            configured = jax.local_devices(backend=configured)[0]
+        return cls.of(configured)
+
+    @property
+    def description(self) -> str:
+        """For messages: "NVIDIA H200 (9.0)"."""
+        return (self.kind or self.platform) + (f" ({self.compute_capability})" if self.compute_capability else "")
+
+    def __str__(self) -> str:
+        return self.description
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, why, and why each other one does not. `str()` of it is a readable explanation."""
+
+    implementation: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...]  # (name, why not)
+    config: int | None = None  # of the kernel; None lets its launcher pick. All configurations give the same bits
+
+    def __str__(self) -> str:
+        rejected = [f"not {name}: {reason}" for name, reason in self.rejected]
+        return "\n  ".join([f"{self.implementation}: {self.reason}", *rejected])
+
+
+def why_unsupported(problem: Problem, device: Device, implementation: str) -> str | None:
+    """What `implementation` cannot do about this problem on this device, or None. Nothing is built to find out."""
+    return implementations.load(implementation).why_unsupported(problem, device)
+
+
+def choose(
+    problem: Problem,
+    device: Device,
+    *,
+    implementation: str | Sequence[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    table: Table | None = None,
+    unavailable: Mapping[str, str] = _NOTHING,
+) -> Choice:
+    """Choose the implementation of one problem. Pure: everything it depends on is an argument.
+
+    Args:
+      problem: the sizes and dtypes.
+      device: where it runs.
+      implementation: None to choose; a name, or a sequence of names tried in order, to use one of these or raise.
+      environment: where the two variables are looked up.
+      table: times measured on this kind of device, from `load_table`; None for none.
+      unavailable: implementations that this machine cannot run, and why.
+
+    Returns:
+      The choice, with a reason for it and against every other implementation.
+
+    Raises:
+      TypeError: `implementation` is neither None, nor a name, nor a sequence of names.
+      ValueError: an unknown name in `implementation` or in a variable, or `JAX_ROUTER_DISABLE` lists xla.
+      NotImplementedError: none of the implementations named by `implementation` can run; lists every reason.
+    """
+    named = checks.implementation_names(implementation)
+    preferred, disabled = _read_environment(environment)
+    ranking = _rank(problem, device, table)
+    if named is not None:
+        ranking = dict.fromkeys(named, ("named by the argument implementation", "is named later"))
+    elif preferred is not None:
+        del ranking[preferred]
+        ranking = {preferred: (f"{PREFER_VARIABLE}={preferred}", "")} | ranking
+
+    chosen: str | None = None
+    rejected: dict[str, str] = {}
+    for name, (_, otherwise) in ranking.items():
+        if name in disabled:
+            refusal: str | None = f"is switched off by {DISABLE_VARIABLE}={environment[DISABLE_VARIABLE]}"
+        else:
+            refusal = why_unsupported(problem, device, name) or unavailable.get(name)
+        if refusal is None and chosen is None:
+            chosen = name
+        else:
+            rejected[name] = refusal or otherwise
+    if chosen is None:
+        raise NotImplementedError(_all_refuse(rejected))
+    rejected |= {name: "is not named by the argument implementation" for name in IMPLEMENTATIONS if name not in ranking}
+    return Choice(chosen, ranking[chosen][0], tuple(rejected.items()))
+
+
+def resolve(problem: Problem, device: Device, implementation: str | Sequence[str] | None = None) -> Choice:
+    """`choose` with this process's environment, the checked-in table, and what turns out not to run on this machine.
+
+    A chosen kernel is built or loaded here. If that fails, the next choice is taken and one warning says why, unless
+    `implementation` leaves no other: then it is the error.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `choose`.
+    """
+    table = load_table(device.kind)
+    unavailable: dict[str, str] = {}
+    while True:
+        choice = choose(problem, device, implementation=implementation, table=table, unavailable=unavailable)
+        failure = implementations.load(choice.implementation).unavailable()
+        if failure is None:
+            break
+        unavailable[choice.implementation] = failure
+    for name, failure in unavailable.items():
+        _warn_once(f'jax_router goes on without implementation="{name}", which {failure}')
+    preferred, _ = _read_environment(os.environ)
+    if implementation is None and preferred not in (None, choice.implementation):
+        refusal = f"{preferred} {dict(choice.rejected)[preferred]}"
+        _warn_once(f"{PREFER_VARIABLE}={preferred} is not followed, {choice.implementation} runs instead: {refusal}")
+    return choice
+
+
+def explain(
+    *,
+    tokens: int,
+    hidden: int,
+    experts: int,
+    dtype: Any = "bfloat16",
+    weight_dtype: Any = None,
+    bias: Any = False,
+    out_dtype: Any = "float32",
+    device: Device | jax.Device | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Choice:
+    """Which implementation `router_gemm` would run, why, and why not the others.
+
+    >>> choice = explain(tokens=8, hidden=2880, experts=128, device=Device("cpu"))
+    >>> choice.implementation
+    'xla'
+    >>> print(choice)  # doctest: +ELLIPSIS
+    xla: ...
+      not cuda: ...
+      not pallas: ...
+
+    Args:
+      tokens: rows of x, all leading axes together.
+      hidden: columns of x and of weight.
+      experts: rows of weight.
+      dtype: of x; bfloat16, float16 or float32.
+      weight_dtype: None means that of x.
+      bias: False, True (in x's dtype), or the dtype of the bias.
+      out_dtype: of the logits.
+      device: where it would run; None for JAX's default device, on which a kernel is then built or loaded as
+        `router_gemm` would. Any other device is judged from static facts and the checked-in tables.
+      implementation: as in `router_gemm`.
+
+    Returns:
+      A `Choice`; printing it shows every reason.
+
+    Raises:
+      TypeError, ValueError: arguments that describe no problem.
+      NotImplementedError: no implementation named by `implementation` can run.
+    """
+    dtype = checks.input_dtype("dtype", dtype)
+    problem = Problem(
+        tokens=checks.size("tokens", tokens, at_least=0),
+        hidden=checks.size("hidden", hidden),
+        experts=checks.size("experts", experts),
+        dtype=dtype,
+        weight_dtype=dtype if weight_dtype is None else checks.input_dtype("weight_dtype", weight_dtype),
+        bias_dtype=dtype if bias is True else checks.input_dtype("bias", bias) if bias else None,
+        out_dtype=checks.input_dtype("out_dtype", out_dtype),
+    )
+    checks.dtypes_fit(dtype, weight=problem.weight_dtype, bias=problem.bias_dtype, out_dtype=problem.out_dtype)
+    if device is None:
+        return resolve(problem, Device.default(), implementation)
+    device = device if isinstance(device, Device) else Device.of(device)
+    return choose(problem, device, implementation=implementation, table=load_table(device.kind))
+
+
+def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tuple[str, str]]:
+    """Every implementation, best first: why it is chosen, and why not where it could run but another one is chosen."""
+    row = table.nearest(problem) if table is not None else None
+    if table is not None and row is not None:
+        where = f"at tokens={row.tokens} in {table.name}"
+        times = {name: f"{time:.2f} us {where}" for name, time in row.microseconds.items()}
+        measured = {name: (time, f"took {time}") for name, time in times.items()}
+        # xla runs everything, so what stands behind it is never chosen: nothing unverified runs unasked.
+        unmeasured = dict.fromkeys(("xla", *IMPLEMENTATIONS), ("runs everything", f"has no verified time {where}"))
+        return measured | {name: why for name, why in unmeasured.items() if name not in measured}
+    guess = f"no measurements of this shape on {device.description}; "
+    slower = f"{guess}assumed slower"
+    if device.platform != "gpu":
+        return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
+    ranking = {"cuda": (f"{guess}the CUDA kernel where it runs", slower)}
+    if 16 <= problem.tokens <= 256:
+        ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
+    ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)
+    return ranking | {"pallas": ranking.get("pallas", ("", slower))}
+
+
+def _read_environment(environment: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
+    """The implementation that the environment asks for, if any, and those that it switches off."""
+    preferred = environment.get(PREFER_VARIABLE, "").strip()
+    disabled = tuple(name.strip() for name in environment.get(DISABLE_VARIABLE, "").split(",") if name.strip())
+    if preferred:
+        checks.known_implementation(f"the environment variable {PREFER_VARIABLE}", preferred)
+    for name in disabled:
+        checks.known_implementation(f"the environment variable {DISABLE_VARIABLE}", name)
+    if "xla" in disabled:
+        raise ValueError(
+            f"the environment variable {DISABLE_VARIABLE} lists xla. Expected cuda or pallas: xla is what is left when "
+            f"nothing else runs; to prefer another, name it in {PREFER_VARIABLE}."
+        )
+    return preferred or None, disabled
+
+
+def _all_refuse(refusals: Mapping[str, str]) -> str:
+    message = "; ".join(f'implementation="{name}" {reason.rstrip(".")}' for name, reason in refusals.items())
+    return f'{message}. Use implementation="xla", or leave it None.'
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

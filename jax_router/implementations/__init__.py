@@ -1,0 +1,24 @@
+"""The implementations of the router GEMM: `xla`, `pallas` and `cuda`, three modules with one signature.
+
+Each module has
+
+    router_gemm(x, weight, bias, *, out_dtype, config=None)
+        x [T, H] with T >= 1, weight [E, H], bias [E] or None -> logits [T, E] in out_dtype; traceable
+    why_unsupported(problem, device)
+        what this implementation does not take, from static facts; None if it takes it
+    unavailable()
+        why it cannot run on this machine although the problem fits; None if it can. May build, and remembers
+
+A reason completes a sentence that starts with the implementation: "needs compute capability 9.0, this device is ...".
+Nothing heavy is imported with the package: a module is loaded when the dispatcher first asks for it.
+"""
+
+import importlib
+from types import ModuleType
+
+NAMES = ("cuda", "pallas", "xla")
+
+
+def load(name: str) -> ModuleType:
+    """The module of the implementation called `name`, one of `NAMES`."""
+    return importlib.import_module(f"jax_router.implementations.{name}")

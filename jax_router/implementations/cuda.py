@@ -1,0 +1,170 @@
+"""The Hopper kernel: CUDA C++ behind an XLA FFI custom call that is captured in CUDA graphs.
+
+Importing this module compiles and loads nothing. The library is built or loaded when it is first asked for, and the
+custom call is registered only once the CUDA backend runs: registered before, a refused handler takes the backend down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from jax_router.dispatch import Device, Problem
+
+TARGET = "jax_router_sm90_router_gemm"
+COMPUTE_CAPABILITY = "9.0"  # sm_90a code runs on nothing else, newer GPUs included
+MAX_HIDDEN = 65536
+DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
+OPERATIONS = {"router_gemm": 0, "empty": 1, "read_weight": 2}  # enum jr_operation, of jr_time_graph
+
+
+class RouterGemmArgs(ctypes.Structure):
+    """`jr_router_gemm_args` of csrc/router_gemm.h: device pointers, sizes in elements, dtypes as in `DTYPES`."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("config", ctypes.c_int32),
+    ]
+
+    @classmethod
+    def of(
+        cls, problem: Problem, *, x: int, weight: int, bias: int | None, out: int, config: int = -1
+    ) -> RouterGemmArgs:
+        """The arguments of one launch, from a problem and the addresses of its arrays on the device."""
+        bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
+        dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
+        return cls(x, weight, bias, out, problem.tokens, problem.hidden, problem.experts, *dtypes, config)
+
+
+def router_gemm(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, out_dtype: DTypeLike, config: int | None = None
+) -> jax.Array:
+    """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]` by the Hopper kernel; a row's bits depend on the row alone.
+
+    `config` is a kernel configuration, None lets the launcher pick; every configuration gives the same bits. Tracing
+    needs no library: lowering for CUDA works on any machine.
+    """
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
+    kernel = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    return kernel(*operands, config=np.int32(-1 if config is None else config))
+
+
+def why_unsupported(problem: Problem, device: Device) -> str | None:
+    """What the kernel does not take, from static facts; None if it takes the problem."""
+    weight_dtype = problem.weight_dtype or problem.dtype
+    if device.platform != "gpu" or device.compute_capability is None:
+        return f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
+    if device.compute_capability != COMPUTE_CAPABILITY:
+        return f"needs compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
+    if problem.dtype not in ("bfloat16", "float16") or weight_dtype != problem.dtype:
+        return f"needs x and weight both bfloat16 or both float16, they are {problem.dtype} and {weight_dtype}"
+    if problem.bias_dtype not in (None, problem.dtype, "float32"):
+        return f"needs a bias in float32 or in x's dtype, it is {problem.bias_dtype}"
+    if problem.out_dtype not in (problem.dtype, "float32"):
+        return f"needs out_dtype float32 or x's dtype, it is {problem.out_dtype}"
+    if problem.hidden % 8 != 0 or problem.hidden > MAX_HIDDEN:
+        return f"needs hidden to be a multiple of 8 up to {MAX_HIDDEN}, it is {problem.hidden}"
+    return None
+
+
+_lock = threading.RLock()
+_library: ctypes.CDLL | None = None
+_unavailable: str | None = None
+_asked = False
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot run on this machine, with what to install, or None. The first call may compile it."""
+    global _unavailable, _asked
+    with _lock:
+        if not _asked:
+            try:
+                _register(library())
+                _unavailable = None
+            except Exception as error:  # whatever it is, the library goes on without this implementation
+                _unavailable = f"could not be built or loaded: {error}"
+            _asked = True
+        return _unavailable
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library with its C interface declared (csrc/router_gemm.h), for timing and tests. Loaded once.
+
+    Raises:
+      BuildError: it cannot be built or loaded; says what to install.
+    """
+    global _library
+    with _lock:
+        if _library is None:
+            from jax_router import build
+
+            _library = _declare(build.load_library())
+        return _library
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a function of the library that returns a `jr_status` and writes a message: the last two are added here.
+
+    Raises:
+      NotImplementedError: the kernel does not take the problem.
+      RuntimeError: a CUDA call failed, or the library could not be built.
+    """
+    message = ctypes.create_string_buffer(512)
+    status = getattr(library(), name)(*arguments, message, len(message))
+    if status != 0:
+        text = f"{name}: {message.value.decode(errors='replace')}"
+        raise NotImplementedError(text) if status == 1 else RuntimeError(text)
+
+
+def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    args, text, status = ctypes.POINTER(RouterGemmArgs), (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
+    floats = ctypes.POINTER(ctypes.c_float)
+    signatures = {
+        "jr_router_gemm": (status, (args, ctypes.c_void_p, *text)),
+        "jr_router_gemm_naive": (status, (args, ctypes.c_void_p, *text)),
+        "jr_router_gemm_num_configs": (ctypes.c_int, ()),
+        "jr_router_gemm_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
+        "jr_router_gemm_config_fits": (ctypes.c_int, (ctypes.c_int, args)),
+        "jr_router_gemm_pick_config": (ctypes.c_int, (args,)),
+        "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, ctypes.c_int, ctypes.c_int, floats, *text)),
+        "jr_ffi_api_version": (ctypes.c_int, ()),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def _register(loaded: ctypes.CDLL) -> None:
+    """Make the custom call known to XLA.
+
+    Raises:
+      RuntimeError: there is no CUDA backend, or the library was built for another FFI.
+    """
+    from jax_router import build
+
+    built, running = loaded.jr_ffi_api_version(), build.ffi_version()
+    if built != running:
+        raise RuntimeError(
+            f"the library was built for FFI version {built // 1000}.{built % 1000} and this jaxlib has "
+            f"{running // 1000}.{running % 1000}. Run `jax-router build` with this jaxlib, and unset or renew "
+            f"{build.LIBRARY_VARIABLE}."
+        )
+    jax.local_devices(backend="cuda")  # starts the backend, or raises
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jr_ffi_router_gemm), platform="CUDA")

@@ -1,0 +1,39 @@
+"""The specification: the router GEMM in plain JAX. The other implementations are tested against it and `torch_ref`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from jax_router.dispatch import Device, Problem
+
+
+def router_gemm(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, out_dtype: DTypeLike, config: int | None = None
+) -> jax.Array:
+    """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]`, accumulated in float32 and rounded once, to `out_dtype`."""
+    del config  # XLA picks its own kernels
+    if x.dtype != weight.dtype:
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    # DEFAULT would let the GPU multiply float32 as TF32; 16-bit inputs lose nothing to it, their products fit float32.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract_hidden = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(x, weight, contract_hidden, precision=precision, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    return logits.astype(out_dtype)
+
+
+def why_unsupported(problem: Problem, device: Device) -> str | None:
+    """Always None: the specification takes every problem on every device."""
+    del problem, device
+    return None
+
+
+def unavailable() -> str | None:
+    """Always None: there is nothing to build or to load."""
+    return None

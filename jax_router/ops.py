@@ -1,0 +1,146 @@
+"""The public operations: contract, differentiation, batching. What computes them is in `implementations`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_router import checks, dispatch, implementations
+
+Operation = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def router_gemm(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    out_dtype: DTypeLike = jnp.float32,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    """Router logits of a Mixture-of-Experts layer, accumulated in float32 and rounded once.
+
+        logits[..., E] = x[..., H] @ weight[E, H].T + bias[E]
+
+    >>> x, weight = jnp.ones((3, 8), jnp.bfloat16), jnp.ones((4, 8), jnp.bfloat16)
+    >>> logits = router_gemm(x, weight, jnp.zeros(4))
+    >>> logits.shape, logits.dtype
+    ((3, 4), dtype('float32'))
+
+    Args:
+      x: hidden states `[..., H]`, bfloat16, float16 or float32. Leading axes are tokens: any number of them, or none.
+      weight: `[E, H]` as checkpoints store it, in x's dtype or float32. Any E and H from 1.
+      bias: `[E]` in x's dtype or float32, or None.
+      out_dtype: float32 or x's dtype.
+      implementation: None picks one and always works. A name ("xla", "pallas", "cuda") is used or raises, and never
+        falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
+
+    Returns:
+      Logits `[..., E]` in `out_dtype`. float32 inputs are computed to float32 accuracy. With mixed dtypes the 16-bit
+      operand is widened first, which is exact. An inf or NaN stays in its row.
+
+    Differentiable in reverse mode in x, weight and bias; the cotangents are computed in float32 and have the dtypes of
+    their primals.
+
+    Raises:
+      TypeError: x, weight or bias is no array, or `implementation` no name.
+      ValueError: shapes or dtypes that do not fit each other or are not taken; an unknown implementation.
+      NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
+
+    Source: `ReplicatedLinear` and `GateLinear` of vLLM, `GptOssTopKRouter` of Hugging Face transformers.
+    """
+    x, weight, bias, out_dtype = checks.router_gemm_inputs(x, weight, bias, out_dtype)
+    checks.implementation_names(implementation)
+    *leading, hidden = x.shape
+    tokens, experts = math.prod(leading), weight.shape[0]
+    if tokens == 0:
+        return jnp.zeros((*leading, experts), out_dtype)
+    problem = dispatch.Problem(
+        tokens=tokens,
+        hidden=hidden,
+        experts=experts,
+        dtype=x.dtype.name,
+        weight_dtype=weight.dtype.name,
+        bias_dtype=None if bias is None else bias.dtype.name,
+        out_dtype=out_dtype,
+    )
+    device = _device(x, weight)
+    choice = dispatch.resolve(problem, device, implementation)
+    # Under jit for another platform than the default device's, what was picked here may not run: leave XLA the choice.
+    portable = implementation is None and choice.implementation != "xla" and device.platform == "gpu"
+    operation = _operation(choice.implementation, choice.config, out_dtype, portable)
+    return operation(x.reshape(tokens, hidden), weight, bias).reshape(*leading, experts)
+
+
+def _device(*arrays: jax.Array) -> dispatch.Device:
+    """Where concrete arrays are; while tracing, where JAX puts arrays by default."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return dispatch.Device.default()
+    return dispatch.Device.of(min(arrays[0].devices(), key=lambda device: device.id))
+
+
+@functools.cache
+def _operation(implementation: str, config: int | None, out_dtype: str, portable: bool) -> Operation:
+    """The differentiable, batchable operation of one choice: x [T, H], weight [E, H], bias [E] or None -> [T, E]."""
+    module = implementations.load(implementation)
+    kernel = functools.partial(module.router_gemm, out_dtype=out_dtype, config=config)
+    specification = functools.partial(implementations.load("xla").router_gemm, out_dtype=out_dtype)
+
+    def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> jax.Array:
+        if implementation == "xla":
+            return for_specification(*operands)
+        if not portable:
+            return for_kernel(*operands)
+        return jax.lax.platform_dependent(*operands, cuda=for_kernel, default=for_specification)
+
+    @jax.custom_batching.custom_vmap
+    def forward(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        if x.shape[0] == 0:  # a vmap over an axis of size 0
+            return jnp.zeros((0, weight.shape[0]), out_dtype)
+        return on_platform(kernel, specification, x, weight, bias)
+
+    @forward.def_vmap
+    def forward_of_batch(axis_size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[jax.Array, bool]:
+        x, weight, bias = operands
+        if in_batched[0] and not in_batched[1] and not in_batched[2]:
+            tokens, hidden = x.shape[1:]
+            logits = forward(x.reshape(axis_size * tokens, hidden), weight, bias)
+            return logits.reshape(axis_size, tokens, weight.shape[0]), True
+
+        def one_by_one(*operands: Any) -> jax.Array:
+            batched = [operand for operand, is_batched in zip(operands, in_batched, strict=True) if is_batched]
+
+            def one(of_batch: list[jax.Array]) -> jax.Array:
+                remaining = iter(of_batch)
+                pairs = zip(operands, in_batched, strict=True)
+                return forward(*(next(remaining) if is_batched else operand for operand, is_batched in pairs))
+
+            return jax.lax.map(one, batched)
+
+        in_axes = [0 if is_batched else None for is_batched in in_batched]
+        return on_platform(one_by_one, jax.vmap(specification, in_axes), *operands), True
+
+    @jax.custom_vjp
+    def router_gemm(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return forward(x, weight, bias)
+
+    def router_gemm_fwd(*operands: Any) -> tuple[jax.Array, Any]:
+        return router_gemm(*operands), operands
+
+    def in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        widened = x.astype(jnp.float32), weight.astype(jnp.float32)
+        return implementations.load("xla").router_gemm(*widened, bias, out_dtype=jnp.float32)
+
+    def router_gemm_bwd(operands: Any, cotangent: jax.Array) -> Any:
+        # Every implementation has the specification's gradient. JAX derives it, with the types that shardings ask for.
+        _, pullback = jax.vjp(in_float32, *operands)
+        return pullback(cotangent.astype(jnp.float32))
+
+    router_gemm.defvjp(router_gemm_fwd, router_gemm_bwd)
+    return jax.jit(router_gemm)

@@ -1,0 +1,228 @@
+"""`jax-router report`: plots, tables and the generated parts of README.md, all from one rows file of the sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jax_router.report_plots import write_plots
+from jax_router.sweep import BAD_INPUT, gpu_name
+from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median
+from jax_router.sweep_points import HEADLINE_MODELS, IMPLEMENTATIONS, PEERS, Shape
+from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, read_rows
+from jax_router.sweep_summary import floors, show
+
+TABLE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+_BLOCK = re.compile(
+    r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end generated: (?P=name) -->)", re.DOTALL
+)
+_MARKER = re.compile(r"<!-- (?:end )?generated: ([\w-]+) -->")
+
+
+def report(
+    rows: Annotated[Path | None, typer.Argument(help="rows file; default: the only sweep-*.jsonl in --results")] = None,
+    results: Annotated[Path, typer.Option(help="folder of the rows, plots and tables")] = Path("docs/results"),
+    readme: Annotated[Path, typer.Option(help="file with generated parts")] = Path("README.md"),
+) -> None:
+    """Regenerate plots, tables and the generated parts of README.md from the rows of a sweep."""
+    console = Console()
+    try:
+        written = write_report(rows or only_rows_file(results), results, readme)
+    except (RowsError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(BAD_INPUT) from None
+    except ImportError as error:
+        Console(stderr=True).print(
+            f'report needs {error.name}. Run pip install "jax-router[sweep]".', style="red", markup=False
+        )
+        raise typer.Exit(BAD_INPUT) from None
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    if not readme.exists():
+        console.print(f"{readme} does not exist: no generated part was rewritten", style="yellow", soft_wrap=True)
+
+
+def only_rows_file(results: Path) -> Path:
+    """The one sweep-*.jsonl of a folder. Raises ValueError if there is none or more than one."""
+    found = sorted(results.glob("sweep-*.jsonl"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ValueError(
+            f"rows file is not given and {results} holds {names}. Expected one sweep-*.jsonl; name the file."
+        )
+    return found[0]
+
+
+def write_report(rows_file: Path, results: Path, readme: Path) -> list[Path]:
+    """Write the rows that belong together, the plots, the markdown tables, and the generated parts of `readme`.
+
+    Running it again on its own output changes nothing.
+
+    Returns:
+      The files written.
+
+    Raises:
+      RowsError: the rows file cannot be used.
+      ValueError: it holds no times, or `readme` has markers that do not match.
+    """
+    rows, _ = comparable(read_rows(rows_file))
+    if not by_problem(rows):
+        raise ValueError(f"rows file {rows_file} holds no times. Expected the rows of a sweep; run `jax-router sweep`.")
+    name = gpu_name(rows[-1]["provenance"])
+    results.mkdir(parents=True, exist_ok=True)
+    record = results / f"sweep-{name}.jsonl"
+    record.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")
+    plots = write_plots(rows, results, name)
+    parts = generated_parts(rows, plots, readme.parent)
+    tables = results / f"sweep-{name}.md"
+    text = "\n".join(
+        f"<!-- generated: {part} -->\n{text}<!-- end generated: {part} -->\n" for part, text in parts.items()
+    )
+    tables.write_text(f"# Shape sweep\n\n{_relative_images(text, readme.parent, results)}", encoding="utf-8")
+    written = [record, *(path for paths in plots.values() for path in paths), tables]
+    if readme.exists():
+        readme.write_text(rewrite(readme.read_text(encoding="utf-8"), parts, readme), encoding="utf-8")
+        written.append(readme)
+    return written
+
+
+def rewrite(text: str, parts: dict[str, str], path: Path) -> str:
+    """`text` with the parts between `<!-- generated: NAME -->` and `<!-- end generated: NAME -->` replaced.
+
+    Raises:
+      ValueError: a marker with an unknown name, or without its other half.
+    """
+    markers = _MARKER.findall(text)
+    for name in markers:
+        if name not in parts:
+            raise ValueError(
+                f"{path} has a marker for {name!r}. Expected one of {', '.join(parts)}; correct the marker."
+            )
+    if len(markers) != 2 * len(_BLOCK.findall(text)):
+        raise ValueError(
+            f"{path} has a marker without its other half. Expected `<!-- generated: NAME -->` and later `<!-- end "
+            "generated: NAME -->`, each on a line of its own; add the missing one."
+        )
+    return _BLOCK.sub(lambda block: f"{block[1]}{parts[block['name']]}{block[4]}", text)
+
+
+def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Path) -> dict[str, str]:
+    """Markdown by the name of its marker: provenance, table, plot, models-plot, winners, bars, accuracy.
+
+    Args:
+      base: the folder that links to plots start from.
+    """
+
+    def image(plot: str, text: str) -> str:
+        if plot not in plots:
+            return "Not measured.\n"
+        return f"![{text}]({Path(os.path.relpath(plots[plot][0], base)).as_posix()})\n"
+
+    device = rows[-1]["provenance"]["gpu"] or "CPU"
+    made: dict[str, Callable[[], str]] = {
+        "provenance": lambda: _provenance(rows),
+        "table": lambda: _headline_table(rows),
+        "plot": lambda: image("time-headline", f"Time of the router GEMM against tokens on {device}, with the bounds"),
+        "models-plot": lambda: image(
+            "time-models", f"Time of the router GEMM against tokens for other models on {device}"
+        ),
+        "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
+        "bars": lambda: _bars(rows),
+        "accuracy": lambda: _accuracy(rows),
+    }
+    return {part: make() for part, make in made.items()}
+
+
+def _relative_images(text: str, start: Path, end: Path) -> str:
+    """Links that start from one folder as links that start from another."""
+
+    def moved(match: re.Match[str]) -> str:
+        return f"]({Path(os.path.relpath(start / match[1], end)).as_posix()})"
+
+    return re.sub(r"\]\(([^)]+)\)", moved, text)
+
+
+def _markdown(header: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    rules = ["---" if column < left else "---:" for column in range(len(header))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rules, *body))
+
+
+def _provenance(rows: Sequence[Row]) -> str:
+    facts = rows[-1]["provenance"]
+    dates = sorted(row["provenance"]["date"] for row in rows)
+    versions = ", ".join(
+        f"{name} {facts[name]}" for name in ("jax", "torch", "numpy", "python", "nvcc") if facts.get(name)
+    )
+    days = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
+    driver = f", driver {facts['driver']}" if facts.get("driver") else ""
+    return f"{facts['gpu'] or 'CPU'}{driver}; {versions}; {days}; sources `{facts['source_hash'][:12]}`.\n"
+
+
+def _headline_table(rows: Sequence[Row]) -> str:
+    """The headline shapes: launches in graph replay beside kernel time through JAX. Cells are warm / cold."""
+    problems = by_problem(rows)
+    replay = {"cuda": ("cuda",), "cuBLAS": PEERS}
+    header = [
+        "model", "T", *(f"{name}, replay" for name in replay), "read of the weights, replay",
+        *(f"{name}, CUPTI" for name in IMPLEMENTATIONS),
+    ]  # fmt: skip
+    body = []
+    for model, key in headline_shapes(rows).items():
+        label = f"{model} ({Shape(key[0], key[1], key[2], (model,)).label})"
+        for problem, candidates in sorted(problems.items(), key=lambda item: item[0][5] or 0):
+            if problem[:3] != key or problem[5] not in TABLE_TOKENS:
+                continue
+            cells = [label, str(problem[5])]
+            for names in replay.values():
+                cells.append(_fastest(candidates, names, ("graph_replay", "torch_replay")))
+            cells.append(show(floors(problems, problem)))
+            cells += [_fastest(candidates, (name,), ("cupti", "wall")) for name in IMPLEMENTATIONS]
+            body.append(cells)
+            label = ""
+    if not body:
+        return f"No rows of {' or '.join(HEADLINE_MODELS)}.\n"
+    note = (
+        "Microseconds, medians, warm / cold weights. cuBLAS: the faster of PyTorch's bf16 `linear` and its fp32 `mm`."
+    )
+    return f"{_markdown(header, body)}\n{note}\n"
+
+
+def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[str], methods: Sequence[str]) -> str:
+    def best(weights: str) -> float | None:
+        times = [median(candidates.get(name), method, weights) for name in names for method in methods]
+        return min((time for time in times if time is not None), default=None)
+
+    return show((best("warm"), best("cold")))
+
+
+def _bars(rows: Sequence[Row]) -> str:
+    bars = evaluate(rows)
+    return _markdown(["bar", "verdict", "figures"], [[bar.claim, bar.verdict, bar.figures] for bar in bars], left=3)
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if row["method"] == "rms" and row["status"] == "ok"]
+    if not measured:
+        return "Not measured.\n"
+    names = list(dict.fromkeys(name for row in measured for name in row["rms_error"]))
+    titles = {SGEMM: "float32 SGEMM", "torch_linear": "cuBLAS, bf16 out", "torch_mm_float32": "cuBLAS, fp32 out"}
+    body = [
+        [
+            f"{row['hidden']}x{row['experts']}", row["weights"],
+            *(f"{row['rms_error'][name]:.1e}" if name in row["rms_error"] else "-" for name in names),
+        ]
+        for row in measured
+    ]  # fmt: skip
+    return _markdown(["shape", "data", *(titles.get(name, name) for name in names)], body, left=2)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `jax-router`."""
+    app.command("report")(report)

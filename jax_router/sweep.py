@@ -1,0 +1,217 @@
+"""`jax-router sweep`: check and time every implementation on the shapes of published models."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jax_router import sweep_points
+from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, identity, read_rows
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
+
+
+def sweep(
+    suite: Annotated[str, typer.Option(help="quick, headline or full")] = "quick",
+    model: Annotated[list[str] | None, typer.Option(help="only shapes of this model; may be repeated")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="only this number of tokens; may be repeated")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="only this candidate; may be repeated")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the rows file")] = Path("sweep-results"),
+    resume: Annotated[Path | None, typer.Option(help="rows file to go on with; measured points are skipped")] = None,
+    write_table: Annotated[
+        bool, typer.Option("--write-table", help="write the dispatcher's table of this GPU")
+    ] = False,
+    compile_threads: Annotated[
+        int | None, typer.Option(help="executables compiled at a time (default: by cores)")
+    ] = None,
+) -> None:
+    """Check and time router GEMMs: models x tokens x implementations, and PyTorch and two bounds where there is a GPU.
+
+    Rows are appended to a JSON-lines file as they come. Exit status: 0; 1 if a point failed; 2 for bad input; 130 when
+    interrupted, with everything measured so far kept.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 120))  # a log is not cut at the width of some terminal
+    filters: dict[str, list[Any]] = {
+        "model": model or [],
+        "tokens": tokens or [],
+        "implementation": implementation or [],
+    }
+    try:
+        status = run(suite, filters, output, resume, write_table, compile_threads, console)
+    except (RowsError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        status = BAD_INPUT
+    raise typer.Exit(status)
+
+
+def run(
+    suite: str,
+    filters: dict[str, list[Any]],
+    output: Path,
+    resume: Path | None,
+    write_table: bool,
+    compile_threads: int | None,
+    console: Console,
+) -> int:
+    """What the command does; returns its exit status.
+
+    Raises:
+      ValueError: a filter or a suite that does not exist, or no point left.
+      RowsError: `resume` cannot be used.
+    """
+    import jax
+
+    from jax_router import provenance as provenance_module
+
+    device = jax.local_devices()[0]
+    gpu = device.platform == "gpu"
+    if not gpu:
+        os.environ.setdefault("JAX_ROUTER_PALLAS_INTERPRET", "1")  # only the tiny shapes ask for pallas
+    torch = torch_with_gpu() if gpu else None
+    points = sweep_points.points(
+        suite,
+        gpu=gpu,
+        torch_gpu=torch is not None,
+        only_models=filters["model"],
+        only_tokens=filters["tokens"],
+        only_candidates=filters["implementation"],
+    )
+    if not points:
+        raise ValueError(
+            "no point is left. Expected filters that leave some; drop one of --model, --tokens, --implementation."
+        )
+    facts = provenance_module.provenance()
+    earlier = read_rows(resume) if resume is not None else []
+    done = finished(earlier, facts)
+    now = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    path = resume or output / f"sweep-{gpu_name(facts)}-{suite}-{now}.jsonl"
+
+    console.print(
+        f"{suite} suite on {facts['gpu'] or 'the CPU'}, sources {facts['source_hash'][:12]}, rows in {path}",
+        soft_wrap=True,
+    )
+    if not gpu:
+        console.print(
+            "No GPU: running xla, and interpreted pallas on tiny shapes. These times say nothing about a GPU."
+        )
+    elif torch is None:
+        console.print("PyTorch does not have the GPU here: cuBLAS is not measured.")
+    if resume is not None:
+        others = sum(identity(row["provenance"]) != identity(facts) for row in earlier)
+        note = f"; {others} are of other sources or another GPU and are measured again" if others else ""
+        console.print(f"resuming: {len(done)} measurements are there{note}")
+
+    command = ["sweep", "--suite", suite, "--resume", str(path), *(["--write-table"] if write_table else [])]
+    for name, values in filters.items():
+        command += [part for value in values for part in (f"--{name}", str(value))]
+    threads = compile_threads or (max(1, (os.cpu_count() or 1) // 2) if gpu else 1)
+    writer = RowsWriter(path)
+    try:
+        runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
+    except KeyboardInterrupt:
+        console.print(f"\ninterrupted: every row so far is in {path}. Go on with\n", soft_wrap=True)
+        console.print(f"  jax-router {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
+        return INTERRUPTED
+    finally:
+        writer.close()
+
+    rows, _ = comparable(read_rows(path))
+    table = None
+    if write_table:
+        from jax_router.sweep_table import write_table as write
+
+        table = write(rows)
+    _print_summary(console, rows, gpu)
+    for place, reason in runner.skipped.items():
+        console.print(f"[yellow]skipped[/] {place}: {reason}", highlight=False, soft_wrap=True)
+    for failure in runner.failed:
+        console.print("[red]failed[/]", end=" ")
+        console.print(failure, highlight=False, markup=False, soft_wrap=True)
+    if table is not None:
+        console.print(f"wrote {table}", soft_wrap=True)
+    console.print(f"{runner.written} rows written, {len(runner.failed)} failed, in {path}", soft_wrap=True)
+    return FAILED if runner.failed else 0
+
+
+def _run_with_progress(
+    console: Console,
+    writer: RowsWriter,
+    points: Sequence[Any],
+    facts: Row,
+    device: Any,
+    torch: Any,
+    done: Any,
+    threads: int,
+) -> Any:
+    from jax_router.sweep_run import Runner
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("preparing")
+        runner = Runner(
+            writer,
+            provenance=facts,
+            device=device,
+            torch=torch,
+            done=done,
+            compile_threads=threads,
+            advance=lambda cost, label: progress.update(task, advance=cost, description=label),
+        )
+        progress.update(task, total=runner.cost(points))
+        runner.run(points)
+    return runner
+
+
+def _print_summary(console: Console, rows: Sequence[Row], gpu: bool) -> None:
+    from jax_router import sweep_summary
+    from jax_router.sweep_bars import evaluate
+
+    sweep_summary.print_lines(console, sweep_summary.lines(rows))
+    if gpu:
+        sweep_summary.print_accuracy(console, rows)
+        sweep_summary.print_bars(console, evaluate(rows))
+
+
+def torch_with_gpu() -> Any | None:
+    """The torch module if it is installed and has the GPU."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
+
+
+def gpu_name(facts: Row) -> str:
+    """For names of files: h200 of NVIDIA H200, cpu without a GPU."""
+    return (facts["gpu"] or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `jax-router`."""
+    app.command("sweep")(sweep)
+
+
+def main() -> None:
+    """The command alone, for scripts/shape_sweep.py."""
+    app = typer.Typer(add_completion=False)
+    register(app)
+    app(args=sys.argv[1:])

@@ -1,0 +1,193 @@
+"""The bars that the project sets itself, evaluated from rows: met, not met, or not measured, with the worst case."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax_router import dispatch
+from jax_router.sweep_points import BOTH, HEADLINE_MODELS, PEERS
+from jax_router.sweep_rows import Row, by_problem, comparable
+from jax_router.sweep_table import figures, table_path
+
+SMALL_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+PALLAS_TOKENS = (16, 32, 64, 128, 256)
+SGEMM = "float32_sgemm"
+
+Problems = dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]
+Chooser = Callable[[tuple[Any, ...]], str]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One claim and its figures. `met` is None when the rows do not cover it."""
+
+    claim: str
+    met: bool | None
+    figures: str
+
+    @property
+    def verdict(self) -> str:
+        return {True: "met", False: "not met", None: "not measured"}[self.met]
+
+
+def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
+    """Every bar of the headline suite. `chosen` maps a problem's key to an implementation; None asks the dispatcher."""
+    rows, _ = comparable(rows)
+    problems = by_problem(rows)
+    headline = headline_shapes(rows)
+    bars = [_checks(rows)]
+    for model in HEADLINE_MODELS:
+        bars.append(_against_cublas(problems, model, headline.get(model)))
+    bars.append(_never_slower_than_xla(problems))
+    for model in HEADLINE_MODELS:
+        bars.append(_rms(rows, model, headline.get(model)))
+    for model in HEADLINE_MODELS:
+        bars.append(_pallas(problems, model, headline.get(model)))
+    bars.append(_dispatch(problems, chosen or _dispatcher(rows), "" if chosen else _which_table(rows)))
+    return bars
+
+
+def headline_shapes(rows: Iterable[Row]) -> dict[str, tuple[Any, ...]]:
+    """(hidden, experts, bias) of each headline model in the rows."""
+    found = {}
+    for row in rows:
+        for model in HEADLINE_MODELS:
+            if model in row["models"]:
+                found[model] = (row["hidden"], row["experts"], row["bias"])
+    return found
+
+
+def median(measurements: dict[tuple[str, str], Row] | None, method: str, weights: str) -> float | None:
+    row = (measurements or {}).get((method, weights))
+    return None if row is None else statistics.median(row["samples_us"])
+
+
+def _worst(claim: str, ratios: dict[str, float], limit: float, expected: int | None, unit: str) -> Bar:
+    """A bar on the largest of `ratios`, {where: ratio}. Fewer than `expected` of them can refute it, not prove it."""
+    if not ratios:
+        return Bar(claim, None, "no rows")
+    where = max(ratios, key=lambda name: ratios[name])
+    over = sum(ratio > limit for ratio in ratios.values())
+    text = f"worst {ratios[where]:.3f} {unit} at {where}; {over} of {len(ratios)} over {limit:g}"
+    missing = 0 if expected is None else expected - len(ratios)
+    if missing > 0:
+        text += f"; {missing} of {expected} not measured"
+    return Bar(claim, False if over else None if missing > 0 else True, text)
+
+
+def _checks(rows: Sequence[Row]) -> Bar:
+    claim = "every point passes its check against float64 before it is timed"
+    checks = [row for row in rows if row["method"] == "check" and row["status"] != "skipped"]
+    failed = [row for row in checks if row["status"] == "failed"]
+    if not checks:
+        return Bar(claim, None, "no rows")
+    names = ", ".join(f"{row['candidate']} {_place(row)}" for row in failed[:3])
+    return Bar(claim, not failed, f"{len(failed)} of {len(checks)} failed{': ' + names if names else ''}")
+
+
+def _place(row: Row) -> str:
+    return f"{row['hidden']}x{row['experts']} T={row['tokens']}"
+
+
+def _against_cublas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Bar:
+    ratios = {}
+    for problem, candidates in problems.items():
+        tokens = problem[5]
+        if problem[:3] != shape or tokens not in SMALL_TOKENS:
+            continue
+        for weights in BOTH:
+            ours = median(candidates.get("cuda"), "graph_replay", weights)
+            peers = [median(candidates.get(peer), "torch_replay", weights) for peer in PEERS]
+            theirs = [peer for peer in peers if peer is not None]
+            # The bar is against the faster of both, so one of them alone says nothing.
+            if ours is not None and len(theirs) == len(PEERS):
+                ratios[f"T={tokens} {weights}"] = ours / min(theirs)
+    claim = f"cuda at most 0.5x cuBLAS, {model}, T = 1..64, warm and cold (graph replay)"
+    return _worst(claim, ratios, 0.5, len(SMALL_TOKENS) * 2, "x")
+
+
+def _versus_xla(problems: Problems, name: str, wanted: Callable[[tuple[Any, ...]], bool]) -> dict[str, float]:
+    ratios = {}
+    for problem, candidates in problems.items():
+        for weights in BOTH:
+            ours, xla = (median(candidates.get(each), "cupti", weights) for each in (name, "xla"))
+            if wanted(problem) and ours is not None and xla is not None:
+                ratios[f"{problem[0]}x{problem[1]} T={problem[5]} {weights}"] = ours / xla
+    return ratios
+
+
+def _never_slower_than_xla(problems: Problems) -> Bar:
+    def wanted(problem: tuple[Any, ...]) -> bool:
+        return problem[5] is not None and problem[5] <= 1024
+
+    with_xla = [
+        (problem, weights)
+        for problem, candidates in problems.items()
+        if wanted(problem)
+        for weights in BOTH
+        if median(candidates.get("xla"), "cupti", weights) is not None
+    ]
+    claim = "cuda never slower than xla on any shape, T <= 1024 (CUPTI)"
+    return _worst(claim, _versus_xla(problems, "cuda", wanted), 1.0, len(with_xla), "x")
+
+
+def _pallas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Bar:
+    ratios = _versus_xla(problems, "pallas", lambda problem: problem[:3] == shape and problem[5] in PALLAS_TOKENS)
+    return _worst(f"pallas faster than xla, {model}, T = 16..256 (CUPTI)", ratios, 1.0, len(PALLAS_TOKENS) * 2, "x")
+
+
+def _rms(rows: Sequence[Row], model: str, shape: tuple[Any, ...] | None) -> Bar:
+    errors: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["method"] == "rms" and row["status"] == "ok" and (row["hidden"], row["experts"], row["bias"]) == shape:
+            errors[row["weights"]] = row["rms_error"]
+    ratios = {
+        f"{data} (cuda {found['cuda']:.2e}, float32 SGEMM {found[SGEMM]:.2e})": found["cuda"] / found[SGEMM]
+        for data, found in errors.items()
+        if "cuda" in found and SGEMM in found
+    }
+    return _worst(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", ratios, 1.0, 2, "x")
+
+
+def _dispatch(problems: Problems, chosen: Chooser, note: str) -> Bar:
+    ratios = {}
+    for problem, candidates in problems.items():
+        found = figures(candidates)
+        if found:
+            name = chosen(problem)
+            # A choice that was not measured here is as bad as it gets: nothing vouches for it.
+            ratio = found[name] / min(found.values()) if name in found else float("inf")
+            ratios[f"{problem[0]}x{problem[1]} T={problem[5]} ({name})"] = ratio
+    bar = _worst("the dispatcher's choice within 3% of the best implementation (CUPTI)", ratios, 1.03, None, "x")
+    return replace(bar, figures=bar.figures + note)
+
+
+def _which_table(rows: Sequence[Row]) -> str:
+    """What the dispatcher knew: a table of these very rows agrees with them by construction."""
+    if not rows or not rows[-1]["provenance"].get("gpu"):
+        return ""
+    provenance = rows[-1]["provenance"]
+    path = table_path(provenance["gpu"])
+    if not path.exists():
+        return "; no table, by the heuristic"
+    measured = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("date")
+    return "; table written from this run" if measured == provenance["date"] else f"; table of {measured}"
+
+
+def _dispatcher(rows: Sequence[Row]) -> Chooser:
+    """The choice on the rows' GPU with the tables of this tree, and without this process's environment."""
+    provenance = rows[-1]["provenance"] if rows else {}
+    kind = provenance.get("gpu") or ""
+    device = dispatch.Device("gpu", kind, provenance.get("compute_capability"))
+    table = dispatch.load_table(kind)
+
+    def chosen(key: tuple[Any, ...]) -> str:
+        hidden, experts, bias, dtype, out_dtype, tokens = key
+        problem = dispatch.Problem(tokens, hidden, experts, dtype, None, dtype if bias else None, out_dtype)
+        return dispatch.choose(problem, device, environment={}, table=table).implementation
+
+    return chosen

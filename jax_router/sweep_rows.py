@@ -1,0 +1,117 @@
+"""The rows file of the sweep: JSON lines, appended as they come, read by `--resume`, the table writer and the report.
+
+A row is one measurement or one check (`status` "ok"), one of these that failed ("failed", with the reason; what fails
+its check is not timed), or one candidate that this machine does not run ("skipped", with the reason). Every row carries
+its provenance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+Row = dict[str, Any]
+_KEY = ("hidden", "experts", "bias", "dtype", "out_dtype", "tokens", "candidate", "method", "weights")
+_REQUIRED = (*_KEY, "status", "models", "provenance")
+
+
+class RowsError(ValueError):
+    """A rows file that cannot be used; the message says which line and what to do."""
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """Identity of a measurement, as `Point.key`."""
+    return tuple(row[name] for name in _KEY)
+
+
+def identity(provenance: Row) -> tuple[Any, Any]:
+    """Rows are comparable when they have the same sources and the same GPU."""
+    return provenance.get("source_hash"), provenance.get("gpu")
+
+
+class RowsWriter:
+    """Appends rows to a file. A row is on the disk when `write` returns, so that a killed sweep loses nothing."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_partial_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row, separators=(",", ":"), allow_nan=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cut off a last line that a killed sweep did not finish: the next row would be appended to it."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file. A last line without its newline is what a killed sweep leaves, and is ignored.
+
+    Raises:
+      RowsError: no such file, or a line that is not a row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"rows file {path} cannot be read ({error}). Expected the .jsonl file of a sweep; check the path."
+        raise RowsError(message) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RowsError(_broken(path, number, f"is not JSON ({error.msg})")) from None
+        missing = [name for name in _REQUIRED if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise RowsError(_broken(path, number, f"has no {missing[0]!r}"))
+        rows.append(row)
+    return rows
+
+
+def _broken(path: Path, number: int, what: str) -> str:
+    return (
+        f"rows file {path}, line {number}, {what}. Expected one JSON object per line as the sweep writes it; delete "
+        "that line, or start a new file by leaving out --resume."
+    )
+
+
+def finished(rows: Iterable[Row], provenance: Row) -> set[tuple[Any, ...]]:
+    """Keys that `--resume` skips: measured with these sources on this GPU. Failed and skipped points run again."""
+    return {key(row) for row in rows if row["status"] == "ok" and identity(row["provenance"]) == identity(provenance)}
+
+
+def comparable(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """The rows with the sources and the GPU of the last one, the last of each key, and how many others there were."""
+    if not rows:
+        return [], 0
+    wanted = identity(rows[-1]["provenance"])
+    latest = {key(row): row for row in rows if identity(row["provenance"]) == wanted}
+    return list(latest.values()), sum(identity(row["provenance"]) != wanted for row in rows)
+
+
+def by_problem(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]:
+    """Timed rows as {(hidden, experts, bias, dtype, out_dtype, tokens): {candidate: {(method, weights): row}}}."""
+    found: dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]] = {}
+    for row in rows:
+        if row["status"] == "ok" and "samples_us" in row:
+            problem = tuple(row[name] for name in _KEY[:6])
+            found.setdefault(problem, {}).setdefault(row["candidate"], {})[row["method"], row["weights"]] = row
+    return found

@@ -1,0 +1,264 @@
+"""Runs the points of a sweep: compile, check against float64, time what passed, one row per measurement."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_router import dispatch, implementations, parity, timing
+from jax_router.sweep_data import BFLOAT16, SAME_BITS, ShapeData, implementation_calls, rms_errors
+from jax_router.sweep_points import (
+    ACCURACY,
+    BOUNDS,
+    DTYPE,
+    IMPLEMENTATIONS,
+    NO_ROUTING,
+    OUT_DTYPE,
+    PEERS,
+    Point,
+    Shape,
+)
+from jax_router.sweep_rows import Row, RowsWriter
+
+COMPILE_COST = 2  # of one executable, in units of one measurement, for the time left
+CHECK = ("check", "")  # method and weights of the row that holds a point's check
+
+Key = tuple[Any, ...]
+
+
+class Runner:
+    """Runs points and appends their rows. One broken point becomes a failed row and does not end the sweep."""
+
+    def __init__(
+        self,
+        writer: RowsWriter,
+        *,
+        provenance: Row,
+        device: jax.Device,
+        torch: Any | None = None,
+        done: frozenset[Key] | set[Key] = frozenset(),
+        compile_threads: int = 1,
+        advance: Callable[[float, str], None] = lambda *_: None,
+    ):
+        """
+        Args:
+          torch: the module if PyTorch has the GPU.
+          done: keys of rows that need no second measurement.
+          compile_threads: executables compiled at a time, before any of their shape is timed.
+          advance: told the cost of each step when it is done, and the label of the next.
+        """
+        self.writer, self.provenance, self.device, self.torch = writer, provenance, device, torch
+        self.done, self.compile_threads, self.advance = set(done), compile_threads, advance
+        self.calls = implementation_calls()
+        self.failed: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.written = 0
+
+    def cost(self, points: Iterable[Point]) -> float:
+        """Of all that `run` will do, in the units of `advance`."""
+        return sum(len(self._missing(point)) + COMPILE_COST * len(self._executables(point)) for point in points)
+
+    def run(self, points: Iterable[Point]) -> None:
+        for shape, of_shape in itertools.groupby(points, lambda point: point.shape):
+            todo = [point for point in of_shape if self._missing(point)]
+            if todo:
+                self._run_shape(shape, todo)
+
+    def _run_shape(self, shape: Shape, points: list[Point]) -> None:
+        self.advance(0, f"{shape.label}: data")
+        data = ShapeData(shape, sorted({point.tokens or 1 for point in points}), self.device)
+        executables = self._compile(data, points)
+        for point in points:
+            missing = self._missing(point)
+            self.advance(0, point.label)
+            try:
+                refused = self._refused(point)
+                if refused is not None:
+                    self.skipped[f"{shape.label} {point.candidate}"] = refused
+                    self._write(point, CHECK, status="skipped", reason=refused)
+                else:
+                    self._run_point(point, missing, data, executables)
+            except Exception as error:  # whatever one point does, the others are still worth measuring
+                self._fail(point, CHECK, _reason(error))
+            self.advance(len(missing), point.label)
+
+    def _compile(self, data: ShapeData, points: list[Point]) -> dict[tuple[Point, str], Future[Any]]:
+        """Compile everything of a shape before timing any of it: compiling loads the cores and XLA tunes on the GPU."""
+        pool = ThreadPoolExecutor(self.compile_threads)
+        try:
+            futures = {
+                (point, kind): pool.submit(self._compile_one, data, point, kind)
+                for point in points
+                for kind in self._executables(point)
+            }
+            labels = {future: f"{point.label}: compiled" for (point, _), future in futures.items()}
+            for future in as_completed(labels):
+                self.advance(COMPILE_COST, labels[future])
+            return futures
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _executables(self, point: Point) -> list[str]:
+        """Which executables a point needs: "calls" to check and to time single calls, "chain" for the chain slope."""
+        methods = {method for method, _ in self._missing(point)}
+        kinds = ["chain"] if "chain_slope" in methods else []
+        if point.candidate in IMPLEMENTATIONS and methods and self._refused(point) is None:
+            return ["calls", *kinds]
+        return kinds if point.candidate == NO_ROUTING else []
+
+    def _compile_one(self, data: ShapeData, point: Point, kind: str) -> Any:
+        assert point.tokens is not None
+        operands, call = data.operands(point.tokens), self.calls.get(point.candidate)
+        with jax.default_device(self.device):
+            if kind == "chain":
+                return timing.compile_chains(call, operands)
+            assert call is not None
+            return timing.compile_calls(call, operands, self._calls_per_run)
+
+    @property
+    def _calls_per_run(self) -> int:
+        return timing.CALLS if self.device.platform == "gpu" else 1
+
+    def _refused(self, point: Point) -> str | None:
+        """Why this machine does not run the candidate, or None. May build the kernels."""
+        name = point.candidate
+        if name in BOUNDS:
+            return implementations.load("cuda").unavailable()
+        if name not in IMPLEMENTATIONS:
+            return None
+        problem = dispatch.Problem(
+            tokens=point.tokens or 1,
+            hidden=point.shape.hidden,
+            experts=point.shape.experts,
+            dtype=DTYPE,
+            bias_dtype=DTYPE if point.shape.bias else None,
+            out_dtype=OUT_DTYPE,
+        )
+        device = dispatch.Device.of(self.device)
+        return dispatch.why_unsupported(problem, device, name) or implementations.load(name).unavailable()
+
+    def _run_point(
+        self, point: Point, missing: list[tuple[str, str]], data: ShapeData, executables: dict[tuple[Point, str], Any]
+    ) -> None:
+        if point.candidate == ACCURACY:
+            self._accuracy(point, missing)
+            return
+        operands = data.operands(point.tokens or 1)
+        if point.candidate in BOUNDS:
+            self._time(point, missing, data, executables, None)
+            return
+        check, logits = None, None
+        if point.candidate != NO_ROUTING:
+            logits = self._logits(point, operands, executables)
+            check = self._judge(point, data, logits)
+            if not check["passed"]:
+                self._fail(point, CHECK, check["reason"], check=check)
+                return
+            self._write(point, CHECK, check=check)
+            check = {name: value for name, value in check.items() if name != "unit"}
+        self._time(point, missing, data, executables, check, logits)
+
+    def _logits(self, point: Point, operands: timing.Operands, executables: dict[tuple[Point, str], Any]) -> Any:
+        """The logits [T, E] to check: of the first and the last call of the executable that is timed, or of PyTorch."""
+        if point.candidate in PEERS:
+            torch: Any = self.torch
+            x, weights, bias = timing.as_torch(torch, operands)
+            with torch.no_grad():
+                logits = timing.torch_operators(torch)[point.candidate](x, weights[0], bias)
+            host = logits.float().cpu().numpy()  # numpy knows no bfloat16 tensors
+            return (host.astype(BFLOAT16) if logits.dtype == torch.bfloat16 else host,)
+        compiled = executables[point, "calls"].result()
+        outputs = compiled(operands.x, operands.weights[:1] * self._calls_per_run, operands.bias)
+        return np.asarray(outputs[0]), np.asarray(outputs[-1])
+
+    def _judge(self, point: Point, data: ShapeData, logits: tuple[Any, ...]) -> Row:
+        check = data.check(point.candidate, logits[0])
+        differing = parity.differing_rows(logits[-1], logits[0])
+        if check["passed"] and point.candidate in SAME_BITS and len(differing):
+            check |= {"passed": False, "reason": f"two calls on the same data differ in {len(differing)} rows"}
+        return check
+
+    def _time(
+        self,
+        point: Point,
+        missing: list[tuple[str, str]],
+        data: ShapeData,
+        executables: dict[tuple[Point, str], Any],
+        check: Row | None,
+        logits: Any = None,
+    ) -> None:
+        operands = data.operands(point.tokens or 1)
+        kernel_times: dict[str, timing.Samples] = {}
+
+        def measure(method: str, weights: str) -> timing.Samples:
+            if method == "graph_replay":
+                operation = point.candidate if point.candidate in BOUNDS else "router_gemm"
+                out = timing.out_buffer(operands, OUT_DTYPE)
+                samples = timing.graph_replay(operands, out, weights=weights, operation=operation)
+                if logits is not None and len(parity.differing_rows(np.asarray(out), logits[0])):
+                    raise timing.TimingError("the replayed graph wrote other bits than the checked call")
+                return samples
+            if method == "torch_replay":
+                operator = timing.torch_operators(self.torch)[point.candidate]
+                return timing.torch_replay(self.torch, operator, operands, weights=weights)
+            if method == "chain_slope":
+                return timing.chain_slope(executables[point, "chain"].result(), operands, weights=weights)
+            if method == "wall":
+                return timing.wall(executables[point, "calls"].result(), operands, calls=self._calls_per_run)
+            if not kernel_times:
+                warm, cold = timing.cupti(executables[point, "calls"].result(), operands)
+                kernel_times.update(warm=warm, cold=cold)
+            return kernel_times[weights]
+
+        for method, weights in missing:
+            try:
+                samples = measure(method, weights)
+            except Exception as error:  # one method that fails says nothing against the others
+                self._fail(point, (method, weights), _reason(error))
+            else:
+                self._write(point, (method, weights), check=check, **_described(samples))
+
+    def _accuracy(self, point: Point, missing: list[tuple[str, str]]) -> None:
+        runs = [name for name in IMPLEMENTATIONS if self._refused(Point(point.shape, 1, name, ())) is None]
+        for method, data in missing:
+            errors = rms_errors(point.shape, data, self.device, {name: self.calls[name] for name in runs}, self.torch)
+            self._write(point, (method, data), rms_error=errors)
+
+    def _missing(self, point: Point) -> list[tuple[str, str]]:
+        return [each for each in point.measurements if point.key(*each) not in self.done]
+
+    def _fail(self, point: Point, measurement: tuple[str, str], reason: str, **more: Any) -> None:
+        self.failed.append(f"{point.label} {measurement[0]}: {reason}")
+        self._write(point, measurement, status="failed", reason=reason, **more)
+
+    def _write(self, point: Point, measurement: tuple[str, str], *, status: str = "ok", **more: Any) -> None:
+        method, weights = measurement
+        shape = point.shape
+        row = {
+            "models": shape.models, "hidden": shape.hidden, "experts": shape.experts, "bias": shape.bias,
+            "dtype": DTYPE, "out_dtype": OUT_DTYPE, "tokens": point.tokens, "candidate": point.candidate,
+            "method": method, "weights": weights, "status": status, **more, "provenance": self.provenance,
+        }  # fmt: skip
+        self.writer.write(row)
+        self.written += 1
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:1000]
+
+
+def _described(samples: timing.Samples) -> Row:
+    low, high = samples.spread_us
+    return {
+        "median_us": round(samples.median_us, 4),
+        "spread_us": [round(low, 4), round(high, 4)],  # 10th and 90th percentile
+        "samples_us": [round(sample, 4) for sample in samples.samples_us],
+        "calls_per_sample": samples.calls_per_sample,
+        "measured": samples.measured,
+        "kernels": [name[:100] for name in samples.kernels],
+    }

@@ -1,0 +1,106 @@
+"""Measured times per GPU, one JSON file per kind of device, written by `jax-router sweep --write-table`.
+
+A file holds, next to its provenance, `entries`: for one (hidden, experts, dtype, bias, out_dtype, tokens) every
+candidate's raw times. Only candidates that were verified in the same run count.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jax_router.implementations import NAMES
+
+if TYPE_CHECKING:
+    from jax_router.dispatch import Problem
+
+Shape = tuple[int, int, str, bool, str]  # hidden, experts, dtype, has bias, out_dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured at one number of tokens."""
+
+    tokens: int
+    microseconds: Mapping[str, float]  # by implementation, the winner first, then by time
+
+
+@dataclass(frozen=True)
+class Table:
+    """The parsed table of one kind of device."""
+
+    name: str  # of its file, for messages
+    rows: Mapping[Shape, tuple[Row, ...]]  # by shape, in ascending tokens
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], name: str = "table") -> Table:
+        """Read a table from its JSON.
+
+        Raises:
+          KeyError, TypeError, ValueError: it does not have the form of a table.
+        """
+        rows: dict[Shape, list[Row]] = {}
+        for entry in document["entries"]:
+            shape = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
+            rows.setdefault(shape, []).append(Row(_tokens(entry), _ranking(entry)))
+        by_tokens = {shape: tuple(sorted(unsorted, key=lambda row: row.tokens)) for shape, unsorted in rows.items()}
+        return cls(name, by_tokens)
+
+    def nearest(self, problem: Problem) -> Row | None:
+        """The row of this shape nearest to the problem's tokens in log2, ties to the fewer; None if there is none."""
+        if problem.weight_dtype not in (None, problem.dtype) or problem.tokens < 1:
+            return None
+        shape = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
+        rows = self.rows.get(shape, ())
+        return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
+
+
+def file_name(kind: str) -> str:
+    """The file that holds the table of a kind of device: "NVIDIA H200" is in `nvidia_h200.json`."""
+    return kind.lower().replace(" ", "_") + ".json"
+
+
+@functools.cache
+def load_table(kind: str) -> Table | None:
+    """The checked-in table of a kind of device; None if there is none, or it is broken, which is warned of once."""
+    name = file_name(kind)
+    path = importlib.resources.files(__name__) / name
+    if not kind or not path.is_file():
+        return None
+    try:
+        return Table.parse(json.loads(path.read_text(encoding="utf-8")), name)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        warnings.warn(
+            f"The dispatch table {path} is broken ({type(error).__name__}: {error}). Expected what jax-router sweep "
+            "--write-table writes; run that again, or reinstall jax-router. Until then a heuristic chooses.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _tokens(entry: Mapping[str, Any]) -> int:
+    tokens = entry["tokens"]
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens is {tokens!r}, not a positive integer")
+    return tokens
+
+
+def _ranking(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Geometric mean of the median warm and cold microseconds of each verified candidate, the winner first."""
+    microseconds = {}
+    for name, candidate in entry["candidates"].items():
+        warm, cold = candidate.get("cupti_warm_us"), candidate.get("cupti_cold_us")
+        if name in NAMES and candidate["verified"] is True and warm and cold:
+            microseconds[name] = math.sqrt(statistics.median(warm) * statistics.median(cold))
+    winner = entry["winner"]
+    if winner not in microseconds:
+        raise ValueError(f"winner {winner!r} is not among the verified candidates {sorted(microseconds)}")
+    return dict(sorted(microseconds.items(), key=lambda item: (item[0] != winner, item[1])))

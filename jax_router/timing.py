@@ -1,0 +1,391 @@
+"""Timing of microsecond kernels. Every function returns raw samples in microseconds per call and says what it measured.
+
+    graph_replay   the C launcher in a CUDA graph, replayed: what one launch adds to a busy stream. Also the two bounds,
+                   an empty launch and a read of the weight bytes
+    torch_replay   the same for a PyTorch operator, so that the two can be compared
+    cupti          GPU time of the kernels of one call through JAX, all of them summed: what the call costs the GPU
+    chain_slope    wall time that one more data-chained call adds to a jitted function: what a decode step pays
+    wall           wall time of one call, for machines without a GPU
+
+Weights are `warm` (the same array in every call, resident in L2) or `cold` (rotated through more bytes than the L2
+holds, or the L2 filled with other data before the run). x is the same array in every call, as if just computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_router.dispatch import Problem
+from jax_router.implementations import cuda
+
+CALLS = 8  # per jitted function: enough to spread its overhead, few enough to compile in the time of one
+CHAIN_LENGTHS = (12, 36)  # decode layers; 36 is gpt-oss-120b
+COLD_BYTES = 126_000_000  # the H200 has 60 MB of L2: a weight comes back after more than twice that
+REPEATS = 20
+GRAPH_LAUNCHES = 192  # per replay: some 400 us, far above the resolution of an event
+REPLAY_BUDGET_US = 60_000.0  # of one measurement: more repeats than this add nothing to a median
+
+# CUPTI times single kernels: launched one by one they are the same kernels, and each is recorded.
+_WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+
+
+class TimingError(RuntimeError):
+    """A measurement that cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One measurement.
+
+    Attributes:
+      method: name of the function that measured.
+      weights: "warm" or "cold".
+      samples_us: raw, microseconds per call.
+      calls_per_sample: how many calls one sample is the mean of.
+      measured: what a sample is, in words.
+      kernels: names of the GPU kernels of one call, where the method sees them.
+    """
+
+    method: str
+    weights: str
+    samples_us: tuple[float, ...]
+    calls_per_sample: int
+    measured: str
+    kernels: tuple[str, ...] = ()
+
+    @property
+    def median_us(self) -> float:
+        return statistics.median(self.samples_us)
+
+    @property
+    def spread_us(self) -> tuple[float, float]:
+        """The 10th and the 90th percentile."""
+        low, high = np.percentile(self.samples_us, [10, 90])
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x [T, H], bias [E] or None, and copies of one weight [E, H] in distinct buffers, cold in rotation."""
+
+    x: jax.Array
+    weights: tuple[jax.Array, ...]
+    bias: jax.Array | None
+
+    def rotation(self, weights: str) -> tuple[jax.Array, ...]:
+        return self.weights[:1] if weights == "warm" else self.weights
+
+
+def cold_copies(weight_bytes: int) -> int:
+    """How many copies of a weight make a rotation cold: a multiple of CALLS, of more than COLD_BYTES."""
+    return CALLS * math.ceil((COLD_BYTES // weight_bytes + 1) / CALLS)
+
+
+def graph_replay(operands: Operands, out: jax.Array, *, weights: str, operation: str = "router_gemm") -> Samples:
+    """Time the C launcher, or a bound ("empty", "read_weight"), in CUDA-graph replay.
+
+    `out` [T, E] is overwritten behind JAX's back: read it only afterwards.
+
+    Raises:
+      NotImplementedError: the kernel does not take the problem.
+      RuntimeError: a CUDA call failed, or the library cannot be built.
+    """
+    rotation = operands.rotation(weights)
+    jax.block_until_ready((operands.x, rotation, operands.bias, out))
+    bias = operands.bias
+    problem = Problem(
+        tokens=operands.x.shape[0],
+        hidden=operands.x.shape[1],
+        experts=rotation[0].shape[0],
+        dtype=operands.x.dtype.name,
+        bias_dtype=None if bias is None else bias.dtype.name,
+        out_dtype=out.dtype.name,
+    )
+    address: dict[str, Any] = {name: array.unsafe_buffer_pointer() for name, array in (("x", operands.x), ("out", out))}
+    address["bias"] = None if bias is None else bias.unsafe_buffer_pointer()
+    variants = (cuda.RouterGemmArgs * len(rotation))(
+        *(cuda.RouterGemmArgs.of(problem, weight=weight.unsafe_buffer_pointer(), **address) for weight in rotation)
+    )
+    launches = _launches(rotation)
+
+    def replay(repeats: int) -> list[float]:
+        samples = (ctypes.c_float * repeats)()
+        code = cuda.OPERATIONS[operation]
+        cuda.call("jr_time_graph", code, variants, len(rotation), launches, repeats, samples)
+        return list(samples)
+
+    return Samples(
+        "graph_replay",
+        weights,
+        _replays(replay, launches),
+        launches,
+        f"CUDA-graph replay of {launches} C launches ({operation}), {len(rotation)} weights in rotation",
+    )
+
+
+def _launches(rotation: Sequence[Any]) -> int:
+    return len(rotation) * math.ceil(GRAPH_LAUNCHES / len(rotation))
+
+
+def _replays(replay: Callable[[int], list[float]], launches: int) -> tuple[float, ...]:
+    """Samples of as many replays as the budget allows. The first ones warm up and give the estimate."""
+    estimate = statistics.median(replay(3)) * launches
+    return tuple(replay(int(min(REPEATS, max(5, REPLAY_BUDGET_US / max(estimate, 1.0))))))
+
+
+def torch_operators(torch: Any) -> dict[str, Callable[..., Any]]:
+    """The PyTorch peers by name. Each takes x [T, H], weight [E, H] and bias [E] or None, all bfloat16."""
+
+    def linear(x: Any, weight: Any, bias: Any) -> Any:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def mm_float32(x: Any, weight: Any, bias: Any) -> Any:
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+
+    return {"torch_linear": linear, "torch_mm_float32": mm_float32}
+
+
+def as_torch(torch: Any, operands: Operands) -> tuple[Any, tuple[Any, ...], Any]:
+    """The same buffers as PyTorch tensors: x, weights, bias."""
+    jax.block_until_ready((operands.x, operands.weights, operands.bias))
+    bias = None if operands.bias is None else torch.from_dlpack(operands.bias)
+    return torch.from_dlpack(operands.x), tuple(torch.from_dlpack(weight) for weight in operands.weights), bias
+
+
+def torch_replay(torch: Any, operator: Callable[..., Any], operands: Operands, *, weights: str) -> Samples:
+    """Time a PyTorch operator in CUDA-graph replay, as `graph_replay` times the C launcher."""
+    x, copies, bias = as_torch(torch, operands)
+    rotation = copies[: len(operands.rotation(weights))]
+    launches = _launches(rotation)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                operator(x, rotation[0], bias)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for launch in range(launches):
+                operator(x, rotation[launch % len(rotation)], bias)
+
+    def replay(repeats: int) -> list[float]:
+        samples = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end) * 1e3 / launches)
+        return samples
+
+    samples = _replays(replay, launches)
+    graph.reset()
+    return Samples(
+        "torch_replay",
+        weights,
+        samples,
+        launches,
+        f"CUDA-graph replay of {launches} PyTorch calls, {len(rotation)} weights in rotation",
+    )
+
+
+Call = Callable[[jax.Array, jax.Array, "jax.Array | None"], jax.Array]  # (x, weight, bias) -> logits
+
+
+def compile_calls(call: Call, operands: Operands, calls: int = CALLS) -> jax.stages.Compiled:
+    """Compile `calls` calls in one jitted function of (x, tuple of weights, bias), which returns every call's logits.
+
+    One executable serves warm (the same array passed for every weight) and cold (distinct arrays), and its outputs are
+    the ones to check. The barriers keep XLA from merging the calls, which share x, into one product.
+    """
+
+    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array | None) -> tuple[jax.Array, ...]:
+        logits: list[jax.Array] = []
+        for weight in weights:
+            if logits:
+                x, logits[-1] = jax.lax.optimization_barrier((x, logits[-1]))
+            logits.append(call(x, weight, bias))
+        return tuple(logits)
+
+    (device,) = operands.x.devices()
+    options = _WITHOUT_GRAPHS if device.platform == "gpu" else {}
+    function = jax.jit(run, compiler_options=options)
+    return function.lower(operands.x, operands.weights[:1] * calls, operands.bias).compile()
+
+
+class _Runs:
+    """Runs one executable over several argument lists.
+
+    Mosaic's profiler takes it for a jitted function, and so times it as it is instead of tracing it.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]):
+        self.compiled, self.arguments = compiled, arguments
+
+    def __call__(self) -> Any:
+        for arguments in self.arguments:
+            outputs = self.compiled(*arguments)
+        return outputs
+
+    def lower(self) -> Any:
+        raise NotImplementedError
+
+    trace = eval_shape = lower
+
+
+def kernel_times(compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[list[tuple[str, float]]]:
+    """GPU kernels (name, microseconds) of each execution of `compiled`, one list per element of `arguments`.
+
+    Everything runs once before CUPTI is attached. Copies and fills that are not kernels are not recorded by CUPTI here.
+
+    Raises:
+      TimingError: executions with different kernels, so that times cannot be assigned to them.
+    """
+    from jax.experimental.mosaic.gpu import profiler  # takes a second to import
+
+    _, recorded = profiler.measure(_Runs(compiled, arguments), aggregate=False)()
+    return split_executions(recorded or [], len(arguments))
+
+
+def split_executions(recorded: Sequence[tuple[str, float]], executions: int) -> list[list[tuple[str, float]]]:
+    """Cut CUPTI's record (name, milliseconds) of equal executions into one list (name, microseconds) each."""
+    per_execution, rest = divmod(len(recorded), executions)
+    if rest or not per_execution:
+        raise TimingError(
+            f"CUPTI recorded {len(recorded)} kernels for {executions} equal executions. Expected a positive multiple; "
+            "look for another profiler attached to this process, and run the point again."
+        )
+    runs = [
+        [(name, milliseconds * 1e3) for name, milliseconds in recorded[start : start + per_execution]]
+        for start in range(0, len(recorded), per_execution)
+    ]
+    names = [name for name, _ in runs[0]]
+    if any([name for name, _ in run] != names for run in runs):
+        raise TimingError("CUPTI recorded different kernels for equal executions; run the point again.")
+    return runs
+
+
+def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, Samples]:
+    """GPU kernel time of one call, warm and cold, of an executable of `compile_calls`. One CUPTI session for both.
+
+    A sample is one execution's kernel time over its CALLS calls.
+    """
+    x, weights, bias = operands.x, operands.weights, operands.bias
+    groups = [weights[start : start + CALLS] for start in range(0, len(weights), CALLS)]
+    groups = groups[1:] + groups[:1]  # the warm-up ends on weight 0, so its group comes last
+    cold = groups * math.ceil(REPEATS / len(groups))
+    warm = [weights[:1] * CALLS] * (REPEATS + 2)
+    runs = kernel_times(compiled, [(x, group, bias) for group in cold + warm])
+    samples = [sum(microseconds for _, microseconds in run) / CALLS for run in runs]
+    kernels = [name for name, _ in runs[0]]
+    kernels = kernels[: len(kernels) // CALLS] if len(kernels) % CALLS == 0 else kernels
+
+    def result(state: str, state_samples: list[float]) -> Samples:
+        return Samples(
+            "cupti",
+            state,
+            tuple(state_samples),
+            CALLS,
+            f"CUPTI kernel time over {CALLS} calls in one jitted function, {len(kernels)} kernels per call, "
+            f"{1 if state == 'warm' else len(weights)} weights in rotation",
+            tuple(kernels),
+        )
+
+    # The first two warm executions still find the last cold weights in the cache.
+    return result("warm", samples[len(cold) + 2 :]), result("cold", samples[: len(cold)])
+
+
+def chain(call: Call | None) -> Any:
+    """A jitted function of (x, weights, bias), one layer per weight, whose layer i + 1 needs the logits of layer i.
+
+    With `call` None the same chain without the routing: what the chain's own elementwise kernel costs.
+    """
+
+    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array | None) -> jax.Array:
+        for weight in weights:
+            signal = x[:, :1] if call is None else call(x, weight, bias)[:, :1]
+            x = x + (signal * 2.0**-60).astype(x.dtype)  # too small to change x, which XLA cannot know
+            x = jax.lax.optimization_barrier(x)
+        return x
+
+    return jax.jit(run)
+
+
+def compile_chains(call: Call | None, operands: Operands) -> dict[int, jax.stages.Compiled]:
+    """The chain at each of CHAIN_LENGTHS, compiled with XLA's default options (so with CUDA graphs)."""
+    return {
+        length: chain(call).lower(operands.x, operands.weights[:1] * length, operands.bias).compile()
+        for length in CHAIN_LENGTHS
+    }
+
+
+def chain_slope(chains: dict[int, jax.stages.Compiled], operands: Operands, *, weights: str) -> Samples:
+    """Wall time that one more call adds: the slope over the two chains of `compile_chains`. Nothing is subtracted.
+
+    Cold chains use distinct weights in every layer and fill the L2 with other data, outside the timed window, before
+    every run.
+    """
+    short, long = sorted(chains)
+    copies = operands.weights
+
+    def arguments(length: int) -> tuple[Any, ...]:
+        chosen = tuple(copies[0 if weights == "warm" else layer % len(copies)] for layer in range(length))
+        return operands.x, chosen, operands.bias
+
+    # Reading leaves clean lines behind: written ones would have to go back to memory inside the timed window.
+    read_all = jax.jit(lambda buffer: jnp.sum(buffer, dtype=jnp.int32))
+    other_data = jax.device_put(np.zeros(2 * COLD_BYTES, np.int8), operands.x.device) if weights == "cold" else None
+
+    def timed(length: int) -> float:
+        if other_data is not None:
+            jax.block_until_ready(read_all(other_data))
+        begin = time.perf_counter()
+        jax.block_until_ready(chains[length](*arguments(length)))
+        return (time.perf_counter() - begin) * 1e6
+
+    for _ in range(3):  # XLA records its CUDA graphs in the first runs
+        timed(short), timed(long)
+    # Neighbours in time share the machine's mood, so each pair gives one slope.
+    pairs = [(timed(short), timed(long)) for _ in range(2 * REPEATS)]
+    slopes = tuple((long_us - short_us) / (long - short) for short_us, long_us in pairs)
+    return Samples(
+        "chain_slope",
+        weights,
+        slopes,
+        long - short,
+        f"slope of wall time between {short} and {long} data-chained calls in one jitted function, chain included",
+    )
+
+
+def wall(compiled: jax.stages.Compiled, operands: Operands, *, calls: int, repeats: int = REPEATS) -> Samples:
+    """Wall time of one call, dispatch and wait included: an executable of `compile_calls` over its `calls`. Warm."""
+    arguments = (operands.x, operands.weights[:1] * calls, operands.bias)
+    jax.block_until_ready(compiled(*arguments))
+    samples = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        samples.append((time.perf_counter() - begin) * 1e6 / calls)
+        if sum(samples) * calls > 5e5 and len(samples) >= 5:
+            break
+    measured = f"wall time of {calls} calls in one jitted function, with dispatch"
+    return Samples("wall", "warm", tuple(samples), calls, measured)
+
+
+def out_buffer(operands: Operands, out_dtype: str = "float32") -> jax.Array:
+    """A buffer [T, E] for `graph_replay`, full of NaN so that an element that is not written shows."""
+    shape = (operands.x.shape[0], operands.weights[0].shape[0])
+    return jax.device_put(np.full(shape, np.nan, jnp.dtype(out_dtype)), operands.x.device)

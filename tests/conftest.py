@@ -1,0 +1,54 @@
+"""Settings of every test: strict dtype promotion, and GPU tests that never disappear in silence."""
+
+from __future__ import annotations
+
+import os
+
+# PyTorch and JAX share the GPU in parity tests: JAX must not take most of its memory at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def has_gpu() -> bool:
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+@pytest.fixture
+def gpu() -> jax.Device:
+    """The first GPU. A test that asks for it is a GPU test, with or without the marker."""
+    return jax.devices("gpu")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if has_gpu():
+        return
+    skip = pytest.mark.skip(reason=f"needs a GPU, JAX has {jax.devices()[0].platform} only")
+    for item in items:
+        if item.get_closest_marker("gpu") or "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where there is a GPU, a skipped test is a failure."""
+    if hasattr(session.config, "workerinput"):  # a worker of pytest-xdist; the controller sees every report
+        return
+    if _skipped(session.config) and has_gpu() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped = _skipped(config)
+    if skipped and has_gpu():
+        terminalreporter.section("skipped although there is a GPU: this counts as failure", red=True)
+        for name in skipped:
+            terminalreporter.line(name, red=True)
+
+
+def _skipped(config: pytest.Config) -> list[str]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return [report.nodeid for report in reporter.stats.get("skipped", [])] if reporter is not None else []

@@ -1,0 +1,116 @@
+"""The CUDA implementation where it cannot run: it says why, registers nothing, and never raises."""
+
+import ctypes
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_router import build
+from jax_router.dispatch import Device, Problem
+from jax_router.implementations import cuda
+
+
+@pytest.fixture
+def fresh_cuda(monkeypatch):
+    """The module as before its first use, with registrations recorded instead of made."""
+    registered = []
+    monkeypatch.setattr(cuda, "_library", None)
+    monkeypatch.setattr(cuda, "_unavailable", None)
+    monkeypatch.setattr(cuda, "_asked", False)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *arguments, **_: registered.append(arguments))
+    return registered
+
+
+class FakeLibrary:
+    jr_ffi_router_gemm = ctypes.CFUNCTYPE(None)(lambda: None)
+
+    def __init__(self, version: int):
+        self.jr_ffi_api_version = lambda: version
+
+
+def test_library_with_other_ffi_headers_is_not_registered(fresh_cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(version=99))
+    monkeypatch.setattr(jax, "local_devices", lambda backend: ["a GPU"])
+    assert "built for FFI version 0.99 and this jaxlib has 0." in cuda.unavailable()
+    assert fresh_cuda == []
+
+
+def test_nothing_is_registered_without_a_cuda_backend(fresh_cuda, monkeypatch):
+    def no_backend(backend):
+        raise RuntimeError(f"Unknown backend: {backend}")
+
+    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(build.ffi_version()))
+    monkeypatch.setattr(jax, "local_devices", no_backend)
+    assert "Unknown backend: cuda" in cuda.unavailable()
+    assert fresh_cuda == []
+
+
+def test_custom_call_is_registered_once(fresh_cuda, monkeypatch):
+    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(build.ffi_version()))
+    monkeypatch.setattr(jax, "local_devices", lambda backend: ["a GPU"])
+    assert cuda.unavailable() is None
+    assert cuda.unavailable() is None
+    assert [name for name, _ in fresh_cuda] == [cuda.TARGET]
+
+
+def test_failed_build_is_a_reason_and_is_tried_once_by_all_threads(fresh_cuda, monkeypatch):
+    attempts = []
+
+    def fail():
+        attempts.append(1)
+        time.sleep(0.05)
+        raise build.BuildError("there is no CUDA compiler. Install one")
+
+    monkeypatch.setattr(build, "load_library", fail)
+    reasons: list[str | None] = []
+    threads = [threading.Thread(target=lambda: reasons.append(cuda.unavailable())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(reasons) == {"could not be built or loaded: there is no CUDA compiler. Install one"}
+    assert len(attempts) == 1
+
+
+HOPPER = Device("gpu", "NVIDIA H200", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "reason"),
+    [
+        ({}, HOPPER, None),
+        ({"bias_dtype": "float32", "out_dtype": "bfloat16"}, HOPPER, None),
+        ({"dtype": "float16", "bias_dtype": "float16", "out_dtype": "float16"}, HOPPER, None),
+        ({}, Device("gpu", "NVIDIA A100", "8.0"), "needs compute capability 9.0, this device is NVIDIA A100 (8.0)"),
+        ({}, Device("gpu", "NVIDIA B200", "10.0"), "needs compute capability 9.0, this device is NVIDIA B200 (10.0)"),
+        ({}, Device("cpu"), "needs an NVIDIA GPU of compute capability 9.0, this device is cpu"),
+        ({"dtype": "float32"}, HOPPER, "both bfloat16 or both float16, they are float32 and float32"),
+        ({"weight_dtype": "float32"}, HOPPER, "they are bfloat16 and float32"),
+        ({"bias_dtype": "float16"}, HOPPER, "a bias in float32 or in x's dtype, it is float16"),
+        ({"out_dtype": "float16"}, HOPPER, "out_dtype float32 or x's dtype, it is float16"),
+        ({"hidden": 2884}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 2884"),
+        ({"hidden": 65544}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 65544"),
+    ],
+)
+def test_unsupported_problem_or_device_is_refused_with_the_reason(change, device, reason):
+    sizes = {"tokens": 8, "hidden": 2880, "experts": 128}
+    answer = cuda.why_unsupported(Problem(**{**sizes, **change}), device)
+    assert answer == reason if reason is None else reason in answer
+
+
+def test_lowering_for_cuda_needs_no_library(monkeypatch):
+    monkeypatch.setattr(cuda, "library", lambda: pytest.fail("lowering asked for the library"))
+    x, weight, bias = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 2880), (128, 2880), (128,)))
+    for operands in ((x, weight), (x, weight, bias)):
+
+        def call(x, weight, bias=None):
+            return cuda.router_gemm(x, weight, bias, out_dtype=jnp.float32, config=3)
+
+        text = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        custom_call = next(line for line in text.splitlines() if cuda.TARGET in line)
+        assert "config = 3 : i32" in custom_call
+        assert "-> tensor<8x128xf32>" in custom_call
+        assert custom_call.count("bf16>") == len(operands)

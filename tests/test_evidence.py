@@ -1,0 +1,81 @@
+"""What is measured and recorded in this repository was measured on these very sources."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jax_router import build, provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = sorted([*ROOT.glob("docs/results/**/*.json*"), *ROOT.glob("jax_router/tables/*.json")])
+
+
+def test_there_are_records():
+    assert RECORDS, (
+        "no record in docs/results or jax_router/tables. Run the sweep on an H200 and commit what it writes: "
+        "jax-router sweep --suite headline --write-table"
+    )
+
+
+def test_every_record_was_measured_on_these_sources():
+    assert provenance.stale_records(RECORDS) == {}, "the kernels changed after the measurement: repeat it on an H200"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("table.json", {"source_hash": "0" * 64, "entries": []}, "measured on sources 000000000000"),
+        ("nested.json", [{"provenance": {"source_hash": "0" * 64}}], "measured on sources 000000000000"),
+        ("hashless.json", {"entries": [{"tokens": 1}]}, "no source_hash"),
+    ],
+)
+def test_stale_record_is_detected(tmp_path, name, content, reason):
+    record = tmp_path / name
+    record.write_text(json.dumps(content))
+    assert reason in provenance.stale_records([record])[record]
+
+
+def test_one_stale_row_makes_a_file_of_rows_stale(tmp_path):
+    rows = [{"provenance": {"source_hash": provenance.source_hash()}}, {"provenance": {"source_hash": "f" * 64}}]
+    record = tmp_path / "rows.jsonl"
+    record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "ffffffffffff" in provenance.stale_records([record])[record]
+    record.write_text(json.dumps(rows[0]) + "\n")
+    assert provenance.stale_records([record]) == {}
+
+
+def test_every_change_of_the_kernels_changes_the_hash(tmp_path, monkeypatch):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.csrc_directory(), sources)
+    monkeypatch.setattr(build, "csrc_directory", lambda: sources)
+    hashes = [provenance.source_hash()]
+    for name in ("router_gemm.h", "ffi.cc", sorted(sources.glob("*.cu"))[0].name):
+        path = sources / name
+        path.write_bytes(path.read_bytes() + b"\n")
+        hashes.append(provenance.source_hash())
+    (sources / "router_gemm.h").rename(sources / "renamed.h")
+    hashes.append(provenance.source_hash())
+    monkeypatch.setattr(build, "NVCC_FLAGS", (*build.NVCC_FLAGS, "-G"))
+    hashes.append(provenance.source_hash())
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_standalone_program_does_not_change_the_hash(tmp_path, monkeypatch):
+    sources = tmp_path / "csrc"
+    shutil.copytree(build.csrc_directory(), sources)
+    monkeypatch.setattr(build, "csrc_directory", lambda: sources)
+    before = provenance.source_hash()
+    (sources / build.STANDALONE_PROGRAMS[0]).write_text("// not part of the library\n")
+    assert provenance.source_hash() == before
+
+
+def test_provenance_names_machine_versions_and_sources():
+    facts = provenance.provenance()
+    assert facts["source_hash"] == provenance.source_hash()
+    for name in ("python", "jax", "jaxlib", "numpy", "jax_router", "date"):
+        assert facts[name], name
+    assert facts["date"].endswith("+00:00")
+    for name in ("gpu", "driver", "compute_capability", "nvcc", "torch"):
+        assert name in facts

@@ -1,0 +1,199 @@
+"""csrc/ffi.cc on the CPU: the same handler, bound without a stream, in front of a C stub of the kernel.
+
+Shows what needs no GPU: which operand becomes which argument, what is refused and in which words, how a status becomes
+an error, and that the handler declares itself fit for CUDA graphs.
+"""
+
+import ctypes
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_router import build
+from jax_router.implementations import cuda
+
+ON_CPU = "jax_router_test_router_gemm_on_cpu"
+
+# config -1 computes x @ weight.T + bias from bfloat16 and a float32 bias; 1 and 2 fail; 3 writes what it was given.
+SHIM = r"""
+#include "ffi.cc"
+
+#include <cstdio>
+#include <cstring>
+
+static float widen(const void* array, int64_t index) {
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(array)[index]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* message, size_t message_bytes) {
+  float* out = static_cast<float*>(args->out);
+  if (args->config == 1 || args->config == 2) {
+    std::snprintf(message, message_bytes, "stub says %d", args->config);
+    return args->config == 1 ? JR_UNSUPPORTED : JR_CUDA_ERROR;
+  }
+  if (args->config == 3) {
+    const int64_t facts[] = {args->tokens, args->hidden, args->experts, args->dtype, args->bias_dtype, args->out_dtype};
+    for (int i = 0; i < 6; ++i) out[i] = float(facts[i]);
+    return JR_OK;
+  }
+  for (int64_t t = 0; t < args->tokens; ++t) {
+    for (int64_t e = 0; e < args->experts; ++e) {
+      float sum = args->bias == nullptr ? 0.f : static_cast<const float*>(args->bias)[e];
+      for (int64_t h = 0; h < args->hidden; ++h) {
+        sum += widen(args->x, t * args->hidden + h) * widen(args->weight, e * args->hidden + h);
+      }
+      out[t * args->experts + e] = sum;
+    }
+  }
+  return JR_OK;
+}
+
+namespace jax_router {
+
+static ffi::Error on_cpu(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
+                         ffi::Result<ffi::AnyBuffer> out) {
+  return router_gemm(nullptr, x, weight, rest, config, out);
+}
+
+extern "C" JR_EXPORT XLA_FFI_Error* router_gemm_on_cpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(router_gemm_on_cpu, on_cpu,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Attr<int32_t>("config")
+                                  .Ret<ffi::AnyBuffer>());
+
+// Asks the real handler for its traits, as XLA does when it is registered.
+extern "C" JR_EXPORT uint32_t handler_traits() {
+  XLA_FFI_Metadata metadata = {};
+  metadata.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
+  metadata.api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+  XLA_FFI_Metadata_Extension extension = {};
+  extension.extension_base.struct_size = XLA_FFI_Metadata_Extension_STRUCT_SIZE;
+  extension.extension_base.type = XLA_FFI_Extension_Metadata;
+  extension.metadata = &metadata;
+  XLA_FFI_CallFrame call_frame = {};
+  call_frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+  call_frame.extension_start = &extension.extension_base;
+  jr_ffi_router_gemm(&call_frame);
+  return metadata.traits;
+}
+
+}  // namespace jax_router
+"""
+
+
+def compile_here(folder, source: str, *arguments: str) -> None:
+    """Compile a C++ text with the flags of the library and warnings as errors."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler (g++, c++) to compile csrc/ffi.cc with")
+    (folder / "source.cc").write_text(source)
+    include = ["-isystem", str(build.ffi_include_directory()), "-I", str(build.csrc_directory())]
+    command = [compiler, *build.HOST_FLAGS, "-Werror", *include, *arguments, "source.cc", "-o", "output"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ffi")
+    compile_here(folder, SHIM, "-shared")
+    library = ctypes.CDLL(str(folder / "output"))
+    jax.ffi.register_ffi_target(ON_CPU, jax.ffi.pycapsule(library.router_gemm_on_cpu), platform="cpu")
+    return library
+
+
+def array(*shape: int, dtype=jnp.bfloat16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.fixture
+def call(shim):
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    def run(*operands, out=(4, 6), out_dtype=jnp.float32, config=-1):
+        result = jax.ShapeDtypeStruct(out, out_dtype)
+        with jax.default_device(cpu):
+            operands = [jax.device_put(operand, cpu) for operand in operands]
+            return jax.block_until_ready(jax.ffi.ffi_call(ON_CPU, result)(*operands, config=np.int32(config)))
+
+    return run
+
+
+def test_operands_become_the_arguments_of_the_kernel(call):
+    x, weight, bias = array(4, 8), array(6, 8, seed=1), array(6, dtype=jnp.float32, seed=2)
+    product = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    # 8 products of 8-bit mantissas, summed in float32 in some order: 8 roundings of 2**-24 of sums below 100.
+    np.testing.assert_allclose(call(x, weight), product, atol=8 * 100 * 2.0**-24)
+    np.testing.assert_allclose(call(x, weight, bias), product + np.asarray(bias), atol=9 * 100 * 2.0**-24)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [(jnp.bfloat16, 0), (jnp.float16, 1)])
+@pytest.mark.parametrize(("bias_dtype", "bias_code"), [(None, -1), (jnp.float32, 2), ("same", None)])
+def test_sizes_and_dtypes_reach_the_kernel(call, dtype, code, bias_dtype, bias_code):
+    operands = [array(4, 8, dtype=dtype), array(6, 8, dtype=dtype)]
+    if bias_dtype is not None:
+        operands.append(array(6, dtype=dtype if bias_dtype == "same" else bias_dtype))
+    facts = call(*operands, config=3).ravel()[:6]
+    assert facts.tolist() == [4, 8, 6, code, code if bias_dtype == "same" else bias_code, 2]
+
+
+@pytest.mark.parametrize(
+    ("operands", "out", "words"),
+    [
+        ((array(8), array(6, 8)), {}, "x is bf16[8]. Expected two axes, (tokens, hidden)"),
+        ((array(4, 8), array(6, 8, 1)), {}, "weight is bf16[6,8,1]. Expected two axes"),
+        ((array(4, 8), array(8, 6)), {}, "weight is bf16[8,6]. Expected (experts, 8) to go with x bf16[4,8]"),
+        ((array(4, 8, dtype=jnp.float32), array(6, 8)), {}, "x is f32[4,8]. Expected bf16 or f16"),
+        ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16 or f16"),
+        ((array(4, 8), array(6, 8, dtype=jnp.float16)), {}, "weight is f16[6,8]. Expected the dtype of x"),
+        ((array(4, 8), array(6, 8)), {"out": (4, 5)}, "the result is f32[4,5]. Expected (4, 6)"),
+        ((array(4, 8), array(6, 8)), {"out": (24,)}, "the result is f32[24]. Expected (4, 6)"),
+        (
+            (array(4, 8), array(6, 8)),
+            {"out_dtype": jnp.float16},
+            "the result is f16[4,6]. Expected f32 or the",
+        ),
+        ((array(4, 8), array(6, 8), array(5)), {}, "bias is bf16[5]. Expected one axis of 6 experts"),
+        ((array(4, 8), array(6, 8), array(1, 6)), {}, "bias is bf16[1,6]. Expected one axis of 6 experts"),
+        ((array(4, 8), array(6, 8), array(6, dtype=jnp.float16)), {}, "bias is f16[6]. Expected f32 or the dtype of x"),
+        ((array(4, 8), array(6, 8), array(6), array(6)), {}, "got 4 operands. Expected x, weight and at most one bias"),
+    ],
+)
+def test_wrong_operands_are_refused_by_name_and_value(call, operands, out, words):
+    with pytest.raises(Exception, match="INVALID_ARGUMENT") as refused:
+        call(*operands, **out)
+    assert words in str(refused.value)
+
+
+def test_status_of_the_kernel_becomes_an_error_with_its_words(call):
+    operands = array(4, 8), array(6, 8)
+    with pytest.raises(Exception, match="UNIMPLEMENTED") as refused:
+        call(*operands, config=1)
+    assert "with x bf16[4,8], weight bf16[6,8], config 1: stub says 1" in str(refused.value)
+    with pytest.raises(Exception, match=r"INTERNAL.*stub says 2"):
+        call(*operands, config=2)
+
+
+def test_handler_is_command_buffer_compatible(shim):
+    assert shim.handler_traits() & 1, "XLA would not capture it in a CUDA graph"  # COMMAND_BUFFER_COMPATIBLE is 1 << 0
+
+
+def test_ctypes_structure_has_the_layout_of_the_c_header(tmp_path):
+    lines = [f"static_assert(sizeof(jr_router_gemm_args) == {ctypes.sizeof(cuda.RouterGemmArgs)});"]
+    for name, *_ in cuda.RouterGemmArgs._fields_:
+        field = getattr(cuda.RouterGemmArgs, name)
+        lines.append(f"static_assert(offsetof(jr_router_gemm_args, {name}) == {field.offset});")
+        lines.append(f"static_assert(sizeof(jr_router_gemm_args::{name}) == {field.size});")
+    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.DTYPES.items()]
+    lines += [f"static_assert(JR_OP_{name.upper()} == {code});" for name, code in cuda.OPERATIONS.items()]
+    compile_here(tmp_path, '#include "router_gemm.h"\n' + "\n".join(lines) + "\n", "-c")

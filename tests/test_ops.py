@@ -1,0 +1,356 @@
+"""`router_gemm` keeps its contract under every transformation of JAX. Values are compared in tests/test_parity.py."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jax_router as jr
+from jax_router import dispatch, implementations, ops
+from jax_router.implementations import xla
+
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
+
+
+def arrays(
+    *leading: int, hidden: int = 24, experts: int = 5, x=F32, weight=F32, bias=F32
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return (
+        jax.random.normal(keys[0], (*leading, hidden), x),
+        jax.random.normal(keys[1], (experts, hidden), weight),
+        None if bias is None else jax.random.normal(keys[2], (experts,), bias),
+    )
+
+
+def reference(x, weight, bias) -> np.ndarray:
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    return x @ weight.T + (0 if bias is None else np.asarray(bias, np.float64))
+
+
+GRID = [
+    (x, weight, bias, out)
+    for x in (BF16, F16, F32)
+    for weight, bias, out in itertools.product(*(dict.fromkeys(d) for d in ((x, F32), (x, F32, None), (x, F32))))
+]
+
+
+def dtype_id(dtype) -> str:
+    return "none" if dtype is None else jnp.dtype(dtype).name
+
+
+@pytest.mark.parametrize(("x", "weight", "bias", "out"), GRID, ids=dtype_id)
+def test_every_dtype_of_the_grid_is_taken(x, weight, bias, out) -> None:
+    operands = arrays(6, x=x, weight=weight, bias=bias)
+    logits = jr.router_gemm(*operands, out_dtype=out)
+    assert (logits.shape, logits.dtype) == ((6, 5), out)
+    # 24 products below 4 * 4 in float32, then one rounding to out_dtype of values below 2**5
+    tolerance = 24 * 24 * 16 * 2.0**-24 + (0 if out == F32 else 2.0**5 * float(jnp.finfo(out).eps) / 2)
+    assert np.abs(np.asarray(logits, np.float64) - reference(*operands)).max() <= tolerance
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (4,), (2, 3), (2, 1, 3)], ids=str)
+def test_leading_axes_are_tokens(leading) -> None:
+    x, weight, bias = arrays(*leading)
+    logits = jr.router_gemm(x, weight, bias)
+    assert logits.shape == (*leading, 5)
+    np.testing.assert_array_equal(logits.reshape(-1, 5), jr.router_gemm(x.reshape(-1, 24), weight, bias))
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("implementation", [None, *dispatch.IMPLEMENTATIONS])
+def test_no_tokens_give_empty_logits_without_a_launch(leading, implementation, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_operation", lambda *_: pytest.fail("something was launched"))
+    x, weight, bias = arrays(*leading, x=BF16, weight=BF16)
+    for out_dtype in (F32, BF16):
+        logits = jr.router_gemm(x, weight, bias, out_dtype=out_dtype, implementation=implementation)
+        assert (logits.shape, logits.dtype) == ((*leading, 5), out_dtype)
+
+
+def test_no_tokens_have_zero_gradients() -> None:
+    gradients = jax.grad(lambda *operands: jr.router_gemm(*operands).sum(), (0, 1, 2))(*arrays(0))
+    assert [gradient.shape for gradient in gradients] == [(0, 24), (5, 24), (5,)]
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("hidden", "experts"), [(1, 1), (7, 3), (1, 31)])
+def test_any_hidden_and_any_number_of_experts(hidden, experts) -> None:
+    operands = arrays(3, hidden=hidden, experts=experts)
+    np.testing.assert_allclose(jr.router_gemm(*operands), reference(*operands), rtol=1e-6, atol=1e-5)
+
+
+def test_float32_inputs_are_computed_to_float32_accuracy_whatever_the_default_precision() -> None:
+    operands = arrays(6, hidden=512)
+    for precision in ("bfloat16", "tensorfloat32", "float32"):
+        with jax.default_matmul_precision(precision):
+            hlo = jax.jit(jr.router_gemm).lower(*operands).as_text()
+            assert "precision = [HIGHEST, HIGHEST]" in hlo, f"{precision}:\n{hlo}"
+            worst = np.abs(np.asarray(jr.router_gemm(*operands), np.float64) - reference(*operands)).max()
+            # TF32 keeps 10 bits: it would be off by about sqrt(512) * 2**-11 = 1e-2
+            assert worst <= 512 * 2.0**-24 * 16
+
+
+def test_numpy_arrays_are_taken() -> None:
+    operands = arrays(3, x=BF16, weight=BF16, bias=F32)
+    logits = jr.router_gemm(*(np.asarray(operand) for operand in operands))
+    assert isinstance(logits, jax.Array)
+    np.testing.assert_array_equal(logits, jr.router_gemm(*operands))
+
+
+def test_wrapped_parameters_are_taken() -> None:
+    class Parameter:
+        def __init__(self, value):
+            self.value = value
+
+        def __jax_array__(self):
+            return self.value
+
+    x, weight, bias = arrays(3)
+    np.testing.assert_array_equal(
+        jr.router_gemm(x, Parameter(weight), Parameter(bias)), jr.router_gemm(x, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["x32", "x64"])
+def test_64_bit_mode_changes_no_dtype(enabled) -> None:
+    def logits_and_gradients(*operands, out):
+        logits, pullback = jax.vjp(lambda *a: jr.router_gemm(*a, out_dtype=out), *operands)
+        return logits, *pullback(logits)
+
+    with jax.enable_x64(enabled):
+        for x, weight, bias, out in GRID:
+            operands = arrays(3, x=x, weight=weight, bias=bias)
+            results = jax.eval_shape(functools.partial(logits_and_gradients, out=out), *operands)
+            dtypes = [out, *(operand.dtype for operand in operands if operand is not None)]
+            assert [result.dtype for result in results if result is not None] == dtypes
+        assert jr.router_gemm(*operands).dtype == jr.router_gemm(operands[0][:0], *operands[1:]).dtype == F32
+
+
+@pytest.mark.parametrize("bias", [F32, None])
+def test_gradients_agree_with_finite_differences(bias) -> None:
+    *operands, offset = arrays(3, hidden=8, bias=bias)
+    operands += [] if offset is None else [offset]
+    # A bilinear function has no third derivative: central differences are exact, and a wide step drowns the rounding.
+    check_grads(jr.router_gemm, operands, order=1, modes=["rev"], eps=0.5)
+    check_grads(jr.router_gemm, operands, order=2, modes=["rev"], eps=1e-2)
+
+
+@pytest.mark.parametrize(("x", "weight", "bias", "out"), GRID, ids=dtype_id)
+def test_cotangents_have_the_dtypes_of_the_primals_and_float32_accuracy(x, weight, bias, out) -> None:
+    operands = arrays(64, x=x, weight=weight, bias=bias)
+    logits, pullback = jax.vjp(lambda *a: jr.router_gemm(*a, out_dtype=out), *operands)
+    cotangent = jax.random.normal(jax.random.key(3), logits.shape, out)
+    g = np.asarray(cotangent, np.float64)
+    expected = (
+        g @ np.asarray(operands[1], np.float64),
+        g.T @ np.asarray(operands[0], np.float64),
+        None if bias is None else g.sum(0),
+    )
+    for gradient, operand, truth in zip(pullback(cotangent), operands, expected, strict=True):
+        if operand is None:
+            assert gradient is None
+            continue
+        assert (gradient.shape, gradient.dtype) == (operand.shape, operand.dtype)
+        # one rounding to the dtype (relative), on top of at most 64 float32 roundings of sums below 2**8
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float64),
+            truth,
+            rtol=float(jnp.finfo(operand.dtype).eps),
+            atol=64 * 2.0**8 * 2.0**-24,
+        )
+
+
+def primitives(function, *operands) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Every primitive of a traced function, inner ones too, and the shapes it makes."""
+    pending = [jax.make_jaxpr(function)(*operands).jaxpr]
+    while pending:
+        for equation in pending.pop().eqns:
+            yield equation.primitive.name, [variable.aval.shape for variable in equation.outvars]
+            for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+                inner = getattr(parameter, "jaxpr", parameter)
+                if hasattr(inner, "eqns"):
+                    pending.append(inner)
+
+
+def test_vmap_over_x_folds_into_tokens_and_does_not_copy_the_weight() -> None:
+    x, weight, bias = arrays(4, 3, hidden=24, experts=5)
+    batched = jax.vmap(jr.router_gemm, (0, None, None))
+    np.testing.assert_allclose(batched(x, weight, bias), jr.router_gemm(x, weight, bias), rtol=1e-5, atol=1e-5)
+    seen = list(primitives(batched, x, weight, bias))
+    products = [shapes for name, shapes in seen if name == "dot_general"]
+    assert products == [[(12, 5)]], f"not one GEMM over all 12 tokens: {products}"
+    copies = [(name, shapes) for name, shapes in seen if any(shape[-2:] == (5, 24) for shape in shapes)]
+    assert not copies, f"the weight was copied: {copies}"
+
+
+def test_nested_vmap_folds_into_tokens() -> None:
+    x, weight, bias = arrays(2, 4, 3)
+    batched = jax.vmap(jax.vmap(jr.router_gemm, (0, None, None)), (1, None, None), 1)
+    np.testing.assert_allclose(batched(x, weight, bias), jr.router_gemm(x, weight, bias), rtol=1e-5, atol=1e-5)
+    assert [shapes for name, shapes in primitives(batched, x, weight, bias) if name == "dot_general"] == [[(24, 5)]]
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0), (None, 0, None), (0, None, 0), (0, 0, None), (None, None, 0)], ids=str)
+def test_vmap_over_anything_is_a_loop_over_routers(in_axes) -> None:
+    x, weight, bias = arrays(3)
+    operands = [
+        operand if axis is None else jnp.stack([operand, 2 * operand, -operand])
+        for operand, axis in zip((x, weight, bias), in_axes, strict=True)
+    ]
+    one_by_one = [
+        jr.router_gemm(*(a if axis is None else a[i] for a, axis in zip(operands, in_axes, strict=True)))
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(jax.vmap(jr.router_gemm, in_axes)(*operands), jnp.stack(one_by_one), atol=1e-5)
+
+
+def loss(x, weight, bias) -> jax.Array:
+    return jnp.sin(jr.router_gemm(x, weight, bias)).sum()
+
+
+def test_gradient_of_vmap_is_the_gradient_of_the_flat_batch() -> None:
+    operands = arrays(4, 3)
+    batched = jax.grad(lambda *a: jax.vmap(loss, (0, None, None))(*a).sum(), (0, 1, 2))(*operands)
+    for gradient, expected in zip(batched, jax.grad(loss, (0, 1, 2))(*operands), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_of_gradient_is_one_gradient_per_example() -> None:
+    x, weight, bias = arrays(4, 3)
+    batched = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None))(x, weight, bias)
+    for i in range(4):
+        for gradient, expected in zip(batched, jax.grad(loss, (0, 1, 2))(x[i], weight, bias), strict=True):
+            np.testing.assert_allclose(gradient[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_jit_scan_and_remat_change_nothing() -> None:
+    x, weight, bias = arrays(4, 3)
+    expected = jr.router_gemm(x, weight, bias)
+    np.testing.assert_array_equal(jax.jit(jr.router_gemm)(x, weight, bias), expected)
+    _, scanned = jax.lax.scan(lambda carry, row: (carry, jr.router_gemm(row, weight, bias)), None, x)
+    np.testing.assert_allclose(scanned, expected, rtol=1e-5, atol=1e-5)  # xla's bits may depend on the batch
+    np.testing.assert_array_equal(jax.checkpoint(jr.router_gemm)(x, weight, bias), expected)
+
+
+def test_gradients_through_scan_and_remat_are_those_of_the_loop() -> None:
+    x, weight, bias = arrays(4, 3)
+
+    def scanned(x, weight, bias):
+        step = jax.checkpoint(lambda total, row: (total + loss(row, weight, bias), None))
+        return jax.lax.scan(step, jnp.float32(0), x)[0]
+
+    for gradient, expected in zip(
+        jax.jit(jax.grad(scanned, (0, 1, 2)))(x, weight, bias), jax.grad(loss, (0, 1, 2))(x, weight, bias), strict=True
+    ):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_donated_buffers_are_given_up_and_the_logits_are_right() -> None:
+    x, weight, bias = arrays(4, hidden=8, experts=8)
+    expected = np.asarray(jr.router_gemm(x, weight, bias))
+    donating = jax.jit(lambda x, weight, bias: x + jr.router_gemm(x, weight, bias), donate_argnums=0)
+    kept = np.array(x)
+    np.testing.assert_allclose(donating(x, weight, bias), kept + expected, rtol=1e-6)
+    assert x.is_deleted()
+
+
+def test_abstract_values_are_enough_to_trace() -> None:
+    x, weight, bias = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays(2, 3, x=BF16, weight=BF16))
+    logits = jax.eval_shape(jr.router_gemm, x, weight, bias)
+    assert (logits.shape, logits.dtype) == ((2, 3, 5), F32)
+
+
+def test_inf_and_nan_stay_in_their_rows() -> None:
+    x, weight, bias = arrays(4)
+    clean = jr.router_gemm(x, weight, bias)
+    logits = jr.router_gemm(x.at[1, 2].set(jnp.nan).at[2, 3].set(jnp.inf), weight, bias)
+    assert jnp.isnan(logits[1]).all()
+    assert jnp.isinf(logits[2]).all()
+    np.testing.assert_array_equal(logits[jnp.array([0, 3])], clean[jnp.array([0, 3])])
+
+
+def test_a_repeated_call_does_not_trace_again() -> None:
+    operands = arrays(3)
+    jr.router_gemm(*operands)
+    function = ops._operation("xla", None, "float32", False)
+    before = function._cache_size()
+    jr.router_gemm(*operands)
+    assert function._cache_size() == before
+
+
+# A kernel is whatever `router_gemm` of its module is. This one runs anywhere, and is told apart by its cosine.
+@pytest.fixture
+def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+    """Put a recognisable kernel in the place of `cuda`, on a device that looks like an H200. Collects traced shapes."""
+    traced: list[tuple[int, ...]] = []
+
+    def router_gemm(x, weight, bias, *, out_dtype, config=None):
+        traced.append(x.shape)
+        return jnp.cos(xla.router_gemm(x, weight, bias, out_dtype=out_dtype))
+
+    module = implementations.load("cuda")
+    monkeypatch.setattr(module, "router_gemm", router_gemm)
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
+    ops._operation.cache_clear()
+    yield traced
+    ops._operation.cache_clear()
+
+
+def test_a_kernel_that_was_picked_gives_way_to_xla_under_jit_for_another_platform(kernel) -> None:
+    with jax.default_device(jax.devices("cpu")[0]):
+        operands = arrays(3, hidden=8, x=BF16, weight=BF16)
+        assert dispatch.choose(dispatch.Problem(3, 8, 5), ops._device()).implementation == "cuda"
+        np.testing.assert_array_equal(jr.router_gemm(*operands), jr.router_gemm(*operands, implementation="xla"))
+        traced = jax.jit(jr.router_gemm).trace(*operands)
+        for_cpu, for_cuda = traced.lower(), traced.lower(lowering_platforms=("cuda",))
+        assert "cosine" not in for_cpu.as_text()
+        assert "cosine" in for_cuda.as_text()
+        # One branch each, which the compiler inlines: a choice at run time would keep the kernel out of CUDA graphs.
+        assert for_cpu.as_text().count("stablehlo.dot_general") == 1
+        assert for_cuda.as_text().count("stablehlo.dot_general") == 1
+        assert "conditional" not in for_cpu.compile().as_text()
+
+
+def test_a_named_kernel_is_lowered_on_every_platform(kernel) -> None:
+    operands = arrays(3, hidden=8, x=BF16, weight=BF16)
+    named = jax.jit(lambda *a: jr.router_gemm(*a, implementation="cuda"))
+    assert "cosine" in named.lower(*operands).as_text()
+    np.testing.assert_allclose(named(*operands), jnp.cos(jr.router_gemm(*operands, implementation="xla")), rtol=1e-6)
+
+
+def test_vmap_over_a_kernel_folds_tokens_and_loops_over_weights(kernel) -> None:
+    x, weight, bias = arrays(4, 3, hidden=8, x=BF16, weight=BF16)
+    named = lambda *a: jr.router_gemm(*a, implementation="cuda")  # noqa: E731
+    expected = jnp.cos(jr.router_gemm(x, weight, bias, implementation="xla"))
+    np.testing.assert_allclose(jax.vmap(named, (0, None, None))(x, weight, bias), expected, rtol=1e-6)
+    assert (12, 8) in kernel
+    stacked = jnp.stack([weight] * 4)
+    np.testing.assert_allclose(jax.vmap(named, (0, 0, None))(x, stacked, bias), expected, rtol=1e-6)
+    assert "scan" in [name for name, _ in primitives(jax.vmap(named, (0, 0, None)), x, stacked, bias)]
+    twice = jax.vmap(jax.vmap(named, (0, None, None)), (None, 0, None))(x, stacked, bias)
+    np.testing.assert_allclose(twice, jnp.stack([expected] * 4), rtol=1e-6)
+
+
+def test_vmap_over_nothing_is_empty_without_a_launch(kernel) -> None:
+    x, weight, bias = arrays(0, 3, hidden=8, x=BF16, weight=BF16)
+    named = jax.vmap(lambda *a: jr.router_gemm(*a, implementation="cuda"), (0, None, None))
+    assert jax.jit(named)(x, weight, bias).shape == (0, 3, 5)
+    assert all(tokens > 0 for tokens, _ in kernel), "the kernel was given no tokens"
+
+
+def test_gradients_do_not_depend_on_the_implementation(kernel) -> None:
+    operands = arrays(3, hidden=8, x=BF16, weight=BF16)
+    by_name = [
+        jax.vjp(lambda *a, name=name: jr.router_gemm(*a, implementation=name), *operands)[1](jnp.ones((3, 5)))
+        for name in ("cuda", "xla")
+    ]
+    for kernels, specifications in zip(*by_name, strict=True):
+        np.testing.assert_array_equal(kernels, specifications)

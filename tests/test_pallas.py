@@ -1,0 +1,363 @@
+"""The Pallas kernel: interpreted on the CPU under a race detector, lowered for CUDA without a GPU, and its refusals.
+
+A deadlock in the interpreter hangs, so everything interpreted runs in a process of its own with a time limit. Functions
+named `check_...` are what these processes run. Parity and row bits on a GPU are in test_parity.py and test_row_bits.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jax_router as jr
+from jax_router.dispatch import Device, Problem
+from jax_router.implementations import pallas
+from jax_router.implementations.pallas import Config, Slices
+
+mosaic = pytest.mark.skipif(
+    jax.__version_info__[:2] < pallas.FIRST_JAX, reason=f"needs jax 0.11 or newer, this is jax {jax.__version__}"
+)
+TOKENS = (1, 2, 3, 7, 8, 9, 17, 63, 64, 65, 255, 1024)
+EXPERTS = (1, 3, 8, 31, 33, 72, 160, 384, 896)
+HIDDEN = (8, 72, 720, 2688, 2880, 7168, 16384)
+H200, CPU = Device("gpu", "NVIDIA H200", "9.0"), Device("cpu", "cpu")
+
+
+def in_interpreter(check: str) -> None:
+    """Run a function of this file in a process that interprets the kernel."""
+    here = pathlib.Path(__file__).parent
+    environment = os.environ | {pallas.INTERPRET_VARIABLE: "1", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent)])
+    command = [sys.executable, "-c", f"import test_pallas; test_pallas.{check}()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def random_problem(tokens: int, hidden: int, experts: int, dtype: Any = ml_dtypes.bfloat16) -> tuple[np.ndarray, ...]:
+    generator = np.random.default_rng(0)
+    shapes = ((tokens, hidden), (experts, hidden), (experts,))
+    return tuple(generator.standard_normal(shape).astype(dtype) for shape in shapes)
+
+
+def float32_bound(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Error allowed to float32 logits: each of hidden + 2 additions may truncate, that is lose 2^-23 of the sum so far.
+
+    No partial sum is larger than the sum of the magnitudes. Products of 16-bit numbers are exact in float32.
+    """
+    magnitudes = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
+    if bias is not None:
+        magnitudes = magnitudes + np.abs(bias.astype(np.float64))
+    return (x.shape[1] + 2) * 2.0**-23 * magnitudes
+
+
+def interpret(x: np.ndarray, weight: np.ndarray, config: Config, slices: Slices) -> tuple[np.ndarray, bool]:
+    """The kernel's sums, and whether the race detector found a race. A failing kernel may still report its race."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    interpreter.reset_gpu_interpret_mode_state()
+    detector = plgpu.InterpretGPUParams(detect_races=True)
+    try:
+        sums = np.asarray(pallas.group_sums(jnp.asarray(x), jnp.asarray(weight), config, slices, interpret=detector))
+    except jax.errors.JaxRuntimeError:
+        sums = np.zeros(0)
+    return sums, interpreter.get_races().races_found
+
+
+def let_the_detector_see_wgmma() -> None:
+    """The interpreter does not check what wgmma reads from shared memory: read it before, in a way that is checked."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    multiply = plgpu.wgmma
+
+    def checked(accumulator: Any, a: Any, b: Any) -> None:
+        a[...], b[...]
+        plgpu.commit_smem()  # these reads, unlike wgmma's, are not ordered before a later TMA copy by themselves
+        multiply(accumulator, a, b)
+
+    plgpu.wgmma = checked
+
+
+def check_no_race() -> None:
+    let_the_detector_see_wgmma()
+    small = (Config(8, split=True), Config(16, split=False), Config(16, split=True, max_stages=2))
+    cases = [(9, 136, 72, pallas.slices_of(136), config) for config in small]
+    # Shared memory is filled several times over: by a block with one slice, and by one that walks three.
+    cases += [(9, 1152, 3, Slices(3, 6), Config(16, split, max_stages=2)) for split in (True, False)]
+    cases += [(9, 1152, 3, Slices(3, 6), Config(16, split=False, max_stages=5))]
+    for tokens, hidden, experts, slices, config in cases:
+        x, weight, _ = random_problem(tokens, hidden, experts)
+        sums, races_found = interpret(x, weight, config, slices)
+        assert not races_found, (config, slices)
+        total = sums.astype(np.float64).sum(0)
+        error = np.abs(total[:tokens, :experts] - x.astype(np.float64) @ weight.astype(np.float64).T)
+        assert (error <= float32_bound(x, weight)).all(), (config, slices)
+        assert not total[tokens:].any(), "padding tokens are not zero"
+        assert not total[:, experts:].any(), "padding experts are not zero"
+
+
+def check_races_are_found() -> None:
+    """Break the kernel in three ways. The detector that found nothing above must find each of them.
+
+    Not seen by it: a missing `wgmma_wait`, because the interpreter's wgmma is synchronous.
+    """
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    let_the_detector_see_wgmma()
+    x, weight, _ = random_problem(9, 1152, 3)
+    wait, axis_index = plgpu.barrier_wait, jax.lax.axis_index
+
+    def never_wait() -> None:
+        plgpu.barrier_wait = lambda barrier: None
+
+    def wait_for_the_first_stage_only() -> None:  # what the reverted vLLM kernel did
+        waits = itertools.count()
+        plgpu.barrier_wait = lambda barrier: wait(barrier) if next(waits) == 0 else None
+
+    def write_all_groups_to_one_place() -> None:
+        jax.lax.axis_index = lambda name: axis_index(name) * (name != "group")
+
+    breakages = (never_wait, wait_for_the_first_stage_only, write_all_groups_to_one_place)
+    for breakage, stages in itertools.product(breakages, (16, 2)):
+        if breakage is wait_for_the_first_stage_only and stages == 2:
+            continue  # in a loop, the one wait that is traced runs for every tile
+        breakage()
+        _, races_found = interpret(x, weight, Config(16, split=True, max_stages=stages), Slices(3, 6))
+        assert races_found, (breakage.__name__, stages)
+        plgpu.barrier_wait, jax.lax.axis_index = wait, axis_index
+
+
+def check_parity() -> None:
+    dtypes = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+    sizes = ((1, 1, 8), (9, 33, 72), (17, 3, 200), (8, 72, 8), (3, 65, 136), (33, 8, 72))
+    for number, (tokens, experts, hidden) in enumerate(sizes):
+        dtype = ("bfloat16", "float16")[number // 3]
+        x, weight, bias = random_problem(tokens, hidden, experts, dtypes[dtype])
+        bias = (None, bias, bias.astype(np.float32))[number % 3]
+        out_dtype = (dtype, "float32")[number % 2]
+        operands = [None if array is None else jnp.asarray(array) for array in (x, weight, bias)]
+        logits = jr.router_gemm(*operands, out_dtype=out_dtype, implementation="pallas")
+        assert logits.dtype == out_dtype
+        expected = x.astype(np.float64) @ weight.astype(np.float64).T
+        if bias is not None:
+            expected += bias.astype(np.float64)
+        rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 0.0}[out_dtype] * np.abs(expected)
+        error = np.abs(np.asarray(logits, np.float64) - expected)
+        bound = (1 + 2.0**-8) * float32_bound(x, weight, bias) + rounding + 2.0**-24  # the last one: float16 subnormals
+        assert (error <= bound).all(), (tokens, experts, hidden, dtype, number)
+
+
+def check_tree() -> None:
+    """Tiles of 64 products that are exact in any order, of magnitudes that differ: only the slices' additions round."""
+    hidden, tokens, experts = 5 * 64 + 8, 19, 3
+    generator = np.random.default_rng(0)
+    scale = np.repeat(2.0 ** np.array([0, 3, 7, 1, 5, 2]), 64)[:hidden]
+    x = (generator.integers(-255, 256, (tokens, hidden)) * scale).astype(ml_dtypes.bfloat16)
+    weight = generator.integers(-255, 256, (experts, hidden)).astype(ml_dtypes.bfloat16)
+    slices = pallas.slices_of(hidden)
+    assert slices == Slices(6, 1)
+    exact = [
+        x[:, first : first + 64].astype(np.float64) @ weight[:, first : first + 64].astype(np.float64).T
+        for first in range(0, hidden, 64)
+    ]
+    ascending = functools.reduce(np.add, [one.astype(np.float32) for one in exact])
+    descending = functools.reduce(np.add, [one.astype(np.float32) for one in reversed(exact)])
+    assert (ascending != descending).any(), "this data cannot tell the order"
+    for config in range(len(pallas.CONFIGS)):
+        run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
+        np.testing.assert_array_equal(run(jnp.asarray(x), jnp.asarray(weight), None), ascending, str(config))
+
+
+def check_nan_and_inf_stay_in_their_rows() -> None:
+    x, weight, bias = (jnp.asarray(array) for array in random_problem(19, 136, 3))
+    poisoned = x.at[5, 130].set(jnp.nan).at[16].set(jnp.inf)
+    for config in (0, 1, len(pallas.CONFIGS) - 1):
+        run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
+        clean, dirty = (np.asarray(run(array, weight, bias)) for array in (x, poisoned))
+        others = np.delete(np.arange(19), (5, 16))
+        np.testing.assert_array_equal(dirty[others], clean[others])
+        assert not np.isfinite(dirty[[5, 16]]).any()
+
+
+@mosaic
+@pytest.mark.parametrize(
+    "check",
+    ["check_no_race", "check_races_are_found", "check_parity", "check_tree", "check_nan_and_inf_stay_in_their_rows"],
+)
+def test_interpreted_kernel(check: str) -> None:
+    in_interpreter(check)
+
+
+def lower(tokens: int, hidden: int, experts: int, *, number: int = 0, config: int | None = None) -> str:
+    """Lower for CUDA, all of Mosaic's Python passes included. `number` cycles through the dtypes."""
+    dtype = (jnp.bfloat16, jnp.float16)[number % 2]
+    bias_dtype, out_dtype = (None, dtype, jnp.float32)[number % 3], (jnp.float32, dtype)[number // 3 % 2]
+    x, weight = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((tokens, hidden), (experts, hidden)))
+    bias = None if bias_dtype is None else jax.ShapeDtypeStruct((experts,), bias_dtype)
+    function = jax.jit(functools.partial(pallas.router_gemm, out_dtype=out_dtype, config=config))
+    return function.trace(x, weight, bias).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# Every size of the three lists, and every pair of awkward neighbours: the whole product is 756 shapes and two minutes.
+SHAPES = list(dict.fromkeys((
+    *((tokens, HIDDEN[i % len(HIDDEN)], EXPERTS[-1 - i % len(EXPERTS)]) for i, tokens in enumerate(TOKENS)),
+    *((17, hidden, experts) for hidden, experts in itertools.product(HIDDEN[:4], EXPERTS[:6])),
+    *((tokens, hidden, experts) for tokens in (1, 64, 65, 1024) for hidden, experts in ((2880, 128), (7168, 256))),
+)))  # fmt: skip
+
+
+@mosaic
+@pytest.mark.parametrize("part", range(4))
+def test_lowers_for_cuda(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
+    for number, shape in enumerate(SHAPES):
+        if number % 4 == part:
+            assert "mosaic_gpu" in lower(*shape, number=number // 4), shape
+
+
+@mosaic
+@pytest.mark.parametrize("config", range(len(pallas.CONFIGS)))
+def test_every_configuration_lowers_for_cuda(config: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
+    for number, (tokens, hidden, experts) in enumerate(((1, 8, 1), (17, 2880, 128), (65, 16384, 384))):
+        assert "mosaic_gpu" in lower(tokens, hidden, experts, number=number, config=config)
+
+
+@mosaic
+def test_lowers_for_cuda_where_x64_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
+    with jax.enable_x64(True):
+        for config in range(len(pallas.CONFIGS)):
+            assert "mosaic_gpu" in lower(17, 2880, 128, config=config)
+
+
+@pytest.mark.parametrize("hidden", [*HIDDEN, 64, 1032, 4096, 65536])
+def test_slices_cover_hidden_once(hidden: int) -> None:
+    slices = pallas.slices_of(hidden)
+    slice_size = slices.tiles * pallas.TILE_HIDDEN
+    assert (slices.count - 1) * slice_size < hidden <= slices.count * slice_size
+    assert slices.count <= pallas.MAX_SLICES
+
+
+@pytest.mark.parametrize(("hidden", "experts"), [(2880, 128), (7168, 256), (16384, 896)])
+def test_group_sums_are_never_larger_than_allowed(hidden: int, experts: int) -> None:
+    for tokens in (*TOKENS, 16384, 10**6):
+        config = pallas.pick_config(tokens, hidden, experts)
+        padded_tokens, padded_experts = -(-tokens // config.tile_tokens) * config.tile_tokens, -(-experts // 64) * 64
+        if config.split:
+            sums = pallas.slices_of(hidden).count * padded_tokens * padded_experts * 4
+            assert sums <= pallas.GROUP_SUM_BYTES
+        assert -(-tokens // config.tile_tokens) < 2**31
+
+
+REFUSALS: list[tuple[Problem, Device, str]] = [
+    (
+        Problem(8, 2880, 128),
+        Device("gpu", "NVIDIA A100", "8.0"),
+        "needs compute capability 9.0, this device is NVIDIA A100 (8.0)",
+    ),
+    (
+        Problem(8, 2880, 128),
+        Device("gpu", "NVIDIA B200", "10.0"),
+        "needs compute capability 9.0, this device is NVIDIA B200 (10.0)",
+    ),
+    (
+        Problem(8, 2880, 128),
+        CPU,
+        f"needs an NVIDIA GPU of compute capability 9.0, this device is {CPU.description} (on a CPU it runs in Pallas' "
+        "interpreter if JAX_ROUTER_PALLAS_INTERPRET=1)",
+    ),
+    (
+        Problem(8, 2880, 128, "float32"),
+        H200,
+        "needs x and weight both bfloat16 or both float16, they are float32 and float32",
+    ),
+    (
+        Problem(8, 2880, 128, weight_dtype="float32"),
+        H200,
+        "needs x and weight both bfloat16 or both float16, they are bfloat16 and float32",
+    ),
+    (
+        Problem(8, 2880, 128, bias_dtype="float16"),
+        H200,
+        "needs a bias in float32 or in x's dtype, it is float16",
+    ),
+    (
+        Problem(8, 2880, 128, out_dtype="float16"),
+        H200,
+        "needs out_dtype float32 or x's dtype, it is float16",
+    ),
+    (
+        Problem(8, 2884, 128),
+        H200,
+        "needs hidden to be a multiple of 8 (TMA takes rows of whole 16 bytes), it is 2884",
+    ),
+]
+
+
+@pytest.fixture
+def newest(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Judge as another version of jax would, and without the interpreter."""
+
+    def set_version(version: str) -> None:
+        monkeypatch.setattr(jax, "__version__", version)
+        monkeypatch.setattr(jax, "__version_info__", tuple(map(int, version.split("."))))
+
+    monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
+    set_version("0.11.2")
+    return set_version
+
+
+@pytest.mark.parametrize(("problem", "device", "reason"), REFUSALS)
+def test_refuses_with_a_reason(newest: Any, problem: Problem, device: Device, reason: str) -> None:
+    assert pallas.why_unsupported(problem, device) == reason
+
+
+def test_takes_what_it_promises(newest: Any) -> None:
+    for dtype, hidden, experts in itertools.product(("bfloat16", "float16"), HIDDEN, EXPERTS):
+        for bias_dtype, out_dtype in itertools.product((None, dtype, "float32"), (dtype, "float32")):
+            problem = Problem(7, hidden, experts, dtype, None, bias_dtype, out_dtype)
+            assert pallas.why_unsupported(problem, H200) is None
+
+
+def test_refuses_an_old_jax(newest: Callable[[str], None]) -> None:
+    newest("0.10.2")
+    assert pallas.why_unsupported(Problem(8, 2880, 128), H200) == "needs jax 0.11 or newer, this is jax 0.10.2"
+
+
+def test_a_cpu_must_opt_in_to_the_interpreter(newest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pallas.why_unsupported(Problem(8, 2880, 128), CPU) is not None
+    monkeypatch.setenv(pallas.INTERPRET_VARIABLE, "1")
+    assert pallas.why_unsupported(Problem(8, 2880, 128), CPU) is None
+    assert pallas.why_unsupported(Problem(8, 2884, 128), CPU) is not None
+
+
+def test_a_missing_module_is_reported_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
+    pallas.unavailable.cache_clear()
+    reason = pallas.unavailable()
+    pallas.unavailable.cache_clear()
+    assert reason is not None
+    assert reason.startswith("could not be imported: ")
+    assert "Install" in reason
+
+
+def test_importing_the_module_does_not_import_pallas() -> None:
+    program = (
+        "import sys, jax; import jax_router.implementations.pallas; "
+        "assert not [name for name in sys.modules if 'pallas.mosaic_gpu' in name]"
+    )
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, timeout=120, check=True)

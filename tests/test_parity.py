@@ -1,0 +1,450 @@
+"""Every implementation against float64, over dtypes, shapes and data, with the derived tolerance of `parity`.
+
+The reference here is numpy's; test_torch_ref.py shows that PyTorch's oracle agrees with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import hypothesis
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import jax_router as jr
+from jax_router import dispatch, parity
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+IMPLEMENTATIONS = ("xla", pytest.param("pallas", marks=pytest.mark.gpu), pytest.param("cuda", marks=pytest.mark.gpu))
+
+# Every value of the grid of support; "x" is x's dtype.
+FACTORS = {
+    "dtypes": (
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+    ),
+    "bias": (None, "x", "float32"),
+    "out_dtype": ("float32", "x"),
+    "data": ("random", "mean", "cancelling", "large"),
+    "tokens": (0, 1, 2, 3, 7, 8, 9, 17, 63, 64, 65, 255, 1024),
+    "experts": (1, 3, 8, 31, 33, 72, 160, 384, 896),
+    "hidden": (8, 72, 720, 2688, 2880, 7168, 16384),
+}
+# Multiply-adds of one case, so that float64 on two cores takes seconds. 1024 tokens of 16384 fit with 8 experts.
+LARGEST = 2**27
+
+
+interpreted = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason=f"Pallas' interpreter needs jax 0.11 for this kernel, this is {jax.__version__}",
+)
+
+
+def in_interpreter(call: str) -> None:
+    """Run `module.function()` of these tests with Pallas' interpreter. A deadlock there hangs: hence the time limit."""
+    here = pathlib.Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = os.environ | {"JAX_ROUTER_PALLAS_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    command = [sys.executable, "-c", f"import {call.split('.')[0]}; {call}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    dtypes: tuple[str, str]
+    bias: str | None
+    out_dtype: str
+    data: str
+    tokens: int
+    experts: int
+    hidden: int
+
+    @property
+    def problem(self) -> dispatch.Problem:
+        dtype, weight_dtype = self.dtypes
+        bias, out_dtype = (dtype if name == "x" else name for name in (self.bias, self.out_dtype))
+        return dispatch.Problem(self.tokens, self.hidden, self.experts, dtype, weight_dtype, bias, out_dtype)
+
+    @property
+    def accumulation(self) -> parity.Accumulation:
+        multiplied = "float32" if "float32" in self.dtypes else self.dtypes[0]
+        return parity.accumulation_of("xla", hidden=self.hidden, dtype=multiplied, platform=jax.default_backend())
+
+
+BFLOAT16 = ("bfloat16", "bfloat16")
+HEADLINE = tuple(
+    Case(BFLOAT16, bias, "float32", "random", tokens, experts, hidden)
+    for hidden, experts, bias in ((2880, 128, "x"), (7168, 256, None))
+    for tokens in (1, 8, 64)
+)
+
+
+@functools.cache
+def covering_cases() -> tuple[Case, ...]:
+    """The headline shapes, and cases in which every two values of two factors meet at least once."""
+    names, choose = list(FACTORS), random.Random(0)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i, j in itertools.product(range(len(FACTORS[names[a]])), range(len(FACTORS[names[b]])))
+    }
+
+    def pairs(row: list[int]) -> set:
+        return set(itertools.combinations(enumerate(row), 2)) & missing
+
+    def affordable(row: list[int]) -> bool:
+        values = {name: FACTORS[name][i] for name, i in zip(names, row, strict=True)}
+        return values["tokens"] * values["experts"] * values["hidden"] <= LARGEST
+
+    cases = list(HEADLINE)
+    while missing:
+        best = None
+        first, second = min(missing)
+        while best is None:
+            rows = [[choose.randrange(len(FACTORS[name])) for name in names] for _ in range(50)]
+            for row in rows:
+                row[first[0]], row[second[0]] = first[1], second[1]
+            best = max(filter(affordable, rows), key=lambda row: len(pairs(row)), default=None)
+        missing -= pairs(best)
+        cases.append(Case(**{name: FACTORS[name][i] for name, i in zip(names, best, strict=True)}))
+    return tuple(cases)
+
+
+def cases_of(hidden: int) -> list[Case]:
+    return [case for case in covering_cases() if case.hidden == hidden]
+
+
+@functools.lru_cache(maxsize=40)  # all cases of one hidden size: its implementations run one after another
+def data_of(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, parity.Reference]:
+    """x, weight, bias and the reference. Columns are in random order, which the second criterion of `parity` needs."""
+    generator = np.random.default_rng([case.tokens, case.experts, case.hidden])
+    normal = functools.partial(generator.standard_normal, dtype=np.float32)
+    x, weight = normal((case.tokens, case.hidden)), normal((case.experts, case.hidden))
+    if case.data == "mean":  # partial sums grow all the way
+        x, weight = x + 1, weight + 1
+    elif case.data == "cancelling":  # products come in opposite pairs but for one pair in eight
+        half = case.hidden // 2
+        x[:, half:], weight[:, half:] = x[:, :half], -weight[:, :half]
+        weight[:, :half:8] *= 1.125
+        order = generator.permutation(case.hidden)
+        x, weight = x[:, order], weight[:, order]
+    if case.data == "large":  # float16: overflows its logits and no input. Others: logits of 2^100.
+        scale = 2.0**7 if "float16" in case.dtypes else 2.0**50
+        x, weight = x * scale, weight * scale
+    else:
+        weight = weight / np.sqrt(case.hidden)  # logits of standard deviation 1
+    bias = None
+    if case.bias is not None:
+        bias = normal(case.experts).astype(DTYPES[case.problem.bias_dtype])
+    x, weight = (values.astype(DTYPES[dtype]) for values, dtype in zip((x, weight), case.dtypes, strict=True))
+    return x, weight, bias, parity.reference(x, weight, bias)
+
+
+def disagreement(logits: np.ndarray, case: Case, accumulation: parity.Accumulation) -> str | None:
+    """What is wrong with the logits of a case, or None. The one check that right and broken implementations meet."""
+    agreement = parity.compare(logits, data_of(case)[3], accumulation)
+    if logits.dtype != DTYPES[case.problem.out_dtype]:
+        return f"{case}: dtype is {logits.dtype}"
+    return None if agreement.ok and agreement.unjudged == 0 else f"{case}: {agreement}"
+
+
+def run(implementation: str, case: Case) -> np.ndarray:
+    x, weight, bias, _ = data_of(case)
+    out_dtype = DTYPES[case.problem.out_dtype]
+    return np.asarray(jr.router_gemm(x, weight, bias, out_dtype=out_dtype, implementation=implementation))
+
+
+def disagreements(implementation: str, cases: list[Case]) -> list[str]:
+    """Run cases. One that the implementation does not take must raise, and say why, unless there is nothing to run."""
+    device, wrong = dispatch.Device.default(), []
+    for case in cases:
+        if case.tokens and dispatch.why_unsupported(case.problem, device, implementation):
+            with pytest.raises(NotImplementedError, match=implementation):
+                run(implementation, case)
+            continue
+        multiplied = "float32" if "float32" in case.dtypes else case.dtypes[0]
+        accumulation = parity.accumulation_of(
+            implementation, hidden=case.hidden, dtype=multiplied, platform=device.platform
+        )
+        wrong.append(disagreement(run(implementation, case), case, accumulation))
+    return [text for text in wrong if text]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("hidden", FACTORS["hidden"])
+def test_logits_agree_with_float64(implementation: str, hidden: int) -> None:
+    wrong = disagreements(implementation, cases_of(hidden))
+    assert not wrong, "\n".join(wrong)
+
+
+def check_interpreted_pallas() -> None:
+    """Run by the test below in a process with a time limit. Sizes below and across one tile of the kernel."""
+    halves = (("bfloat16", "bfloat16"), ("float16", "float16"))
+    choose = itertools.cycle(itertools.product(halves, FACTORS["bias"], FACTORS["out_dtype"], FACTORS["data"]))
+    sizes = itertools.product((0, 1, 9, 17), (1, 8, 72), (8, 72))
+    wrong = disagreements("pallas", [Case(*factors, *size) for factors, size in zip(choose, sizes, strict=False)])
+    assert not wrong, "\n".join(wrong)
+
+
+@interpreted
+def test_logits_of_interpreted_pallas_agree_with_float64() -> None:
+    in_interpreter("test_parity.check_interpreted_pallas()")
+
+
+def test_every_two_values_of_the_grid_meet() -> None:
+    cases = covering_cases()
+    for (name_a, values_a), (name_b, values_b) in itertools.combinations(FACTORS.items(), 2):
+        met = {(getattr(case, name_a), getattr(case, name_b)) for case in cases}
+        assert met >= set(itertools.product(values_a, values_b)), (name_a, name_b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_inf_and_nan_stay_in_their_rows(implementation: str, dtype: str) -> None:
+    case = Case((dtype, dtype), "float32", "float32", "random", 33, 33, 720)
+    x, weight, bias, _ = data_of(case)
+    x = x.copy()
+    x[3], x[5, 17], x[9, 0], x[11, 8], x[20, 719] = np.nan, np.inf, -np.inf, np.nan, np.inf
+    x[20, 718] = -np.inf
+    spoiled = [3, 5, 9, 11, 20]
+    logits = np.asarray(jr.router_gemm(x, weight, bias, implementation=implementation))
+    agreement = parity.compare(logits, parity.reference(x, weight, bias), case.accumulation)
+    assert agreement.ok, agreement
+    assert np.flatnonzero(~np.isfinite(logits).all(1)).tolist() == spoiled
+    assert np.isnan(logits[[3, 11]]).all()
+    assert np.isinf(logits[[5, 9]]).all()
+
+    weight = weight.copy()
+    weight[[2, 30], [5, 700]] = np.nan, np.inf  # and in the columns of their experts
+    logits = np.asarray(jr.router_gemm(data_of(case)[0], weight, bias, implementation=implementation))
+    assert np.flatnonzero(~np.isfinite(logits).all(0)).tolist() == [2, 30]
+    kept = np.delete(np.arange(33), [2, 30])
+    kept_truth = parity.reference(data_of(case)[0], weight[kept], bias[kept])
+    assert parity.compare(logits[:, kept], kept_truth, case.accumulation).ok
+
+
+# A right implementation next to every fault that a tolerance of 1e-2 or a cosine cannot see.
+def exact(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    logits = x.astype(np.float32) @ weight.astype(np.float32).T
+    return logits if bias is None else logits + bias.astype(np.float32)
+
+
+def last_k_tile_dropped(x, weight, bias):
+    return exact(x[:, :-64], weight[:, :-64], bias)
+
+
+def one_product_lost(x, weight, bias):
+    return exact(x[:, :-1], weight[:, :-1], bias)
+
+
+def one_stale_k_tile_of_one_token(x, weight, bias):
+    logits = exact(x, weight, bias)
+    stale = np.concatenate([x[:1, :64], x[:1, :64], x[:1, 128:]], 1)  # the tile of the stage before
+    logits[0] = exact(stale, weight, bias)[0]
+    return logits
+
+
+def logits_rounded_to_bfloat16(x, weight, bias):
+    return exact(x, weight, bias).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def sum_of_halves_in_bfloat16(x, weight, bias):
+    half = x.shape[1] // 2
+    parts = exact(x[:, :half], weight[:, :half], None), exact(x[:, half:], weight[:, half:], bias)
+    return sum(part.astype(ml_dtypes.bfloat16).astype(np.float32) for part in parts)
+
+
+def bias_of_the_next_expert(x, weight, bias):
+    return exact(x, weight, np.roll(bias, 1))
+
+
+def last_expert_not_written(x, weight, bias):
+    logits = exact(x, weight, bias)
+    logits[:, -1] = 0
+    return logits
+
+
+def nan_becomes_zero(x, weight, bias):
+    return np.nan_to_num(exact(x, weight, bias))
+
+
+FAULTS = (
+    last_k_tile_dropped,
+    one_product_lost,
+    one_stale_k_tile_of_one_token,
+    logits_rounded_to_bfloat16,
+    sum_of_halves_in_bfloat16,
+    bias_of_the_next_expert,
+    last_expert_not_written,
+)
+
+
+# What each implementation is granted on each platform, so that no allowance hides a fault.
+ALLOWANCES = (parity.float32_chain, parity.tensor_core_chain, parity.slice_tree)
+
+
+@pytest.mark.parametrize("data", ["random", "mean", "cancelling"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_sees(fault, data: str) -> None:
+    for case in (dataclasses.replace(HEADLINE[2], data=data), dataclasses.replace(HEADLINE[5], data=data, bias="x")):
+        x, weight, bias, _ = data_of(case)
+        for allowance in ALLOWANCES:
+            accumulation = allowance(case.hidden)
+            assert disagreement(exact(x, weight, bias), case, accumulation) is None
+            assert disagreement(fault(x, weight, bias), case, accumulation) is not None, (allowance, case)
+
+
+@pytest.mark.parametrize("kept_bits", [7, 10], ids=["one bfloat16 pass", "TF32"])
+def test_the_check_sees_float32_multiplied_in_fewer_bits(kept_bits: int) -> None:
+    case = dataclasses.replace(HEADLINE[5], dtypes=("float32", "float32"))
+
+    def shortened(values: np.ndarray) -> np.ndarray:
+        return (values.view(np.uint32) & np.uint32(-(1 << (23 - kept_bits)) & 0xFFFFFFFF)).view(np.float32)
+
+    x, weight, bias, _ = data_of(case)
+    chain = parity.float32_chain(case.hidden)
+    assert disagreement(exact(x, weight, bias), case, chain) is None
+    assert disagreement(exact(shortened(x), shortened(weight), bias), case, chain) is not None
+
+
+def test_nan_is_not_zero_and_inf_has_a_sign() -> None:
+    x = np.array([[1, np.nan], [1, 1], [np.inf, 1], [-np.inf, 1], [np.inf, -np.inf]], np.float32)
+    weight, chain = np.ones((2, 2), np.float32), parity.float32_chain(2)
+    truth = parity.reference(x, weight)
+    with np.errstate(invalid="ignore"):
+        logits = exact(x, weight, None)
+        assert parity.compare(logits, truth, chain).ok
+        assert parity.compare(nan_becomes_zero(x, weight, None), truth, chain).outside == 8
+        assert parity.compare(-logits, truth, chain).outside == 6
+
+
+def test_float16_overflows_where_the_cast_does_and_nowhere_else() -> None:
+    values = np.array([[65504.0, 65519.0, 65520.0, 70000.0, -70000.0]], np.float32)
+    x, chain = np.ones((1, 1), np.float32), parity.float32_chain(1)
+    truth = parity.reference(x, values.T)
+    with np.errstate(over="ignore"):
+        logits = values.astype(np.float16)
+    assert np.isinf(logits).tolist() == [[False, False, True, True, True]]
+    assert parity.compare(logits, truth, chain).ok
+    assert (
+        parity.compare(np.clip(logits, -65504, 65504), truth, chain).outside == 2
+    )  # 65520 is on the edge: both are right
+
+
+# The yardstick itself.
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(1, 9))
+dtypes = st.sampled_from(sorted(DTYPES))
+quick = hypothesis.settings(max_examples=60, deadline=None)
+
+
+def problem(
+    shape: tuple[int, int, int], dtype: str, scale: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    tokens, hidden, experts = shape
+    generator = np.random.default_rng(seed)
+    sizes = ((tokens, hidden), (experts, hidden), (experts,))
+    x, weight, bias = (generator.standard_normal(size).astype(DTYPES[dtype]) for size in sizes)
+    return np.ldexp(x.astype(np.float32), scale).astype(x.dtype), weight, bias
+
+
+@quick
+@hypothesis.given(shapes, dtypes, st.integers(-10, 10), dtypes, st.integers(0, 2**32 - 1))
+def test_float32_arithmetic_agrees_in_every_order(shape, dtype, scale, out_dtype, seed) -> None:
+    x, weight, bias = problem(shape, dtype, scale, seed)
+    truth, chain = parity.reference(x, weight, bias), parity.float32_chain(shape[1])
+    order = np.random.default_rng(seed).permutation(shape[1])
+    one_by_one = np.zeros(truth.logits.shape, np.float32)
+    for k in order:
+        one_by_one += x[:, k, None].astype(np.float32) * weight[:, k].astype(np.float32)
+    for logits in (exact(x, weight, bias), one_by_one + bias.astype(np.float32), truth.logits):
+        with np.errstate(over="ignore"):
+            agreement = parity.compare(logits.astype(DTYPES[out_dtype]), truth, chain)
+        assert agreement.ok, agreement
+
+
+@quick
+@hypothesis.given(shapes, dtypes, dtypes, st.floats(1.01, 100), st.sampled_from([-1, 1]), st.integers(0, 2**32 - 1))
+def test_an_error_above_the_tolerance_is_seen_and_located(shape, dtype, out_dtype, factor, sign, seed) -> None:
+    x, weight, bias = problem(shape, dtype, 0, seed)
+    truth, chain = parity.reference(x, weight, bias), parity.float32_chain(shape[1])
+    at = (seed % shape[0], seed % shape[2])
+    # sqrt(2 log(2 N / FALSE_ALARM)) <= 7.2 for N <= 81. The logit and the end of its interval are rounded to out_dtype.
+    magnitude, expected = truth.magnitude[at], truth.logits[at]
+    tolerance = 7.2 * np.sqrt(shape[1] + 1) * 2.0**-24 * magnitude + shape[1] * 2.0**-124
+    tolerance += 2.1 * float(parity.output_rounding(abs(expected) + tolerance, DTYPES[out_dtype]))
+    logits = truth.logits.copy()
+    logits[at] += sign * factor * tolerance
+    agreement = parity.compare(logits.astype(DTYPES[out_dtype]), truth, chain)
+    assert (agreement.outside, agreement.worst_at, agreement.ok) == (1, at, False)
+
+
+@quick
+@hypothesis.given(shapes, st.integers(-20, 20), st.integers(0, 2**32 - 1))
+def test_units_do_not_depend_on_scale_or_order(shape, scale, seed) -> None:
+    x, weight, _ = problem(shape, "float32", 0, seed)
+    logits, chain = exact(x, weight, None), parity.float32_chain(shape[1])
+    plain = parity.compare(logits, parity.reference(x, weight), chain)
+    scaled = parity.compare(np.ldexp(logits, scale), parity.reference(np.ldexp(x, scale), weight), chain)
+    assert scaled.worst_units == pytest.approx(plain.worst_units)
+    assert scaled.rms_units == pytest.approx(plain.rms_units)
+    rows = np.random.default_rng(seed).permutation(shape[0])
+    shuffled = parity.compare(logits[rows], parity.reference(x[rows], weight), chain)
+    assert shuffled.worst_units == pytest.approx(plain.worst_units, abs=1e-6)
+    assert plain.rms_units <= plain.worst_units * (1 + 1e-12)
+    assert plain.rms_error <= plain.worst_error * (1 + 1e-12)
+
+
+@quick
+@hypothesis.given(dtypes, st.integers(1, 30), st.integers(1, 9), st.sets(st.integers(0, 29)), st.integers(0, 2**32 - 1))
+def test_differing_rows_are_those_with_a_flipped_bit(dtype, rows, columns, flipped, seed) -> None:
+    generator = np.random.default_rng(seed)
+    unsigned = np.dtype(f"u{np.dtype(DTYPES[dtype]).itemsize}")
+    pattern = generator.integers(0, np.iinfo(unsigned).max, (rows, columns), unsigned, endpoint=True)  # NaN, inf, all
+    flipped = sorted(row for row in flipped if row < rows)
+    other = pattern.copy()
+    for row in flipped:
+        other[row, generator.integers(columns)] ^= unsigned.type(1 << generator.integers(unsigned.itemsize * 8))
+    assert parity.differing_rows(pattern.view(DTYPES[dtype]), other.view(DTYPES[dtype])).tolist() == flipped
+
+
+def test_bits_tell_zeros_apart_and_nan_payloads_on_request() -> None:
+    zeros = np.array([[0.0], [0.0]], np.float32), np.array([[0.0], [-0.0]], np.float32)
+    assert parity.differing_rows(*zeros).tolist() == [1]
+    nans = np.array([[0x7FC00000], [0x3F800000]], np.uint32).view(np.float32)
+    others = np.array([[0x7FFFFFFF], [0x3F800000]], np.uint32).view(np.float32)
+    assert parity.differing_rows(nans, others).tolist() == [0]
+    assert parity.differing_rows(nans, others, nan_payloads=False).tolist() == []
+
+
+def test_sizes_and_dtypes_that_do_not_fit_are_refused() -> None:
+    x, weight = np.ones((2, 4), np.float32), np.ones((3, 4), np.float32)
+    truth = parity.reference(x, weight)
+    with pytest.raises(ValueError, match=r"logits has shape \(3, 2\).*\(2, 3\).*Expected.*pass"):
+        parity.compare(np.ones((3, 2), np.float32), truth, parity.float32_chain(4))
+    with pytest.raises(ValueError, match=r"x has shape \(4,\).*Expected 2 dimensions; flatten"):
+        parity.reference(x[0], weight)
+    with pytest.raises(ValueError, match=r"actual is float32\[2, 4\].*float16\[2, 4\].*Expected the same"):
+        parity.differing_rows(x, x.astype(np.float16))
+
+
+def test_sums_that_may_overflow_float32_are_not_judged() -> None:
+    x, weight = np.array([[2.0**127, -(2.0**127), 1]], np.float32), np.ones((1, 3), np.float32) * 2
+    truth = parity.reference(x, weight)
+    agreement = parity.compare(np.array([[np.nan]], np.float32), truth, parity.float32_chain(3))
+    assert agreement.logits == 0
+    assert agreement.unjudged == 1
+    assert agreement.ok

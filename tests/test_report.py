@@ -1,0 +1,172 @@
+"""The report: everything it writes comes from one rows file, and writing it again changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic_rows
+import typer
+from typer.testing import CliRunner
+
+from jax_router import report, report_plots, sweep_table
+from jax_router.report import rewrite, write_report
+from jax_router.sweep_rows import by_problem
+
+PARTS = ("provenance", "table", "plot", "models-plot", "winners", "bars", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    pytest.importorskip("matplotlib")
+    return synthetic_rows.headline_rows(only_models=["gpt-oss-120b", "DeepSeek-V3", "Kimi-K2"])
+
+
+@pytest.fixture(autouse=True)
+def no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may depend on the table that is checked in."""
+    monkeypatch.setattr(sweep_table, "TABLES", tmp_path)
+
+
+def readme_with(path: Path, *parts: str) -> Path:
+    blocks = [f"<!-- generated: {part} -->\nstale text\n<!-- end generated: {part} -->\n" for part in parts]
+    path.write_text("# Title\n\nText before.\n\n" + "\nText between.\n\n".join(blocks) + "\nText after.\n")
+    return path
+
+
+def run_report(*arguments: str) -> Any:
+    app = typer.Typer()
+    report.register(app)
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_plots_tables_and_readme_are_written_and_again_the_same(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", rows)
+    results, readme = tmp_path / "docs" / "results", readme_with(tmp_path / "README.md", *PARTS)
+    written = write_report(source, results, readme)
+    assert {path.name for path in written} == {
+        "sweep-h200.jsonl",
+        "sweep-h200.md",
+        "README.md",
+        *(f"h200-{plot}.{suffix}" for plot in ("time-headline", "time-models", "winners") for suffix in ("png", "svg")),
+    }
+    for path in written:
+        assert path.stat().st_size > 1000, path
+    first = contents(tmp_path)
+    assert write_report(results / "sweep-h200.jsonl", results, readme) == written
+    assert contents(tmp_path) == first
+
+
+def test_the_generated_parts_say_where_they_come_from(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", rows)
+    readme = readme_with(tmp_path / "README.md", *PARTS)
+    write_report(source, tmp_path / "docs" / "results", readme)
+    text = readme.read_text()
+    for fact in ("NVIDIA H200, driver 1.2.3", "jax 0.11.2", "torch 2.11.0", "2026-01-02", "`0123456789ab`"):
+        assert fact in text
+    assert "| gpt-oss-120b (2880x128 +bias) | 1 | 2.50 / 3.00 | 6.00 / 7.20 | 1.50 / 1.80 |" in text
+    assert "](docs/results/h200-time-headline.png)" in text
+    assert "](h200-time-headline.png)" in (tmp_path / "docs" / "results" / "sweep-h200.md").read_text()
+    assert "| met | worst 0.417 x at T=" in text
+    assert "| 2880x128 | zero mean | 2.0e-07 |" in text
+    assert "stale text" not in text
+    assert text.startswith("# Title\n\nText before.\n")
+    assert text.endswith("Text after.\n")
+    assert text.count("Text between.") == len(PARTS) - 1
+
+
+def test_rows_of_other_sources_are_left_out(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    stale = {**rows[0], "provenance": {**synthetic_rows.PROVENANCE, "source_hash": "stale"}}
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", [stale, *rows])
+    write_report(source, tmp_path / "results", tmp_path / "README.md")
+    record = (tmp_path / "results" / "sweep-h200.jsonl").read_text()
+    assert "stale" not in record
+    assert record.count("\n") == len(rows)
+
+
+def test_rows_of_a_machine_without_a_gpu_make_a_report_too(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    facts = {**synthetic_rows.PROVENANCE, "gpu": None, "driver": None, "compute_capability": None}
+    cpu = [
+        {**row, "method": "wall", "provenance": facts}
+        for row in rows
+        if row["candidate"] == "xla" and row["method"] == "cupti" and row["weights"] == "warm"
+    ]
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", cpu)
+    readme = readme_with(tmp_path / "README.md", "provenance", "table", "winners", "bars")
+    written = {path.name for path in write_report(source, tmp_path / "results", readme)}
+    assert {"cpu-time-headline.png", "cpu-time-models.svg", "sweep-cpu.jsonl"} <= written
+    assert "CPU; jax" in readme.read_text()
+    assert "Not measured." in readme.read_text()
+
+
+def test_every_panel_shows_all_of_its_lines(rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    # The first panel is a hundred times slower than the last, and both share an axis.
+    slow = [row | {"samples_us": [200.0]} if row["hidden"] == 2880 and "samples_us" in row else row for row in rows]
+    problems = by_problem(slow)
+    shapes = report_plots._shapes(slow, problems)
+    figure = report_plots._time_figure(plt, problems, shapes, [report_plots.KERNELS], 3, synthetic_rows.PROVENANCE)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(panels) == len(shapes) == 3
+    for axis in panels:
+        low, high = axis.get_ylim()
+        assert len(axis.lines) >= 6
+        assert all(low < time < high for line in axis.lines for time in line.get_ydata())
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<!-- generated: tabel -->\n<!-- end generated: tabel -->\n",
+            "marker for 'tabel'. Expected one of table, plot",
+        ),
+        ("<!-- generated: table -->\nno end\n", "without its other half"),
+        ("<!-- end generated: table -->\n<!-- generated: table -->\n", "without its other half"),
+        ("<!-- generated: table -->\n<!-- end generated: plot -->\n", "without its other half"),
+    ],
+)
+def test_markers_that_do_not_match_are_explained(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rewrite(text, {"table": "new\n", "plot": "new\n"}, Path("README.md"))
+
+
+def test_text_outside_the_markers_is_kept_as_it_is() -> None:
+    text = "a\\1\n<!-- generated: table -->\nold \\g<0>\n<!-- end generated: table -->\nb\n"
+    assert rewrite(text, {"table": "new \\1\n"}, Path("x")) == text.replace("old \\g<0>", "new \\1")
+    assert rewrite("no markers\n", {"table": ""}, Path("x")) == "no markers\n"
+
+
+def test_the_command_finds_the_only_rows_file(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    places = ("--results", str(results), "--readme", str(readme))
+    none = run_report(*places)
+    assert none.exit_code == 2
+    assert "holds none" in none.output
+    synthetic_rows.write(results / "sweep-h200.jsonl", rows)
+    found = run_report(*places)
+    assert found.exit_code == 0, found.output
+    assert "h200-winners.svg" in found.output
+    assert "README.md does not exist" in found.output
+    synthetic_rows.write(results / "sweep-b200.jsonl", rows[:1])
+    several = run_report(*places)
+    assert several.exit_code == 2
+    assert "name the file" in several.output
+
+
+@pytest.mark.parametrize("content", ["", "oops\n"])
+def test_a_rows_file_without_times_is_explained(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    result = run_report(str(path), "--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md"))
+    assert result.exit_code == 2
+    assert "Expected" in result.output
+    assert not (tmp_path / "results").exists()

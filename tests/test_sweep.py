@@ -1,0 +1,554 @@
+"""The sweep: what it measures, what it refuses to time, what survives an interruption, what its rows are good for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic_rows
+import typer
+from typer.testing import CliRunner
+
+from jax_router import dispatch, sweep, sweep_run, timing
+from jax_router.models import models
+from jax_router.sweep_bars import Bar, evaluate
+from jax_router.sweep_data import ShapeData, rms_errors
+from jax_router.sweep_points import (
+    ALL_TOKENS,
+    PEERS,
+    SPARSE_TOKENS,
+    TINY_SHAPES,
+    Point,
+    Shape,
+    geometric_mean,
+    points,
+    shapes,
+)
+from jax_router.sweep_rows import RowsError, RowsWriter, comparable, finished, key, read_rows
+from jax_router.sweep_summary import lines, show
+from jax_router.sweep_table import table_of, table_path, write_table
+from jax_router.tables import Table
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "shape_sweep.py"
+SMALL = Shape(64, 16, True, ("small",))
+WALL = (("wall", "warm"),)
+HALVES = (slice(0, 32), slice(32, 64))
+HEADLINE = {"gpu": True, "torch_gpu": True}
+
+
+# Points ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_measured_and_shared_shapes_only_once() -> None:
+    found = shapes()
+    assert sorted(name for shape in found for name in shape.models) == sorted(models)
+    assert len({(shape.hidden, shape.experts, shape.bias) for shape in found}) == len(found) < len(models)
+    assert [shape.models[0] for shape in found[:2]] == ["gpt-oss-120b", "DeepSeek-V3"]
+
+
+def test_headline_suite_covers_the_bars() -> None:
+    found = points("headline", **HEADLINE)
+    for shape in shapes():
+        of_shape = [point for point in found if point.shape == shape]
+        tokens = {point.tokens for point in of_shape if point.candidate == "cuda"}
+        assert tokens == set(ALL_TOKENS if shape.headline else SPARSE_TOKENS)
+        for count in tokens:
+            candidates = {point.candidate: dict(point.measurements) for point in of_shape if point.tokens == count}
+            assert {"cuda", "pallas", "xla", *PEERS} <= set(candidates)
+            assert ("chain_slope" in candidates["xla"]) == (shape.headline and count in (1, 64))
+        bounds = {point.candidate for point in of_shape if point.tokens is None}
+        assert bounds == {"empty", "read_weight"} | ({"accuracy"} if shape.headline else set())
+    keys = [point.key(*each) for point in found for each in point.measurements]
+    assert len(set(keys)) == len(keys)
+
+
+def test_full_suite_has_every_point_of_the_others() -> None:
+    def keys(suite: str) -> set[Any]:
+        return {point.key(*each) for point in points(suite, **HEADLINE) for each in point.measurements}
+
+    assert keys("quick") < keys("headline") < keys("full")
+
+
+def test_without_a_gpu_only_xla_runs_and_pallas_on_tiny_shapes() -> None:
+    found = points("quick", gpu=False, torch_gpu=False)
+    assert {point.candidate for point in found} == {"xla", "pallas"}
+    assert {point.shape for point in found if point.candidate == "pallas"} == set(TINY_SHAPES)
+    assert {each for point in found for each in point.measurements} == {("wall", "warm")}
+
+
+def test_filters_select_models_tokens_and_candidates() -> None:
+    found = points(
+        "headline", **HEADLINE, only_models=["glm-4.5-air"], only_tokens=[3], only_candidates=["cuda", "torch_linear"]
+    )
+    assert {(point.shape.label, point.tokens, point.candidate) for point in found} == {
+        ("4096x128", 3, "cuda"),
+        ("4096x128", 3, "torch_linear"),
+    }
+    assert found[0].shape.models == ("Qwen3-235B-A22B", "GLM-4.5-Air")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"suite": "huge"}, "suite is 'huge'. Expected one of quick, headline, full"),
+        ({"only_models": ["gpt-5"]}, "model is 'gpt-5'. Expected one of gpt-oss"),
+        ({"only_tokens": [0]}, "tokens is 0. Expected 1 or more"),
+        ({"only_candidates": ["triton"]}, "implementation is 'triton'. Expected one of"),
+    ],
+)
+def test_unknown_filters_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        points(**{"suite": "quick", **HEADLINE, **arguments})
+
+
+# Rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_a_killed_sweep_did_not_finish_is_dropped(tmp_path: Path) -> None:
+    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"])[:3]
+    path = synthetic_rows.write(tmp_path / "rows.jsonl", rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert read_rows(path) == rows[:2]
+    writer = RowsWriter(path)
+    writer.write(rows[2])
+    writer.close()
+    assert path.read_bytes().count(b"\n") == 3
+    assert read_rows(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}\n", "line 1, has no 'hidden'"), ("not json\n", "line 1, is not JSON"), ("3\n", "line 1, has no 'hidden'")],
+)
+def test_a_broken_rows_file_is_explained(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(RowsError, match=message):
+        read_rows(path)
+    result = run_sweep("--resume", str(path), "--model", "OLMoE-1B-7B", "--tokens", "1")
+    assert result.exit_code == 2
+    assert "delete that line" in " ".join(result.output.split())
+    assert path.read_text() == content
+
+
+def test_a_missing_rows_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(RowsError, match="cannot be read"):
+        read_rows(tmp_path / "none.jsonl")
+
+
+def test_only_rows_of_the_same_sources_and_gpu_count_as_finished() -> None:
+    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"])
+    facts = synthetic_rows.PROVENANCE
+    assert finished(rows, facts) == {key(row) for row in rows}
+    assert finished(rows, {**facts, "source_hash": "other"}) == set()
+    assert finished(rows, {**facts, "gpu": "NVIDIA H100"}) == set()
+    assert finished(rows, {**facts, "date": "2030"}) == {key(row) for row in rows}
+    assert finished([{**rows[0], "status": "failed"}], facts) == set()
+    foreign = {**rows[0], "provenance": {**facts, "source_hash": "other"}}
+    assert comparable([foreign, *rows]) == (rows, 1)
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def run_sweep(*arguments: str) -> Any:
+    app = typer.Typer()
+    sweep.register(app)
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def small_sweep(folder: Path, *more: str) -> Any:
+    return run_sweep("--model", "OLMoE-1B-7B", "--tokens", "1", "--tokens", "3", "--output", str(folder), *more)
+
+
+def test_the_command_checks_times_and_records(tmp_path: Path) -> None:
+    result = small_sweep(tmp_path, "--implementation", "xla", "--implementation", "pallas")
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.jsonl")
+    rows = read_rows(path)
+    timed = [row for row in rows if "samples_us" in row and row["candidate"] == "xla"]
+    assert {row["tokens"] for row in timed} == {1, 3}
+    for row in timed:
+        assert row["check"]["passed"]
+        assert 0 <= row["check"]["worst_error"] < 1
+        assert row["median_us"] == pytest.approx(np.median(row["samples_us"]), abs=1e-3)
+        assert row["measured"]
+        assert {"source_hash", "date", "jax", "gpu"} <= set(row["provenance"])
+    assert "OLMoE-1B-7B" in result.output
+    if jax.default_backend() != "gpu":
+        assert "No GPU" in result.output
+
+
+def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
+    small_sweep(tmp_path, "--implementation", "xla")
+    (path,) = tmp_path.glob("*.jsonl")
+    before = path.read_text().splitlines(keepends=True)
+    assert small_sweep(tmp_path, "--implementation", "xla", "--resume", str(path)).exit_code == 0
+    assert path.read_text().splitlines(keepends=True) == before
+    kept = [line for line in before if '"tokens":3' not in line]
+    path.write_text("".join(kept))
+    result = small_sweep(tmp_path, "--implementation", "xla", "--resume", str(path))
+    after = path.read_text().splitlines(keepends=True)
+    assert result.exit_code == 0
+    assert after[: len(kept)] == kept
+    assert [key(json.loads(line)) for line in after] == [key(json.loads(line)) for line in before]
+    assert list(tmp_path.glob("*.jsonl")) == [path]
+
+
+def test_resume_measures_again_after_the_sources_changed(tmp_path: Path) -> None:
+    small_sweep(tmp_path, "--implementation", "xla")
+    (path,) = tmp_path.glob("*.jsonl")
+    stale = path.read_text().replace('"source_hash":"', '"source_hash":"old')
+    path.write_text(stale)
+    result = small_sweep(tmp_path, "--implementation", "xla", "--resume", str(path))
+    assert "of other sources" in result.output
+    rows = read_rows(path)
+    assert len(rows) == 2 * len(stale.splitlines())
+    assert comparable(rows) == (rows[len(rows) // 2 :], len(rows) // 2)
+
+
+def test_an_empty_selection_is_an_error() -> None:
+    result = run_sweep("--model", "OLMoE-1B-7B", "--implementation", "no_routing", "--tokens", "7")
+    assert result.exit_code == 2
+    assert "no point is left" in result.output
+
+
+def test_ctrl_c_keeps_the_rows_and_resume_finishes(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    command = [sys.executable, str(SCRIPT), "--suite", "quick", "--model", "Kimi-K2", "--model", "OLMoE-1B-7B"]
+    process = subprocess.Popen(
+        [*command, "--output", "results"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        found = list(tmp_path.glob("results/*.jsonl"))
+        if found and found[0].read_bytes().count(b"\n") >= 2:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    (path,) = tmp_path.glob("results/*.jsonl")
+    kept = read_rows(path)
+    assert len(kept) >= 2
+    assert f"--resume {path.relative_to(tmp_path)}" in output
+    done = subprocess.run(
+        [*command, "--resume", str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_rows(path)
+    assert rows[: len(kept)] == kept
+    expected = points("quick", gpu=False, torch_gpu=False, only_models=["Kimi-K2", "OLMoE-1B-7B"])
+    timed = [key(row) for row in rows if "samples_us" in row]
+    assert sorted(timed) == sorted(point.key(*each) for point in expected for each in point.measurements)
+
+
+# Checks come before times ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[sweep_run.Runner]:
+    writer = RowsWriter(tmp_path / "rows.jsonl")
+    yield sweep_run.Runner(writer, provenance={"gpu": None}, device=jax.devices("cpu")[0])
+    writer.close()
+
+
+def small_points(candidate: str = "xla", measurements: Any = WALL) -> list[Point]:
+    return [Point(SMALL, tokens, candidate, measurements) for tokens in (2, 8)]
+
+
+def test_a_point_that_fails_its_check_is_not_timed(runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = runner.calls["xla"]
+
+    def wrong(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        logits = right(x, weight, bias)
+        return logits if x.shape[0] == 2 else logits.at[5, 3].add(0.01)
+
+    runner.calls["xla"] = wrong
+    monkeypatch.setattr(timing, "wall", lambda *_, **__: timing.Samples("wall", "warm", (1.0,), 1, ""))
+    runner.run(small_points())
+    rows = read_rows(runner.writer.path)
+    assert [(row["tokens"], row["method"], row["status"]) for row in rows] == [
+        (2, "check", "ok"),
+        (2, "wall", "ok"),
+        (8, "check", "failed"),
+    ]
+    assert rows[-1]["check"]["worst_error"] > 1
+    assert "(5, 3)" in rows[-1]["reason"]
+    assert len(runner.failed) == 1
+
+
+def test_a_failed_point_makes_the_exit_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return jnp.zeros((x.shape[0], weight.shape[0]))
+
+    monkeypatch.setattr(sweep_run, "implementation_calls", lambda: dict.fromkeys(dispatch.IMPLEMENTATIONS, wrong))
+    result = small_sweep(tmp_path, "--implementation", "xla")
+    assert result.exit_code == 1, result.output
+    assert "2 failed" in result.output
+
+
+def test_one_broken_point_does_not_end_the_sweep(runner: sweep_run.Runner) -> None:
+    right = runner.calls["xla"]
+
+    def broken(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        if x.shape[0] == 2:
+            raise RuntimeError("out of luck")
+        return right(x, weight, bias)
+
+    runner.calls["xla"] = broken
+    runner.run(small_points())
+    rows = read_rows(runner.writer.path)
+    assert [(row["tokens"], row["status"]) for row in rows] == [(2, "failed"), (8, "ok"), (8, "ok")]
+    assert rows[0]["reason"] == "RuntimeError: out of luck"
+
+
+def test_what_this_machine_does_not_run_is_skipped_with_its_reason(runner: sweep_run.Runner) -> None:
+    runner.run(small_points("cuda"))
+    rows = read_rows(runner.writer.path)
+    assert {row["status"] for row in rows} == {"skipped"}
+    assert "compute capability 9.0" in rows[0]["reason"]
+    assert not runner.failed
+
+
+def test_a_replay_that_writes_other_bits_fails(runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "graph_replay", lambda *_, **__: timing.Samples("graph_replay", "warm", (1.0,), 1, ""))
+    runner.run(small_points(measurements=(("graph_replay", "warm"), *WALL))[:1])
+    rows = read_rows(runner.writer.path)
+    assert [(row["method"], row["status"]) for row in rows] == [
+        ("check", "ok"),
+        ("graph_replay", "failed"),
+        ("wall", "ok"),
+    ]
+    assert "other bits" in rows[1]["reason"]
+
+
+def test_the_progress_reaches_its_total(runner: sweep_run.Runner) -> None:
+    steps = []
+    runner.advance = lambda cost, label: steps.append(cost)
+    todo = [*small_points(), *small_points("cuda")]
+    total = runner.cost(todo)
+    runner.run(todo)
+    assert sum(steps) == total > 0
+    assert runner.cost([]) == 0
+
+
+class FakeGpu:
+    platform = "gpu"
+
+
+def test_row_bits_are_compared_between_batches() -> None:
+    data = ShapeData(SMALL, [2, 8], jax.devices("cpu")[0])
+    x, weight = data.x.astype(np.float64), data.weight.astype(np.float64)
+    assert data.bias is not None
+    logits = (x @ weight.T + data.bias.astype(np.float64)).astype(np.float32)
+    data.device = FakeGpu()  # type: ignore[assignment]  # the promise holds there
+    assert data.check("cuda", logits[:2])["passed"]
+    assert data.check("cuda", logits)["passed"]
+    other = logits.copy()
+    other[1, 3] = np.nextafter(other[1, 3], np.float32(9))
+    assert data.check("xla", other)["passed"]
+    result = data.check("cuda", other)
+    assert not result["passed"]
+    assert "row 1 has other bits" in result["reason"]
+
+
+def test_checked_rows_reach_the_last_token() -> None:
+    data = ShapeData(SMALL, [1, 512], jax.devices("cpu")[0])
+    logits = (data.x.astype(np.float32) @ data.weight.astype(np.float32).T) + data.bias.astype(np.float32)
+    assert data.check("xla", logits)["passed"]
+    logits[-1, -1] += 0.01
+    assert not data.check("xla", logits)["passed"]
+
+
+def test_a_peer_may_round_to_bfloat16_but_not_compute_something_else() -> None:
+    data = ShapeData(SMALL, [64], jax.devices("cpu")[0])
+    logits = (data.x.astype(np.float32) @ data.weight.astype(np.float32).T) + data.bias.astype(np.float32)
+    rounded = logits.astype(jnp.bfloat16)
+    assert data.check("torch_linear", rounded)["passed"]
+    assert not data.check("torch_linear", rounded - data.bias)["passed"]
+    halves = [data.x[:, part].astype(np.float32) @ data.weight[:, part].astype(np.float32).T for part in HALVES]
+    split = sum((half.astype(jnp.bfloat16) for half in halves), start=data.bias)  # what cuBLAS may do
+    assert data.check("torch_linear", split)["passed"]
+    assert not data.check("xla", split)["passed"]
+
+
+@pytest.mark.parametrize("kind", ["zero mean", "with a mean"])
+def test_rms_errors_compare_with_float32_sgemm(kind: str) -> None:
+    calls = {"xla": sweep_run.implementation_calls()["xla"]}
+    errors = rms_errors(SMALL, kind, jax.devices("cpu")[0], calls, None, tokens=64)
+    assert set(errors) == {"xla", "float32_sgemm"}
+    assert all(0 < error < 1e-5 for error in errors.values())
+
+
+# The table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_names_the_fastest_by_the_geometric_mean_of_warm_and_cold() -> None:
+    def time(point: Point, method: str, weights: str) -> float:
+        if method == "cupti" and point.tokens in (16, 64):
+            # pallas wins warm, xla wins cold; the arithmetic mean would give xla both.
+            pallas = (1.0, 6.0) if point.tokens == 16 else (1.0, 12.0)
+            return {"cuda": (20.0, 20.0), "pallas": pallas, "xla": (3.0, 3.0)}[point.candidate][weights == "cold"]
+        return synthetic_rows.constant_time(point, method, weights)
+
+    table = table_of(synthetic_rows.headline_rows(time, only_models=["Kimi-K2"]))
+    winners = {entry["tokens"]: entry["winner"] for entry in table["entries"]}
+    assert winners == {1: "cuda", 16: "pallas", 64: "xla", 256: "cuda", 1024: "cuda", 4096: "cuda"}
+    assert table["gpu"] == "NVIDIA H200"
+    assert table["source_hash"] == synthetic_rows.PROVENANCE["source_hash"]
+    entry = table["entries"][0]
+    assert set(entry["candidates"]) == {"cuda", "pallas", "xla"}  # no peer ever wins
+    assert entry["candidates"]["cuda"]["cupti_warm_us"] == [2.5 * factor for factor in (0.99, 1.0, 1.05)]
+    assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
+
+
+def test_only_checked_candidates_with_warm_and_cold_times_can_win() -> None:
+    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"], only_tokens=[16])
+    for row in rows:
+        if row["candidate"] == "cuda" and row["method"] == "cupti":
+            row["check"] = {"passed": False, "worst_error": 99.0}
+    rows = [row for row in rows if (row["candidate"], row["method"], row["weights"]) != ("pallas", "cupti", "cold")]
+    (entry,) = table_of(rows)["entries"]
+    assert entry["winner"] == "xla"
+    assert set(entry["candidates"]) == {"xla"}
+
+
+def test_the_dispatcher_follows_the_written_table(tmp_path: Path) -> None:
+    def time(point: Point, method: str, weights: str) -> float:
+        # Not pallas: whether it runs at all depends on the version of JAX.
+        slow = point.candidate in ("cuda", "pallas") and point.tokens is not None and point.tokens > 256
+        return 50.0 if slow else synthetic_rows.constant_time(point, method, weights)
+
+    path = write_table(synthetic_rows.headline_rows(time), tmp_path)
+    assert path == tmp_path / "nvidia_h200.json" == table_path("NVIDIA H200", tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    document = json.loads(path.read_text())
+    table = Table.parse(document)
+    device = dispatch.Device("gpu", "NVIDIA H200", "9.0")
+    for tokens, expected in ((1, "cuda"), (200, "cuda"), (900, "xla")):
+        problem = dispatch.Problem(tokens, 7168, 256)
+        assert dispatch.choose(problem, device, environment={}, table=table).implementation == expected
+
+
+def test_rows_without_kernel_times_make_no_table() -> None:
+    rows = [row for row in synthetic_rows.headline_rows(only_models=["Kimi-K2"]) if row["method"] != "cupti"]
+    with pytest.raises(ValueError, match="Expected a sweep on a GPU"):
+        table_of(rows)
+
+
+# Bars ------------------------------------------------------------------------------------------------------------
+
+
+def bars(rows: list[dict[str, Any]], chosen: str = "cuda") -> dict[str, Bar]:
+    return {bar.claim: bar for bar in evaluate(rows, lambda problem: chosen)}
+
+
+def one(found: dict[str, Bar], *words: str) -> Bar:
+    (claim,) = [claim for claim in found if all(word in claim for word in words)]
+    return found[claim]
+
+
+def test_all_bars_are_met_by_rows_that_meet_them() -> None:
+    found = bars(synthetic_rows.headline_rows())
+    assert len(found) == 9
+    assert {bar.verdict for bar in found.values()} == {"met"}, found
+
+
+def test_a_missed_bar_names_its_worst_case() -> None:
+    def time(point: Point, method: str, weights: str) -> float:
+        if point.candidate == "cuda" and point.tokens == 32 and point.shape.headline and weights == "cold":
+            return 3.7 * (2 if method == "cupti" else 1)
+        if (point.candidate, point.tokens, method) == ("pallas", 128, "cupti") and not point.shape.bias:
+            return 7.7 if weights == "warm" else 2.0
+        if (point.candidate, point.tokens, method, point.shape.label) == ("cuda", 1024, "cupti", "2048x64"):
+            return 9.0
+        return synthetic_rows.constant_time(point, method, weights)
+
+    rows = synthetic_rows.headline_rows(time)
+    for row in rows:
+        if row["method"] == "rms" and row["weights"] == "with a mean" and row["hidden"] == 7168:
+            row["rms_error"]["cuda"] = 6e-7
+    found = bars(rows)
+    for model in ("gpt-oss-120b", "DeepSeek-V3"):
+        bar = one(found, "0.5x cuBLAS", model)
+        assert bar.verdict == "not met"
+        assert "0.514 x at T=32 cold; 1 of 14 over" in bar.figures
+    assert one(found, "never slower than xla").figures.startswith("worst 1.286 x at 2048x64 T=1024 warm")
+    assert one(found, "RMS", "gpt-oss").met is True
+    bar = one(found, "RMS", "DeepSeek")
+    assert bar.met is False
+    assert "1.200 x at with a mean" in bar.figures
+    assert one(found, "pallas faster", "gpt-oss").met is True
+    assert "1.100 x at 7168x256 T=128 warm" in one(found, "pallas faster", "DeepSeek").figures
+    bar = one(found, "dispatcher")
+    assert bar.met is False
+    assert "2048x64 T=1024 (cuda)" in bar.figures
+
+
+def test_bars_that_are_not_covered_are_not_called_met() -> None:
+    rows = synthetic_rows.headline_rows(only_tokens=[1, 2, 16])
+    found = bars(rows)
+    bar = one(found, "0.5x cuBLAS", "gpt-oss")
+    assert bar.verdict == "not measured"
+    assert "8 of 14 not measured" in bar.figures
+    without_peer = [row for row in synthetic_rows.headline_rows() if row["candidate"] != "torch_mm_float32"]
+    assert one(bars(without_peer), "0.5x cuBLAS", "gpt-oss").met is None
+    without_cuda = [
+        row
+        for row in synthetic_rows.headline_rows()
+        if (row["candidate"], row["tokens"], row["hidden"]) != ("cuda", 64, 4096)
+    ]
+    assert one(bars(without_cuda), "never slower").met is None
+    assert {bar.met for bar in bars([]).values()} == {None}
+
+
+def test_a_failed_check_and_an_unmeasured_choice_miss_their_bars() -> None:
+    rows = synthetic_rows.headline_rows()
+    rows[0] = next({**row, "status": "failed", "reason": "worst 9 units"} for row in rows if row["method"] == "check")
+    rows = [row for index, row in enumerate(rows) if index == 0 or key(row) != key(rows[0])]
+    found = bars(rows)
+    assert one(found, "every point passes").met is False
+    assert "cuda 2880x128 T=1" in one(found, "every point passes").figures
+    assert one(bars(synthetic_rows.headline_rows(), chosen="triton"), "dispatcher").met is False
+    skipped = [{**row, "status": "skipped"} for row in rows if row["method"] == "check"]
+    assert one(bars(skipped), "every point passes").met is None
+
+
+def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "load_table", lambda kind: None)
+    monkeypatch.setenv("JAX_ROUTER_IMPLEMENTATION", "xla")  # of this process: not of the machine that was measured
+    (bar,) = [bar for bar in evaluate(synthetic_rows.headline_rows()) if "dispatcher" in bar.claim]
+    assert bar.met, bar
+    assert "(cuda)" in bar.figures
+
+
+# What is printed -------------------------------------------------------------------------------------------------
+
+
+def test_lines_compare_like_with_like() -> None:
+    found = lines(synthetic_rows.headline_rows(only_models=["DeepSeek-V3"], only_tokens=[64]))
+    by_name = {(line.candidate, line.method): line for line in found}
+    replay, kernels = by_name["cuda", "graph replay"], by_name["cuda", "CUPTI"]
+    assert replay.to_best_other == (pytest.approx(2.5 / 6.0), pytest.approx(2.5 / 6.0))  # cuBLAS
+    assert kernels.to_best_other == (pytest.approx(2.5 / 4.0), pytest.approx(2.5 / 4.0))  # pallas
+    assert replay.to_floor == (pytest.approx(2.5 / 1.5), pytest.approx(2.5 / 1.5))
+    assert by_name["xla", "CUPTI"].to_best_other[0] == pytest.approx(7.0 / 2.5)
+    assert replay.worst_error == 0.2
+    assert by_name["no_routing", "chain slope"].to_best_other == (None, None)
+    assert show((1.234, 12.34)) == "1.23 / 12.3"
+    assert show((123.4, None)) == "123"
+    assert show((None, None)) == "-"

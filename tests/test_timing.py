@@ -1,0 +1,249 @@
+"""Timing: what is passed to the clock, how records are cut into calls, and that XLA cannot merge what is timed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_router import timing
+from jax_router.implementations import cuda
+from jax_router.ops import router_gemm
+
+
+def xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return router_gemm(x, weight, bias, implementation="xla")
+
+
+def operands(
+    *, tokens: int = 4, hidden: int = 64, experts: int = 16, copies: int = 16, device: Any = None
+) -> timing.Operands:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((tokens, hidden)).astype(jnp.bfloat16)
+    weight = random.standard_normal((experts, hidden)).astype(jnp.bfloat16)
+    bias = random.standard_normal(experts).astype(jnp.bfloat16)
+    return timing.Operands(
+        jax.device_put(x, device),
+        tuple(jax.device_put(weight.copy(), device) for _ in range(copies)),
+        jax.device_put(bias, device),
+    )
+
+
+@pytest.mark.parametrize("weight_bytes", [2 * 2880 * 32, 2 * 2880 * 128, 2 * 7168 * 384, 10**9])
+def test_cold_copies_exceed_the_cache_between_two_uses(weight_bytes: int) -> None:
+    copies = timing.cold_copies(weight_bytes)
+    assert copies % timing.CALLS == 0
+    assert (copies - timing.CALLS) * weight_bytes > 60e6 or weight_bytes > 120e6
+    assert copies * weight_bytes > 120e6
+
+
+def test_samples_report_median_and_spread() -> None:
+    samples = timing.Samples("wall", "warm", (1.0, 2.0, 3.0, 100.0, 2.5), 1, "")
+    assert samples.median_us == 2.5
+    low, high = samples.spread_us
+    assert low < 2.5 < high <= 100
+
+
+def test_calls_stay_apart_and_each_returns_its_logits() -> None:
+    data = operands()
+    compiled = timing.compile_calls(xla, data, calls=3)
+    lowered = jax.jit(xla).lower(data.x, data.weights[0], data.bias).compile()
+    expected = np.asarray(lowered(data.x, data.weights[0], data.bias))
+    other = jax.device_put(2 * np.asarray(data.weights[0]))
+    outputs = compiled(data.x, (data.weights[0], data.weights[0], other), data.bias)
+    assert np.array_equal(outputs[0], expected)
+    assert np.array_equal(outputs[1], expected)
+    assert not np.array_equal(outputs[2], expected)
+
+
+def test_barriers_stand_between_the_calls() -> None:
+    data = operands()
+
+    def count(calls: int) -> int:
+        seen: list[str] = []
+
+        def call(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+            seen.append(type(x).__name__)
+            return xla(x, weight, bias)
+
+        original = jax.lax.optimization_barrier
+        barriers = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "optimization_barrier", lambda value: (barriers.append(1), original(value))[1])
+            timing.compile_calls(call, data, calls=calls)
+        assert len(seen) == calls
+        return len(barriers)
+
+    assert count(4) == 3
+
+
+def test_chain_depends_on_every_logit_row_and_leaves_x_alone() -> None:
+    data = operands(copies=3)
+    routed = timing.chain(xla)
+    assert np.array_equal(routed(data.x, data.weights, data.bias), data.x)
+    broken = (data.weights[0], jnp.full_like(data.weights[0], jnp.nan), data.weights[0])
+    assert np.isnan(np.asarray(routed(data.x, broken, data.bias)).astype(np.float32)).all()
+    # Without the routing the weights do not matter.
+    assert np.array_equal(timing.chain(None)(data.x, broken, data.bias), data.x)
+
+
+@pytest.mark.parametrize("weights", ["warm", "cold"])
+@pytest.mark.parametrize("call", [xla, None])
+def test_chain_slope_is_per_call(weights: str, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "COLD_BYTES", 1000)
+    monkeypatch.setattr(timing, "CHAIN_LENGTHS", (2, 4))
+    data = operands(copies=3)
+    samples = timing.chain_slope(timing.compile_chains(call, data), data, weights=weights)
+    assert samples.calls_per_sample == 2
+    assert len(samples.samples_us) == 2 * timing.REPEATS
+    assert "2 and 4" in samples.measured
+    assert samples.weights == weights
+
+
+def test_wall_divides_by_the_calls() -> None:
+    data = operands()
+    samples = timing.wall(timing.compile_calls(xla, data, calls=2), data, calls=2)
+    assert samples.calls_per_sample == 2
+    assert samples.median_us > 0
+
+
+# CUPTI -----------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_cut_into_executions() -> None:
+    recorded = [("pad", 0.001), ("gemm", 0.002)] * 3
+    runs = timing.split_executions(recorded, 3)
+    assert runs == [[("pad", 1.0), ("gemm", 2.0)]] * 3
+
+
+@pytest.mark.parametrize(
+    ("recorded", "executions"),
+    [([], 2), ([("gemm", 1.0)] * 3, 2), ([("gemm", 1.0), ("pad", 1.0), ("pad", 1.0), ("gemm", 1.0)], 2)],
+    ids=["nothing recorded", "one kernel lost", "kernels differ"],
+)
+def test_records_that_do_not_fit_are_refused(recorded: list[tuple[str, float]], executions: int) -> None:
+    with pytest.raises(timing.TimingError, match="run the point again"):
+        timing.split_executions(recorded, executions)
+
+
+def test_the_profiler_takes_the_runs_for_one_jitted_function() -> None:
+    calls = []
+    runs = timing._Runs(lambda *arguments: calls.append(arguments), [(1,), (2,)])
+    assert isinstance(runs, jax.stages.Wrapped)  # otherwise the profiler would trace it, and the executions would merge
+    runs()
+    assert calls == [(1,), (2,)]
+
+
+def test_cupti_sums_the_kernels_of_a_call_and_tells_warm_from_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = operands(copies=24)
+    seen: list[tuple[int, ...]] = []
+
+    def kernel_times(compiled: Any, arguments: list[Any]) -> list[list[tuple[str, float]]]:
+        runs = []
+        warm_before = 0
+        for x, weights, _ in arguments:
+            assert x is data.x
+            seen.append(tuple(weight.unsafe_buffer_pointer() for weight in weights))
+            warm = len(set(seen[-1])) == 1
+            warm_before += warm
+            each = 2.0 if not warm else 1000.0 if warm_before <= 2 else 1.0  # the cache is not warm at once
+            runs.append([("pad", each), ("gemm", 3.0)] * timing.CALLS)
+        return runs
+
+    monkeypatch.setattr(timing, "kernel_times", kernel_times)
+    warm, cold = timing.cupti(None, data)  # type: ignore[arg-type]
+    assert set(warm.samples_us) == {4.0}
+    assert set(cold.samples_us) == {5.0}
+    assert warm.kernels == cold.kernels == ("pad", "gemm")
+    assert min(len(warm.samples_us), len(cold.samples_us)) >= timing.REPEATS
+    rotated = [pointers for pointers in seen if len(set(pointers)) > 1]
+    assert len({pointer for pointers in rotated for pointer in pointers}) == 24
+    # The warm-up ends on weight 0, so the group that holds it is measured last.
+    assert data.weights[0].unsafe_buffer_pointer() not in rotated[0]
+
+
+# The C launcher --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["router_gemm", "empty", "read_weight"])
+@pytest.mark.parametrize(("weights", "variants"), [("warm", 1), ("cold", 16)])
+def test_graph_replay_describes_the_problem_to_the_launcher(
+    operation: str, weights: str, variants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = operands()
+    out = timing.out_buffer(data)
+    assert np.isnan(np.asarray(timing.out_buffer(data))).all()
+    calls = []
+
+    def call(name: str, code: int, args: Any, count: int, launches: int, repeats: int, samples: Any) -> None:
+        calls.append((name, code, count, launches, repeats))
+        assert [arg.weight for arg in args] == [w.unsafe_buffer_pointer() for w in data.weights[:variants]]
+        assert {(arg.x, arg.out) for arg in args} == {(data.x.unsafe_buffer_pointer(), out.unsafe_buffer_pointer())}
+        assert {(arg.tokens, arg.hidden, arg.experts, arg.config) for arg in args} == {(4, 64, 16, -1)}
+        assert {(arg.dtype, arg.bias_dtype, arg.out_dtype) for arg in args} == {(0, 0, 2)}
+        samples[:] = [2.0] * repeats
+
+    monkeypatch.setattr(cuda, "call", call)
+    samples = timing.graph_replay(data, out, weights=weights, operation=operation)
+    assert samples.samples_us == (2.0,) * timing.REPEATS
+    assert {call[:3] for call in calls} == {("jr_time_graph", cuda.OPERATIONS[operation], variants)}
+    assert all(launches % variants == 0 and launches >= timing.GRAPH_LAUNCHES for *_, launches, _ in calls)
+    assert re.search(rf"{operation}.*{variants} weights in rotation", samples.measured)
+
+
+def test_slow_kernels_are_replayed_less_often() -> None:
+    asked = []
+
+    def replay(repeats: int) -> list[float]:
+        asked.append(repeats)
+        return [10_000.0] * repeats
+
+    assert len(timing._replays(replay, 192)) == 5
+    assert asked == [3, 5]
+
+
+# On the GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_operands(gpu: jax.Device) -> timing.Operands:
+    hidden, experts = 2880, 128
+    return operands(
+        tokens=16, hidden=hidden, experts=experts, copies=timing.cold_copies(2 * hidden * experts), device=gpu
+    )
+
+
+def test_gpu_kernel_times_are_those_of_a_router_gemm(gpu_operands: timing.Operands) -> None:
+    warm, cold = timing.cupti(timing.compile_calls(xla, gpu_operands), gpu_operands)
+    assert warm.kernels
+    assert 0.5 < warm.median_us < 100
+    assert 0.9 * warm.median_us < cold.median_us < 100
+
+
+def test_gpu_replay_lies_between_the_floor_and_a_millisecond(gpu_operands: timing.Operands) -> None:
+    assert cuda.unavailable() is None, cuda.unavailable()
+    out = timing.out_buffer(gpu_operands)
+    times = {
+        (operation, weights): timing.graph_replay(gpu_operands, out, weights=weights, operation=operation).median_us
+        for operation in ("empty", "read_weight", "router_gemm")
+        for weights in ("warm", "cold")
+    }
+    assert 0.2 < times["empty", "warm"] < times["read_weight", "warm"] < times["router_gemm", "warm"] < 1000
+    assert times["read_weight", "warm"] < times["read_weight", "cold"] < times["router_gemm", "cold"] < 1000
+    expected = jax.jit(lambda x, w, b: router_gemm(x, w, b, implementation="cuda"))(
+        gpu_operands.x, gpu_operands.weights[0], gpu_operands.bias
+    )
+    assert np.array_equal(out, expected)
+
+
+def test_gpu_torch_replay_is_timed_like_the_launcher(gpu_operands: timing.Operands) -> None:
+    torch = pytest.importorskip("torch")
+    assert torch.cuda.is_available()
+    for operator in timing.torch_operators(torch).values():
+        for weights in ("warm", "cold"):
+            samples = timing.torch_replay(torch, operator, gpu_operands, weights=weights)
+            assert 0.5 < samples.median_us < 1000
