@@ -65,15 +65,14 @@ double estimate(const Config& config, const jr_router_gemm_args& a) {
   constexpr double kLaunch = 0.8;
   const int clusters_per_wave =
       config.cluster == 16 ? 7 : 15;  // cudaOccupancyMaxActiveClusters of an H200, one block each
-  const int resident = kMaxSharedBytes / (config.shared_bytes(int(a.hidden)) + 1024);
+  const int resident = max(1, kMaxSharedBytes / (config.shared_bytes(int(a.hidden)) + 1024));
   const int64_t clusters =
       (a.tokens + config.block_tokens - 1) / config.block_tokens * ceil_div(int(a.experts), config.block_experts);
   const int64_t waves = (clusters + clusters_per_wave * resident - 1) / (clusters_per_wave * resident);
-  const int64_t sharing = waves > 1 ? resident : (clusters + clusters_per_wave - 1) / clusters_per_wave;
   const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
-  const double kilobytes = (tokens + config.block_experts) * double(a.hidden) / config.cluster * 2e-3 * double(sharing);
-  return kLaunch +
-         double(waves) * (config.cost.microseconds - kLaunch + config.cost.microseconds_per_kilobyte * kilobytes);
+  const double kilobytes = (tokens + config.block_experts) * double(a.hidden) / config.cluster * 2e-3;  // of a block
+  return kLaunch + double(waves) * (config.cost.wave - kLaunch + config.cost.per_block_kilobyte * kilobytes) +
+         config.cost.per_megabyte * kilobytes * 1e-3 * double(clusters) * config.cluster;
 }
 
 // The cheapest configuration whose cluster has at most `max_cluster` blocks.

@@ -9,10 +9,11 @@ namespace jax_router {
 
 constexpr int kMaxSharedBytes = 232448;  // of a block on compute capability 9.0
 
-// Measured on an H200 in CUDA-graph replay, 2880x128 and 7168x256, 2026-11-24; used only to rank configurations.
+// Fitted to CUDA-graph replay on an H200, 2880x128 and 7168x256, 2026-11-24; used only to rank configurations.
 struct Cost {
-  double microseconds;               // of one wave of clusters, without the bytes
-  double microseconds_per_kilobyte;  // that a block reads
+  double wave;                // microseconds of one wave of clusters, without the bytes
+  double per_block_kilobyte;  // and wave, that a block reads
+  double per_megabyte;        // that all blocks read
 };
 
 // One compiled shape of a kernel. A block computes block_tokens x block_experts logits over 1/cluster of K.

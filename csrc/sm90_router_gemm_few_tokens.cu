@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 namespace {
 
 template <int kTokenTiles, int kExpertTiles>
-constexpr Config config(const char* name) {
+constexpr Config config(const char* name, Cost cost) {
   using F = FewTokens<bfloat16, kTokenTiles, kExpertTiles, 8>;
   return {name,
           F::kTokens,
@@ -143,14 +143,15 @@ constexpr Config config(const char* name) {
            reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles, 8>)},
           [](int hidden) { return 32 * warps_for(F::kGroupsPerBlock * slices_per_group(hidden)); },
           &F::shared_bytes,
-          {2.7 + 0.04 * kTokenTiles * kExpertTiles, 0.008}};
+          cost};
 }
 
 }  // namespace
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
-    config<1, 1>("few_16x8_c8"),  config<1, 2>("few_16x16_c8"), config<1, 4>("few_16x32_c8"),
-    config<2, 2>("few_32x16_c8"), config<2, 3>("few_32x24_c8"), config<2, 4>("few_32x32_c8"),
+    config<1, 1>("few_16x8_c8", {2.70, 0, 0.21}),  config<1, 2>("few_16x16_c8", {2.67, 0, 0.22}),
+    config<1, 4>("few_16x32_c8", {2.88, 0, 0.14}), config<2, 2>("few_32x16_c8", {2.85, 0, 0.20}),
+    config<2, 3>("few_32x24_c8", {3.10, 0, 0.12}), config<2, 4>("few_32x32_c8", {3.20, 0, 0.13}),
 };
 
 }  // namespace jax_router

@@ -154,9 +154,12 @@ constexpr Config config(const char* name, Cost cost) {
 }  // namespace
 
 const Config many_tokens_configs[kManyTokensConfigs] = {
-    config<64, 32, 8, 14>("many_64x32_c8", {2.5, 0.0156}),   config<64, 48, 16, 8>("many_64x48_c16", {3.1, 0.0155}),
-    config<64, 64, 8, 10>("many_64x64_c8", {3.1, 0.0123}),   config<64, 96, 16, 8>("many_64x96_c16", {3.7, 0.0141}),
-    config<64, 128, 8, 7>("many_64x128_c8", {3.85, 0.0100}), config<128, 128, 8, 5>("many_128x128_c8", {5.45, 0.0116}),
+    config<64, 32, 8, 14>("many_64x32_c8", {2.5, 0.0156, 0}),
+    config<64, 48, 16, 8>("many_64x48_c16", {3.1, 0.0155, 0}),
+    config<64, 64, 8, 10>("many_64x64_c8", {3.1, 0.0123, 0}),
+    config<64, 96, 16, 8>("many_64x96_c16", {3.7, 0.0141, 0}),
+    config<64, 128, 8, 7>("many_64x128_c8", {3.85, 0.0100, 0}),
+    config<128, 128, 8, 5>("many_128x128_c8", {5.45, 0.0116, 0}),
 };
 
 }  // namespace jax_router
