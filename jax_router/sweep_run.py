@@ -57,6 +57,7 @@ class Runner:
         self.calls = implementation_calls()
         self.failed: list[str] = []
         self.skipped: dict[str, str] = {}
+        self.passed: dict[Point, Row | None] = {}  # points whose check passed, with the check
         self.written = 0
 
     def cost(self, points: Iterable[Point]) -> float:
@@ -64,17 +65,29 @@ class Runner:
         return sum(len(self._missing(point)) + COMPILE_COST * len(self._executables(point)) for point in points)
 
     def run(self, points: Iterable[Point]) -> None:
+        """Check and measure all points: everything but CUPTI first, then CUPTI.
+
+        Once CUPTI has been attached, every later launch of the process costs more: an empty launch in a replayed graph
+        read 0.9 instead of 0.5 microseconds on an H200.
+        """
+        prepared = []
         for shape, of_shape in itertools.groupby(points, lambda point: point.shape):
             todo = [point for point in of_shape if self._missing(point)]
             if todo:
-                self._run_shape(shape, todo)
+                prepared.append((todo, *self._run_shape(shape, todo)))
+        for todo, data, executables in prepared:
+            for point in todo:
+                missing = [each for each in self._missing(point) if each[0] == "cupti"]
+                if missing and point in self.passed:
+                    self._time(point, missing, data, executables, self.passed[point])
+                self.advance(len(missing), point.label)
 
-    def _run_shape(self, shape: Shape, points: list[Point]) -> None:
+    def _run_shape(self, shape: Shape, points: list[Point]) -> tuple[ShapeData, dict[tuple[Point, str], Future[Any]]]:
         self.advance(0, f"{shape.label}: data")
         data = ShapeData(shape, sorted({point.tokens or 1 for point in points}), self.device)
         executables = self._compile(data, points)
         for point in points:
-            missing = self._missing(point)
+            missing = [each for each in self._missing(point) if each[0] != "cupti"]
             self.advance(0, point.label)
             try:
                 refused = self._refused(point)
@@ -86,6 +99,7 @@ class Runner:
             except Exception as error:  # whatever one point does, the others are still worth measuring
                 self._fail(point, CHECK, _reason(error))
             self.advance(len(missing), point.label)
+        return data, executables
 
     def _compile(self, data: ShapeData, points: list[Point]) -> dict[tuple[Point, str], Future[Any]]:
         """Compile everything of a shape before timing any of it: compiling loads the cores and XLA tunes on the GPU."""
@@ -161,6 +175,7 @@ class Runner:
                 return
             self._write(point, CHECK, check=check)
             check = {name: value for name, value in check.items() if name != "unit"}
+        self.passed[point] = check
         self._time(point, missing, data, executables, check, logits)
 
     def _logits(self, point: Point, operands: timing.Operands, executables: dict[tuple[Point, str], Any]) -> Any:

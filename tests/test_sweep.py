@@ -552,3 +552,31 @@ def test_lines_compare_like_with_like() -> None:
     assert show((1.234, 12.34)) == "1.23 / 12.3"
     assert show((123.4, None)) == "123"
     assert show((None, None)) == "-"
+
+
+def test_cupti_is_attached_after_everything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once attached, CUPTI makes every later launch of the process slower."""
+    order: list[str] = []
+
+    class Recorder(sweep_run.Runner):
+        def _compile(self, data, points):
+            return {}
+
+        def _refused(self, point):
+            return None
+
+        def _run_point(self, point, missing, data, executables):
+            self.passed[point] = None
+            self._time(point, missing, data, executables, None)
+
+        def _time(self, point, missing, data, executables, check, logits=None):
+            order.extend(method for method, _ in missing)
+
+    monkeypatch.setattr(sweep_run, "ShapeData", lambda *arguments: None)
+    todo = points("headline", **HEADLINE, only_models=["gpt-oss-120b", "OLMoE-1B-7B"], only_tokens=[1, 64])
+    writer = RowsWriter(tmp_path / "rows.jsonl")
+    Recorder(writer, provenance={}, device=jax.devices()[0]).run(todo)
+    writer.close()
+    first = order.index("cupti")
+    assert set(order[first:]) == {"cupti"}
+    assert {"graph_replay", "torch_replay", "chain_slope"} <= set(order[:first])
