@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from jax_router import dispatch, sweep, sweep_run, timing
 from jax_router.models import models
-from jax_router.sweep_bars import Bar, evaluate
 from jax_router.sweep_data import ShapeData, rms_errors
 from jax_router.sweep_points import (
     ALL_TOKENS,
@@ -31,14 +30,10 @@ from jax_router.sweep_points import (
     TINY_SHAPES,
     Point,
     Shape,
-    geometric_mean,
     points,
     shapes,
 )
 from jax_router.sweep_rows import RowsError, RowsWriter, comparable, finished, key, read_rows
-from jax_router.sweep_summary import lines, show
-from jax_router.sweep_table import table_of, table_path, write_table
-from jax_router.tables import Table
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "shape_sweep.py"
 SMALL = Shape(64, 16, True, ("small",))
@@ -392,166 +387,6 @@ def test_rms_errors_compare_with_float32_sgemm(kind: str) -> None:
     errors = rms_errors(SMALL, kind, jax.devices("cpu")[0], calls, None, tokens=64)
     assert set(errors) == {"xla", "float32_sgemm"}
     assert all(0 < error < 1e-5 for error in errors.values())
-
-
-# The table -------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_names_the_fastest_by_the_geometric_mean_of_warm_and_cold() -> None:
-    def time(point: Point, method: str, weights: str) -> float:
-        if method == "cupti" and point.tokens in (16, 64):
-            # pallas wins warm, xla wins cold; the arithmetic mean would give xla both.
-            pallas = (1.0, 6.0) if point.tokens == 16 else (1.0, 12.0)
-            return {"cuda": (20.0, 20.0), "pallas": pallas, "xla": (3.0, 3.0)}[point.candidate][weights == "cold"]
-        return synthetic_rows.constant_time(point, method, weights)
-
-    table = table_of(synthetic_rows.headline_rows(time, only_models=["Kimi-K2"]))
-    winners = {entry["tokens"]: entry["winner"] for entry in table["entries"]}
-    assert winners == {1: "cuda", 16: "pallas", 64: "xla", 256: "cuda", 1024: "cuda", 4096: "cuda"}
-    assert table["gpu"] == "NVIDIA H200"
-    assert table["source_hash"] == synthetic_rows.PROVENANCE["source_hash"]
-    entry = table["entries"][0]
-    assert set(entry["candidates"]) == {"cuda", "pallas", "xla"}  # no peer ever wins
-    assert entry["candidates"]["cuda"]["cupti_warm_us"] == [2.5 * factor for factor in (0.99, 1.0, 1.05)]
-    assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
-
-
-def test_only_checked_candidates_with_warm_and_cold_times_can_win() -> None:
-    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"], only_tokens=[16])
-    for row in rows:
-        if row["candidate"] == "cuda" and row["method"] == "cupti":
-            row["check"] = {"passed": False, "worst_error": 99.0}
-    rows = [row for row in rows if (row["candidate"], row["method"], row["weights"]) != ("pallas", "cupti", "cold")]
-    (entry,) = table_of(rows)["entries"]
-    assert entry["winner"] == "xla"
-    assert set(entry["candidates"]) == {"xla"}
-
-
-def test_the_dispatcher_follows_the_written_table(tmp_path: Path) -> None:
-    def time(point: Point, method: str, weights: str) -> float:
-        # Not pallas: whether it runs at all depends on the version of JAX.
-        slow = point.candidate in ("cuda", "pallas") and point.tokens is not None and point.tokens > 256
-        return 50.0 if slow else synthetic_rows.constant_time(point, method, weights)
-
-    path = write_table(synthetic_rows.headline_rows(time), tmp_path)
-    assert path == tmp_path / "nvidia_h200.json" == table_path("NVIDIA H200", tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
-    document = json.loads(path.read_text())
-    table = Table.parse(document)
-    device = dispatch.Device("gpu", "NVIDIA H200", "9.0")
-    for tokens, expected in ((1, "cuda"), (200, "cuda"), (900, "xla")):
-        problem = dispatch.Problem(tokens, 7168, 256)
-        assert dispatch.choose(problem, device, environment={}, table=table).implementation == expected
-
-
-def test_rows_without_kernel_times_make_no_table() -> None:
-    rows = [row for row in synthetic_rows.headline_rows(only_models=["Kimi-K2"]) if row["method"] != "cupti"]
-    with pytest.raises(ValueError, match="Expected a sweep on a GPU"):
-        table_of(rows)
-
-
-# Bars ------------------------------------------------------------------------------------------------------------
-
-
-def bars(rows: list[dict[str, Any]], chosen: str = "cuda") -> dict[str, Bar]:
-    return {bar.claim: bar for bar in evaluate(rows, lambda problem: chosen)}
-
-
-def one(found: dict[str, Bar], *words: str) -> Bar:
-    (claim,) = [claim for claim in found if all(word in claim for word in words)]
-    return found[claim]
-
-
-def test_all_bars_are_met_by_rows_that_meet_them() -> None:
-    found = bars(synthetic_rows.headline_rows())
-    assert len(found) == 9
-    assert {bar.verdict for bar in found.values()} == {"met"}, found
-
-
-def test_a_missed_bar_names_its_worst_case() -> None:
-    def time(point: Point, method: str, weights: str) -> float:
-        if point.candidate == "cuda" and point.tokens == 32 and point.shape.headline and weights == "cold":
-            return 3.7 * (2 if method == "cupti" else 1)
-        if (point.candidate, point.tokens, method) == ("pallas", 128, "cupti") and not point.shape.bias:
-            return 7.7 if weights == "warm" else 2.0
-        if (point.candidate, point.tokens, method, point.shape.label) == ("cuda", 1024, "cupti", "2048x64"):
-            return 9.0
-        return synthetic_rows.constant_time(point, method, weights)
-
-    rows = synthetic_rows.headline_rows(time)
-    for row in rows:
-        if row["method"] == "rms" and row["weights"] == "with a mean" and row["hidden"] == 7168:
-            row["rms_error"]["cuda"] = 6e-7
-    found = bars(rows)
-    for model in ("gpt-oss-120b", "DeepSeek-V3"):
-        bar = one(found, "0.5x cuBLAS", model)
-        assert bar.verdict == "not met"
-        assert "0.514 x at T=32 cold; 1 of 14 over" in bar.figures
-    assert one(found, "never slower than xla").figures.startswith("worst 1.286 x at 2048x64 T=1024 warm")
-    assert one(found, "RMS", "gpt-oss").met is True
-    bar = one(found, "RMS", "DeepSeek")
-    assert bar.met is False
-    assert "1.200 x at with a mean" in bar.figures
-    assert one(found, "pallas faster", "gpt-oss").met is True
-    assert "1.100 x at 7168x256 T=128 warm" in one(found, "pallas faster", "DeepSeek").figures
-    bar = one(found, "dispatcher")
-    assert bar.met is False
-    assert "2048x64 T=1024 (cuda)" in bar.figures
-
-
-def test_bars_that_are_not_covered_are_not_called_met() -> None:
-    rows = synthetic_rows.headline_rows(only_tokens=[1, 2, 16])
-    found = bars(rows)
-    bar = one(found, "0.5x cuBLAS", "gpt-oss")
-    assert bar.verdict == "not measured"
-    assert "8 of 14 not measured" in bar.figures
-    without_peer = [row for row in synthetic_rows.headline_rows() if row["candidate"] != "torch_mm_float32"]
-    assert one(bars(without_peer), "0.5x cuBLAS", "gpt-oss").met is None
-    without_cuda = [
-        row
-        for row in synthetic_rows.headline_rows()
-        if (row["candidate"], row["tokens"], row["hidden"]) != ("cuda", 64, 4096)
-    ]
-    assert one(bars(without_cuda), "never slower").met is None
-    assert {bar.met for bar in bars([]).values()} == {None}
-
-
-def test_a_failed_check_and_an_unmeasured_choice_miss_their_bars() -> None:
-    rows = synthetic_rows.headline_rows()
-    rows[0] = next({**row, "status": "failed", "reason": "worst 9 units"} for row in rows if row["method"] == "check")
-    rows = [row for index, row in enumerate(rows) if index == 0 or key(row) != key(rows[0])]
-    found = bars(rows)
-    assert one(found, "every point passes").met is False
-    assert "cuda 2880x128 T=1" in one(found, "every point passes").figures
-    assert one(bars(synthetic_rows.headline_rows(), chosen="triton"), "dispatcher").met is False
-    skipped = [{**row, "status": "skipped"} for row in rows if row["method"] == "check"]
-    assert one(bars(skipped), "every point passes").met is None
-
-
-def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "load_table", lambda kind: None)
-    monkeypatch.setenv("JAX_ROUTER_IMPLEMENTATION", "xla")  # of this process: not of the machine that was measured
-    (bar,) = [bar for bar in evaluate(synthetic_rows.headline_rows()) if "dispatcher" in bar.claim]
-    assert bar.met, bar
-    assert "(cuda)" in bar.figures
-
-
-# What is printed -------------------------------------------------------------------------------------------------
-
-
-def test_lines_compare_like_with_like() -> None:
-    found = lines(synthetic_rows.headline_rows(only_models=["DeepSeek-V3"], only_tokens=[64]))
-    by_name = {(line.candidate, line.method): line for line in found}
-    replay, kernels = by_name["cuda", "graph replay"], by_name["cuda", "CUPTI"]
-    assert replay.to_best_other == (pytest.approx(2.5 / 6.0), pytest.approx(2.5 / 6.0))  # cuBLAS
-    assert kernels.to_best_other == (pytest.approx(2.5 / 4.0), pytest.approx(2.5 / 4.0))  # pallas
-    assert replay.to_floor == (pytest.approx(2.5 / 1.5), pytest.approx(2.5 / 1.5))
-    assert by_name["xla", "CUPTI"].to_best_other[0] == pytest.approx(7.0 / 2.5)
-    assert replay.worst_error == 0.2
-    assert by_name["no_routing", "chain slope"].to_best_other == (None, None)
-    assert show((1.234, 12.34)) == "1.23 / 12.3"
-    assert show((123.4, None)) == "123"
-    assert show((None, None)) == "-"
 
 
 def test_cupti_is_attached_after_everything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
