@@ -1,20 +1,28 @@
-# make sweep   sets up .venv and runs the shape sweep: the quick suite, or the headline suite on a GPU
+# make sweep   sets up .venv and runs the shape sweep: the quick suite, or the headline suite where JAX has a GPU
 # make test    sets up .venv and runs the tests
 # With PYTHON=python3 both use that environment as it is: nothing is installed and no network is needed.
+# .venv is made of the first Python 3.11 or newer that is found, on a GPU machine rather of 3.12 or newer, which
+# jax 0.11 and with it the Pallas kernel need; BASE_PYTHON=/path/to/python names another.
+
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 
 ifdef PYTHON
   READY :=
   RUN := PYTHONPATH=. $(PYTHON)
   JOBS := $(shell PYTHONPATH=. $(PYTHON) -c "import xdist; print('-n auto --maxprocesses 8')" 2>/dev/null)
 else
-  VENV := .venv
-  READY := $(VENV)/ready
-  RUN := $(VENV)/bin/python
+  READY := .venv/ready
+  RUN := .venv/bin/python
   JOBS := -n auto --maxprocesses 8
 endif
-BASE_PYTHON ?= python3
-GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
-SUITE := $(if $(GPU),headline,quick)
+SUITE = $$($(RUN) -c "import jax; print('headline' if jax.default_backend() == 'gpu' else 'quick')")
+
+# A name on PATH is no promise: python3 may be too old, and pyenv's python3.12 may only say that no version is chosen.
+PYTHONS := $(if $(GPU),python3.12 python3.13) python3 python3.11 python3.12 python3.13
+RECENT := -c "import sys; sys.exit(sys.version_info < (3, 11))"
+BASE_PYTHON ?= $(shell for each in $(PYTHONS); do $$each $(RECENT) 2>/dev/null && echo $$each && break; done)
+PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
+GPU_PACKAGES := --editable ".[cuda]" "jax[cuda13]" "torch; python_version >= '3.12'"
 
 .PHONY: sweep test clean
 
@@ -24,15 +32,15 @@ sweep: $(READY)
 test: $(READY)
 	$(RUN) -m pytest $(JOBS)
 
-# torch has a CPU build for Python 3.11 only; elsewhere the tests that need it say that they were skipped.
 .venv/ready: pyproject.toml constraints.txt
-	$(BASE_PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'jax_router needs Python 3.11 or newer; set BASE_PYTHON')"
-	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	if .venv/bin/python -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))"; then \
-	  .venv/bin/python -m pip install --quiet --constraint constraints.txt torch; \
-	else echo "torch has no CPU build for this Python: the tests that need it are skipped"; fi
-	$(if $(GPU),.venv/bin/python -m pip install --quiet --constraint constraints.txt "jax[cuda13]" --editable ".[cuda]")
+	@$(or $(BASE_PYTHON),false) $(RECENT) || { \
+	  echo "make needs Python 3.11 or newer; tried $(or $(BASE_PYTHON),$(PYTHONS)). Install it or set BASE_PYTHON." >&2; \
+	  exit 1; }
+	$(BASE_PYTHON) -m venv --clear .venv
+	$(PIP) --editable ".[dev]" $(if $(GPU),$(GPU_PACKAGES))
+	-$(PIP) "torch; python_version < '3.12'"
+	@.venv/bin/python -c "import torch" 2>/dev/null || \
+	  echo "PyTorch is not installed: there is no pinned build for this Python. The tests that need it are skipped."
 	touch $@
 
 clean:

@@ -390,7 +390,7 @@ def test_rms_errors_compare_with_float32_sgemm(kind: str) -> None:
 
 
 def test_cupti_is_attached_after_everything_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Once attached, CUPTI makes every later launch of the process slower."""
+    """A process that has attached CUPTI is not one to time other launches in."""
     order: list[str] = []
 
     class Recorder(sweep_run.Runner):
