@@ -23,6 +23,9 @@ constexpr int kGroups = 16;
 constexpr int kMaxHidden = 65536;  // keeps the slice sums of a block inside shared memory
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int log2_of(int power_of_two) {
+  return power_of_two < 2 ? 0 : 1 + log2_of(power_of_two / 2);
+}
 __host__ __device__ constexpr int units_of(int hidden) { return ceil_div(hidden, kUnit); }
 
 // First unit of a group; group_begin(kGroups) is the end of the last one.

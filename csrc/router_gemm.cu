@@ -54,98 +54,91 @@ int check_pointers(const jr_router_gemm_args& a, const Report& report) {
   return JR_OK;
 }
 
-// Whether a block of this configuration fits a multiprocessor for this hidden size.
-bool fits(const Config& config, int hidden) { return config.shared_bytes(hidden) <= kMaxSharedBytes; }
+// Whether a block of this configuration fits a multiprocessor and its tiles fit a grid.
+bool fits(const Config& config, const jr_router_gemm_args& a) {
+  constexpr int kMaxGridY = 65535;
+  return config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
+         ceil_div(int(a.experts), config.block_experts) <= kMaxGridY;
+}
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
 
 // Estimated microseconds of a configuration: waves of clusters, each as long as its bytes. Ranks configurations; says
 // nothing about bits, which are equal.
 double estimate(const Config& config, const jr_router_gemm_args& a) {
-  constexpr double kLaunch = 0.8;
-  const int clusters_per_wave =
-      config.cluster == 16 ? 7 : 15;  // cudaOccupancyMaxActiveClusters of an H200, one block each
-  const int resident = max(1, kMaxSharedBytes / (config.shared_bytes(int(a.hidden)) + 1024));
+  // cudaOccupancyMaxActiveClusters of an H200, one block on a multiprocessor.
+  const int at_once = config.cluster == 8 ? 15 : config.cluster == 4 ? 30 : config.cluster == 2 ? 66 : 132;
+  const int hidden = int(a.hidden), shared = config.shared_bytes(hidden) + kReservedSharedBytes;
+  const int resident = max(1, min((kMaxSharedBytes + kReservedSharedBytes) / shared,
+                                  kRegisters / (config.registers * config.threads(hidden))));
   const int64_t clusters =
       (a.tokens + config.block_tokens - 1) / config.block_tokens * ceil_div(int(a.experts), config.block_experts);
-  const int64_t waves = (clusters + clusters_per_wave * resident - 1) / (clusters_per_wave * resident);
+  const int64_t waves = (clusters + at_once * resident - 1) / (at_once * resident);
   const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
-  const double kilobytes = (tokens + config.block_experts) * double(a.hidden) / config.cluster * 2e-3;  // of a block
-  return kLaunch + double(waves) * (config.cost.wave - kLaunch + config.cost.per_block_kilobyte * kilobytes) +
-         config.cost.per_megabyte * kilobytes * 1e-3 * double(clusters) * config.cluster;
+  const double kilobytes = (tokens + config.block_experts) * hidden / config.cluster * 2e-3;  // of a block
+  const Cost& cost = config.cost;
+  return cost.first + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
+         double(clusters) * config.cluster * kilobytes * 1e-3 * cost.per_megabyte;
 }
 
-// The cheapest configuration whose cluster has at most `max_cluster` blocks.
-int pick(const jr_router_gemm_args& a, int max_cluster) {
+// The cheapest configuration that fits; there is one for every problem that check_problem takes.
+int pick(const jr_router_gemm_args& a) {
   int best = -1;
   for (int i = 0; i < kConfigs; ++i) {
-    if (config_at(i).cluster <= max_cluster && fits(config_at(i), int(a.hidden)) &&
-        (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a)))
-      best = i;
+    if (fits(config_at(i), a) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a))) best = i;
   }
   return best;
 }
 
 // ---- Launch --------------------------------------------------------------------------------------------------------
 
-// A launch of `clusters` clusters, with the attribute it points to.
-struct ClusterLaunch {
-  cudaLaunchAttribute cluster;
+// A launch with the attributes it points to. Programmatic: the grid may start while its predecessor on the stream
+// drains, which is safe because the kernels touch global memory only between their dependency wait and their trigger.
+struct Launch {
+  cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t shape = {};
 
-  ClusterLaunch(const Config& config, int hidden, int64_t clusters, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = config.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    shape.gridDim = dim3(unsigned(clusters * config.cluster));
+  Launch(const Config& config, int hidden, int64_t token_tiles, int expert_tiles, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {unsigned(config.cluster), 1, 1};
+    shape.gridDim = dim3(unsigned(token_tiles * config.cluster), unsigned(expert_tiles));
     shape.blockDim = dim3(config.threads(hidden));
     shape.dynamicSmemBytes = config.shared_bytes(hidden);
     shape.stream = stream;
-    shape.attrs = &cluster;
-    shape.numAttrs = 1;
+    shape.attrs = attributes;
+    shape.numAttrs = 2;
   }
-  ClusterLaunch(const ClusterLaunch&) = delete;
+  Launch(const Launch&) = delete;
 };
 
 struct DeviceState {
   std::once_flag once;
   cudaError_t error = cudaSuccess;
-  int max_cluster = 8;  // 16 where a whole cluster of 16 blocks fits; not on every slice of a GPU
 };
 
 // Sets the kernels' attributes, once per device and process.
 void prepare(DeviceState& state) {
   for (int i = 0; i < kConfigs; ++i) {
-    const Config& config = config_at(i);
-    for (const void* kernel : config.kernel) {
-      cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-      if (error == cudaSuccess && config.cluster > 8)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      if (error == cudaSuccess && config.cluster > state.max_cluster) {
-        ClusterLaunch launch(config, kUnit, 1, nullptr);
-        int clusters = 0;
-        error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.shape);
-        if (error == cudaSuccess && clusters > 0) state.max_cluster = config.cluster;
-      }
+    for (const void* kernel : config_at(i).kernel) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
       if (error != cudaSuccess) state.error = error;
     }
   }
 }
 
-// The state of the current device, or null with a report.
-DeviceState* current_device(const Report& report, int* status) {
+// Makes the current device ready, or reports why not.
+int prepare_current_device(const Report& report) {
   static DeviceState states[kMaxDevices];
   int device = 0;
-  *status = report.check(cudaGetDevice(&device), "cudaGetDevice");
-  if (*status != JR_OK) return nullptr;
-  if (device >= kMaxDevices) {
-    *status = report.fail(JR_UNSUPPORTED, "device is %d; expected less than %d", device, kMaxDevices);
-    return nullptr;
-  }
+  if (const int status = report.check(cudaGetDevice(&device), "cudaGetDevice"); status != JR_OK) return status;
+  if (device >= kMaxDevices)
+    return report.fail(JR_UNSUPPORTED, "device is %d; expected less than %d", device, kMaxDevices);
   DeviceState& state = states[device];
   std::call_once(state.once, prepare, std::ref(state));
-  *status = report.check(state.error, "setting the kernels' attributes");
-  return *status == JR_OK ? &state : nullptr;
+  return report.check(state.error, "setting the kernels' attributes");
 }
 
 Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
@@ -197,7 +190,7 @@ int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stre
     status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
   if (status != JR_OK) return status;
   const int64_t token_blocks = (a.tokens + config.block_tokens - 1) / config.block_tokens;
-  ClusterLaunch launch(config, problem.hidden, token_blocks * problem.expert_tiles, stream);
+  const Launch launch(config, problem.hidden, token_blocks, problem.expert_tiles, stream);
   void* parameters[] = {&tiled};
   const cudaError_t error = cudaLaunchKernelExC(&launch.shape, config.kernel[a.dtype], parameters);
   if (error == cudaSuccess) return JR_OK;
@@ -218,12 +211,11 @@ const char* jr_router_gemm_config_name(int config) {
 }
 
 int jr_router_gemm_config_fits(int config, const jr_router_gemm_args* args) {
-  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK &&
-         fits(config_at(config), int(args->hidden));
+  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK && fits(config_at(config), *args);
 }
 
 int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {
-  return check_problem(*args, Report{}) == JR_OK ? pick(*args, 16) : -1;
+  return check_problem(*args, Report{}) == JR_OK ? pick(*args) : -1;
 }
 
 int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
@@ -231,10 +223,8 @@ int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message,
   if (const int status = check_problem(*args, report); status != JR_OK) return status;
   if (args->tokens == 0) return JR_OK;
   if (const int status = check_pointers(*args, report); status != JR_OK) return status;
-  int status = JR_OK;
-  const DeviceState* device = current_device(report, &status);
-  if (device == nullptr) return status;
-  const int config = args->config == -1 ? pick(*args, device->max_cluster) : args->config;
+  if (const int status = prepare_current_device(report); status != JR_OK) return status;
+  const int config = args->config == -1 ? pick(*args) : args->config;
   if (!jr_router_gemm_config_fits(config, args))
     return report.fail(JR_UNSUPPORTED, "config is %d; expected -1 or one that fits hidden=%lld, of 0 to %d", config,
                        static_cast<long long>(args->hidden), kConfigs - 1);

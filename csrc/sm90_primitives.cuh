@@ -22,10 +22,24 @@ __device__ __forceinline__ void grid_dependency_trigger() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// ---- Warps ---------------------------------------------------------------------------------------------------------
+
+// This thread's warp in the block, in a form the compiler knows to be the same for all lanes.
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / 32, 0); }
+
+// True in one lane of a converged warp. The compiler then issues copies without a loop over lanes.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
+
 // ---- Clusters and distributed shared memory -----------------------------------------------------------------------
 
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+// Arrives at the cluster's barrier and publishes nothing but barriers initialised before a barrier_init_fence(); to
+// publish more costs a fence over the whole GPU.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -42,6 +56,9 @@ __device__ __forceinline__ uint32_t remote_address(uint32_t address, uint32_t ra
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After a thread's barrier_init calls: shows them to the copy engine and, past a cluster barrier, to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -80,11 +97,20 @@ __device__ __forceinline__ void store_remote_counted(uint32_t address, float4 va
       : "memory");
 }
 
-// Stores 16 bytes in another block's shared memory; a cluster barrier makes them visible there.
-__device__ __forceinline__ void store_remote(uint32_t address, float4 value) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),
-               "f"(value.z), "f"(value.w)
-               : "memory");
+// Copies `bytes` (a multiple of 16) from this block's shared memory to another block's and counts them on that block's
+// barrier. One thread; its source was written before a fence_for_copies() and a barrier, and stays until it arrived.
+__device__ __forceinline__ void copy_to_remote(uint32_t address, uint32_t source, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+      "r"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+// Shows what this thread wrote to shared memory to the copy engine.
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Waits for `threads` threads (whole warps) at the block's barrier `index`, 1 to 15.
+__device__ __forceinline__ void named_barrier(int index, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(index), "r"(threads) : "memory");
 }
 
 // ---- Loads and copies ---------------------------------------------------------------------------------------------
@@ -111,6 +137,12 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
           "r"(destination),
       "l"(&map), "r"(element), "r"(row), "r"(barrier)
       : "memory");
+}
+
+// Brings one box of `map` into L2, the point of coherence: allowed before the dependency wait. One thread.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap& map, int element, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(element), "r"(row)
+               : "memory");
 }
 
 // Four 8x8 matrices of two-byte elements; lane i gives the address of row i % 8 of matrix i / 8.

@@ -7,11 +7,14 @@
 
 namespace jax_router {
 
-constexpr int kMaxSharedBytes = 232448;  // of a block on compute capability 9.0
+// Of a multiprocessor of compute capability 9.0.
+constexpr int kMaxSharedBytes = 232448;     // of one block
+constexpr int kReservedSharedBytes = 1024;  // of every block besides
+constexpr int kRegisters = 65536;
 
-// Fitted to CUDA-graph replay on an H200, 2880x128 and 7168x256, 2026-11-24; used only to rank configurations.
+// Fitted to CUDA-graph replay on an H200, 14 shapes of 1 to 16384 tokens, 2026-11-24; used only to rank configurations.
 struct Cost {
-  double wave;                // microseconds of one wave of clusters, without the bytes
+  double first, wave;         // microseconds of the first and every further wave of clusters, without the bytes
   double per_block_kilobyte;  // and wave, that a block reads
   double per_megabyte;        // that all blocks read
 };
@@ -20,6 +23,7 @@ struct Cost {
 struct Config {
   const char* name;
   int block_tokens, block_experts, cluster;
+  int registers;          // per thread, at most
   const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; no kernel has static shared memory
@@ -27,7 +31,7 @@ struct Config {
 };
 
 constexpr int kFewTokensConfigs = 6;
-constexpr int kManyTokensConfigs = 6;
+constexpr int kManyTokensConfigs = 9;
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
 

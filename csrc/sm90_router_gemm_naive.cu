@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
     group_sums[group][lane] = sum;
   }
   const float4 total = tree_sum<kGroups>(0, [&](int group) { return group_sums[group][lane]; });
-  store_quad<Element>(p, token, expert, lane, total, load_bias<Element>(p, expert + 2 * t),
-                      load_bias<Element>(p, expert + 2 * t + 1));
+  const float2 bias = make_float2(load_bias<Element>(p, expert + 2 * t), load_bias<Element>(p, expert + 2 * t + 1));
+  store_quad<Element>(p, place_quad(p, token, expert, lane, bias), total);
   grid_dependency_trigger();
 }
 

@@ -64,29 +64,45 @@ __device__ __forceinline__ void store_one(const Problem& p, int64_t index, float
   }
 }
 
-// Logits of two neighbouring experts of one token; `expert` is even, so with an even row length the pair is aligned.
+// Where one quad's logits go and what bias they get: worked out before the quad's total is there.
+struct QuadPlace {
+  int64_t index;                 // of the first token's logit; the second token's lies 8 * experts further
+  bool both_experts, tokens[2];  // what exists
+  float2 bias;
+};
+
+// `bias` is that of the quad's two experts.
+__device__ __forceinline__ QuadPlace place_quad(const Problem& p, int64_t tile_token, int tile_expert, int lane,
+                                                float2 bias) {
+  const int64_t token = tile_token + lane / 4;
+  const int expert = tile_expert + lane % 4 * 2;
+  const bool exists = expert < p.experts;
+  return {token * p.experts + expert,
+          expert + 1 < p.experts,
+          {exists && token < p.tokens, exists && token + 8 < p.tokens},
+          bias};
+}
+
+// Logits of two neighbouring experts of one token. The first expert is even, so with an even row length the pair is
+// aligned.
 template <typename Element>
-__device__ __forceinline__ void store_pair(const Problem& p, int64_t token, int expert, float first, float second) {
-  if (token >= p.tokens || expert >= p.experts) return;
-  const int64_t index = token * p.experts + expert;
+__device__ __forceinline__ void store_pair(const Problem& p, int64_t index, bool both, float first, float second) {
   if (p.out_dtype == JR_FLOAT32 && p.experts % 2 == 0) {
     *reinterpret_cast<float2*>(static_cast<float*>(p.out) + index) = make_float2(first, second);
     return;
   }
   store_one<Element>(p, index, first);
-  if (expert + 1 < p.experts) store_one<Element>(p, index + 1, second);
+  if (both) store_one<Element>(p, index + 1, second);
 }
 
-// Adds the bias to the totals of one quad and stores its logits. first_bias and second_bias are those of its two
-// experts.
+// Adds the bias to the totals of one quad and stores its logits.
 template <typename Element>
-__device__ __forceinline__ void store_quad(const Problem& p, int64_t tile_token, int tile_expert, int lane,
-                                           float4 total, float first_bias, float second_bias) {
-  const int64_t token = tile_token + lane / 4;
-  const int expert = tile_expert + lane % 4 * 2;
-  if (p.bias_dtype != JR_NONE) total = total + make_float4(first_bias, second_bias, first_bias, second_bias);
-  store_pair<Element>(p, token, expert, total.x, total.y);
-  store_pair<Element>(p, token + 8, expert, total.z, total.w);
+__device__ __forceinline__ void store_quad(const Problem& p, const QuadPlace& place, float4 total) {
+  if (p.bias_dtype != JR_NONE) total = total + make_float4(place.bias.x, place.bias.y, place.bias.x, place.bias.y);
+  if (place.tokens[0]) store_pair<Element>(p, place.index, place.both_experts, total.x, total.y);
+  if (place.tokens[1]) {
+    store_pair<Element>(p, place.index + 8 * int64_t(p.experts), place.both_experts, total.z, total.w);
+  }
 }
 
 }  // namespace jax_router
