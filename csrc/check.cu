@@ -3,6 +3,7 @@
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a csrc/*.cu -o router_gemm_check
 //   ./router_gemm_check            checks, then times
 //   ./router_gemm_check --check    checks only
+//   ./router_gemm_check --overlap  launches between programmatic neighbours under memory traffic only
 //   ./router_gemm_check --small    checks of small awkward shapes only, for compute-sanitizer
 //   ./router_gemm_check --time     times only
 //
@@ -18,6 +19,7 @@
 #include <random>
 #include <vector>
 
+#include "check_overlap.h"
 #include "reduction_tree.cuh"
 #include "router_gemm.h"
 #include "sm90_primitives.cuh"
@@ -305,12 +307,13 @@ void time_shape(int experts, int hidden, bool with_bias) {
 int main(int argc, char** argv) {
   const char* only = argc < 2 ? "" : argv[1];
   const bool small = strcmp(only, "--small") == 0, check = small || argc < 2 || strcmp(only, "--check") == 0;
-  const bool time = argc < 2 || strcmp(only, "--time") == 0;
-  if (!check && !time) {
-    fprintf(stderr, "usage: %s [--check | --small | --time]\n", argv[0]);
+  const bool time = argc < 2 || strcmp(only, "--time") == 0, overlap = argc < 2 || strcmp(only, "--overlap") == 0;
+  if (!check && !time && !overlap) {
+    fprintf(stderr, "usage: %s [--check | --small | --overlap [launches] | --time [shapes]]\n", argv[0]);
     return 2;
   }
-  const int status = check ? check_all(small) : 0;
+  int status = check ? check_all(small) : 0;
+  if (overlap) status |= check_overlap(argc > 2 ? atoi(argv[2]) : 1000);
   if (time) {
     const int shapes[][2] = {{128, 2880}, {256, 7168}, {384, 7168}, {32, 2880}, {128, 2048}, {128, 4096},
                              {512, 2048}, {160, 5120}, {256, 3072}, {8, 4096},  {128, 5120}, {64, 2048}};

@@ -44,7 +44,7 @@ HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffunction-s
 LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--version-script=exports.map,-s,--gc-sections,-z,defs")
 # The C interface and the FFI handler; cudart's and the C++ library's symbols must not meet those of other libraries.
 EXPORTS = "{ global: jr_*; local: *; };\n"
-STANDALONE_PROGRAMS = ("check.cu",)  # in csrc, but no part of the library
+STANDALONE_PROGRAM = ("check.cu", "check_overlap.cu", "check_overlap.h")  # in csrc, but no part of the library
 
 CACHE_VARIABLE = "JAX_ROUTER_CACHE"
 LIBRARY_VARIABLE = "JAX_ROUTER_LIBRARY"
@@ -66,7 +66,7 @@ def csrc_directory() -> Path:
 def source_files() -> list[Path]:
     """Every file that the library is compiled from, headers included, sorted by name."""
     files = (path for path in csrc_directory().iterdir() if path.suffix in (".cu", ".cuh", ".cc", ".h"))
-    return sorted(path for path in files if path.name not in STANDALONE_PROGRAMS)
+    return sorted(path for path in files if path.name not in STANDALONE_PROGRAM)
 
 
 def digest(files: Iterable[Path], *texts: str) -> str:

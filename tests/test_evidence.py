@@ -67,7 +67,7 @@ def test_the_standalone_program_does_not_change_the_hash(tmp_path, monkeypatch):
     shutil.copytree(build.csrc_directory(), sources)
     monkeypatch.setattr(build, "csrc_directory", lambda: sources)
     before = provenance.source_hash()
-    (sources / build.STANDALONE_PROGRAMS[0]).write_text("// not part of the library\n")
+    (sources / build.STANDALONE_PROGRAM[0]).write_text("// not part of the library\n")
     assert provenance.source_hash() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import jax
@@ -217,27 +218,33 @@ def gpu_operands(gpu: jax.Device) -> timing.Operands:
     )
 
 
+def assert_within_wall_time(samples: timing.Samples, wall_seconds: float) -> None:
+    """Positive times, as many as promised, that together fit into the time that measuring them took: no speed."""
+    assert samples.samples_us and all(0 < sample < float("inf") for sample in samples.samples_us)
+    assert sum(samples.samples_us) * samples.calls_per_sample <= wall_seconds * 1e6
+
+
 def test_gpu_kernel_times_are_those_of_a_router_gemm(gpu_operands: timing.Operands) -> None:
+    start = time.perf_counter()
     warm, cold = timing.cupti(timing.compile_calls(xla, gpu_operands), gpu_operands)
-    assert warm.kernels
-    assert 0.5 < warm.median_us < 100
-    assert 0.9 * warm.median_us < cold.median_us < 100
+    wall_seconds = time.perf_counter() - start
+    assert warm.kernels and warm.kernels == cold.kernels
+    for samples in (warm, cold):
+        assert_within_wall_time(samples, wall_seconds)
 
 
-def test_gpu_replay_lies_between_the_floor_and_a_millisecond(gpu_operands: timing.Operands) -> None:
+@pytest.mark.parametrize("operation", ["empty", "read_weight", "router_gemm"])
+@pytest.mark.parametrize("weights", ["warm", "cold"])
+def test_gpu_replay_runs_what_it_times(operation: str, weights: str, gpu_operands: timing.Operands) -> None:
     assert cuda.unavailable() is None, cuda.unavailable()
     out = timing.out_buffer(gpu_operands)
-    times = {
-        (operation, weights): timing.graph_replay(gpu_operands, out, weights=weights, operation=operation).median_us
-        for operation in ("empty", "read_weight", "router_gemm")
-        for weights in ("warm", "cold")
-    }
-    assert 0.2 < times["empty", "warm"] < times["read_weight", "warm"] < times["router_gemm", "warm"] < 1000
-    assert times["read_weight", "warm"] < times["read_weight", "cold"] < times["router_gemm", "cold"] < 1000
+    start = time.perf_counter()
+    samples = timing.graph_replay(gpu_operands, out, weights=weights, operation=operation)
+    assert_within_wall_time(samples, time.perf_counter() - start)
     expected = jax.jit(lambda x, w, b: router_gemm(x, w, b, implementation="cuda"))(
         gpu_operands.x, gpu_operands.weights[0], gpu_operands.bias
     )
-    assert np.array_equal(out, expected)
+    assert np.array_equal(out, expected) == (operation == "router_gemm")
 
 
 def test_gpu_torch_replay_is_timed_like_the_launcher(gpu_operands: timing.Operands) -> None:
@@ -245,5 +252,6 @@ def test_gpu_torch_replay_is_timed_like_the_launcher(gpu_operands: timing.Operan
     assert torch.cuda.is_available()
     for operator in timing.torch_operators(torch).values():
         for weights in ("warm", "cold"):
+            start = time.perf_counter()
             samples = timing.torch_replay(torch, operator, gpu_operands, weights=weights)
-            assert 0.5 < samples.median_us < 1000
+            assert_within_wall_time(samples, time.perf_counter() - start)
