@@ -239,11 +239,14 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     slower = f"{guess}assumed slower"
     if device.platform != "gpu":
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
-    ranking = {"cuda": (f"{guess}the CUDA kernel where it runs", slower)}
-    if 16 <= problem.tokens <= 256:
-        ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
+    # As on an H200: one token is a matrix-vector product, and from about 2^17 logits on cuBLAS fills the GPU.
+    ranking = {}
+    if 1 < problem.tokens <= 1024 and problem.tokens * problem.experts <= 2**17:
+        ranking["cuda"] = (f"{guess}the CUDA kernel for 2 to 1024 tokens and up to 2^17 logits", slower)
+        if 16 <= problem.tokens <= 256:
+            ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
     ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)
-    return ranking | {"pallas": ranking.get("pallas", ("", slower))}
+    return ranking | {name: ("", slower) for name in IMPLEMENTATIONS if name not in ranking}
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:

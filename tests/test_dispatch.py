@@ -137,12 +137,24 @@ def test_the_table_says_nothing_about_another_shape(other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "without_cuda"),
-    [(1, "xla"), (15, "xla"), (16, "pallas"), (256, "pallas"), (257, "xla")],
+    ("tokens", "experts", "chosen", "without_cuda"),
+    [
+        (1, 128, "xla", "xla"),
+        (2, 128, "cuda", "xla"),
+        (15, 128, "cuda", "xla"),
+        (16, 128, "cuda", "pallas"),
+        (256, 128, "cuda", "pallas"),
+        (257, 128, "cuda", "xla"),
+        (1024, 128, "cuda", "xla"),
+        (1024, 129, "xla", "xla"),
+        (1025, 8, "xla", "xla"),
+    ],
 )
-def test_the_heuristic_is_cuda_then_pallas_for_some_tokens_then_xla(tokens, without_cuda) -> None:
-    problem = Problem(tokens, 2880, 128)
-    assert choose(problem, H200, environment={}).implementation == "cuda"
+def test_the_heuristic_takes_the_kernels_between_one_token_and_many_logits(
+    tokens, experts, chosen, without_cuda
+) -> None:
+    problem = Problem(tokens, 2880, experts)
+    assert choose(problem, H200, environment={}).implementation == chosen
     assert choose(problem, H200, environment={}, unavailable={"cuda": "is broken"}).implementation == without_cuda
     assert choose(problem, A100, environment={}).implementation == "xla"
 

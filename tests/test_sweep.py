@@ -127,7 +127,8 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
     after = path.read_text().splitlines(keepends=True)
     assert result.exit_code == 0
     assert after[: len(kept)] == kept
-    assert [key(json.loads(line)) for line in after] == [key(json.loads(line)) for line in before]
+    # With a GPU the kernel times of all points stand at the end of a run, so a resumed file has another order.
+    assert sorted(map(repr, map(key, map(json.loads, after)))) == sorted(map(repr, map(key, map(json.loads, before))))
     assert list(tmp_path.glob("*.jsonl")) == [path]
 
 

@@ -157,7 +157,9 @@ def test_a_failed_check_and_an_unmeasured_choice_miss_their_bars() -> None:
 def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "load_table", lambda kind: None)
     monkeypatch.setenv("JAX_ROUTER_IMPLEMENTATION", "xla")  # of this process: not of the machine that was measured
-    (bar,) = [bar for bar in evaluate(synthetic_rows.headline_rows()) if "dispatcher" in bar.claim]
+    # Where the heuristic takes cuda and the synthetic cuda is the fastest, as it is everywhere.
+    rows = synthetic_rows.headline_rows(only_tokens=[2, 16, 64])
+    (bar,) = [bar for bar in evaluate(rows) if "dispatcher" in bar.claim]
     assert bar.met, bar
     assert "(cuda)" in bar.figures
 

@@ -220,7 +220,8 @@ def gpu_operands(gpu: jax.Device) -> timing.Operands:
 
 def assert_within_wall_time(samples: timing.Samples, wall_seconds: float) -> None:
     """Positive times, as many as promised, that together fit into the time that measuring them took: no speed."""
-    assert samples.samples_us and all(0 < sample < float("inf") for sample in samples.samples_us)
+    assert samples.samples_us
+    assert all(0 < sample < float("inf") for sample in samples.samples_us)
     assert sum(samples.samples_us) * samples.calls_per_sample <= wall_seconds * 1e6
 
 
@@ -228,7 +229,8 @@ def test_gpu_kernel_times_are_those_of_a_router_gemm(gpu_operands: timing.Operan
     start = time.perf_counter()
     warm, cold = timing.cupti(timing.compile_calls(xla, gpu_operands), gpu_operands)
     wall_seconds = time.perf_counter() - start
-    assert warm.kernels and warm.kernels == cold.kernels
+    assert warm.kernels
+    assert warm.kernels == cold.kernels
     for samples in (warm, cold):
         assert_within_wall_time(samples, wall_seconds)
 
