@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     }
     cluster_sum.push(rank, quad, groups[0] + groups[1]);
   }
-  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x, nullptr);
+  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x);
   grid_dependency_trigger();
 }
 

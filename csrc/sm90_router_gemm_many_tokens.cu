@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads,
       shared.cluster_sum.wait_for_owners();
       shared.cluster_sum.send(rank, shared.sums);
     }
-    shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, shared.sums);
+    shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers);
   }
   shared.cluster_sum.finish();
   grid_dependency_trigger();

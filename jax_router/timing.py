@@ -176,7 +176,8 @@ def torch_replay(torch: Any, operator: Callable[..., Any], operands: Operands, *
                 operator(x, rotation[0], bias)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # In the default mode a call that one of JAX's threads makes meanwhile invalidates the capture and JAX's stream.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for launch in range(launches):
                 operator(x, rotation[launch % len(rotation)], bias)
 
