@@ -31,7 +31,7 @@ def main() -> None:
     """Run the command line."""
     if typer is None:
         raise SystemExit(
-            'jax-router: the command line needs typer, which is missing. Run pip install ".[cli]" in a checkout of jax_router.'
+            'jax-router: the command line needs typer, which is missing. Run pip install ".[cli]" in its checkout.'
         )
     application()()
 
@@ -44,7 +44,7 @@ def application() -> typer.Typer:
         try:
             module = importlib.import_module(f"jax_router.{name}")
         except ImportError as error:
-            _register_missing(app, name, f'needs {error.name}. Run pip install ".[{extra}]" in a checkout of jax_router.')
+            _register_missing(app, name, f'needs {error.name}. Run pip install ".[{extra}]" in its checkout.')
         else:
             module.register(app)
     return app

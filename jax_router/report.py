@@ -40,7 +40,7 @@ def report(
         raise typer.Exit(BAD_INPUT) from None
     except ImportError as error:
         Console(stderr=True).print(
-            f'report needs {error.name}. Run pip install ".[sweep]" in a checkout of jax_router.', style="red", markup=False
+            f'report needs {error.name}. Run pip install ".[sweep]" in its checkout.', style="red", markup=False
         )
         raise typer.Exit(BAD_INPUT) from None
     for path in written:

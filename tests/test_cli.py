@@ -83,13 +83,13 @@ def test_a_command_whose_extra_is_missing_says_what_to_install(name, monkeypatch
     monkeypatch.setitem(sys.modules, f"jax_router.{name}", None)
     result = run(name, "--some-option", "value")
     assert result.exit_code == 2
-    assert f'Run pip install "jax-router[{cli.COMMANDS[name]}]".' in result.stderr
+    assert f'Run pip install ".[{cli.COMMANDS[name]}]" in its checkout.' in result.stderr
     assert run("--help").exit_code == 0
 
 
 def test_without_typer_the_message_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setattr(cli, "typer", None)
-    with pytest.raises(SystemExit, match=r'Run pip install "jax-router\[cli\]".'):
+    with pytest.raises(SystemExit, match=r'Run pip install "\.\[cli\]" in its checkout\.'):
         cli.main()
 
 
