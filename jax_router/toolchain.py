@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OLDEST_RELEASE = (12, 0)  # the first nvcc that knows sm_90a
+OLDEST_RELEASE = (12, 5)  # the first runtime with cudaGetDriverEntryPointByVersion
 
 # What a PyPI toolkit (nvidia/cu13 in site-packages) must hold, and the package that brings it. jax[cuda13] brings all
 # but the last, which cuda_fp16.h includes.
@@ -23,7 +23,7 @@ WHEEL_PIECES = {
     "include/cccl/nv/target": "nvidia-cuda-cccl",
 }
 INSTALL = (
-    "Install the CUDA toolkit, 12.0 or newer, and set CUDA_HOME to it; or run\n"
+    "Install the CUDA toolkit, 12.5 or newer, and set CUDA_HOME to it; or run\n"
     "  pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
 )
 
@@ -57,7 +57,7 @@ def find_compiler() -> Compiler:
     if release is None or (int(release[1]), int(release[2])) < OLDEST_RELEASE:
         found = f"release {release[1]}.{release[2]}" if release else f"no nvcc:\n{version.strip()}"
         needed = ".".join(map(str, OLDEST_RELEASE))
-        raise BuildError(f"{nvcc} (from {origin}) is {found}, and sm_90a needs nvcc {needed} or newer. {INSTALL}")
+        raise BuildError(f"{nvcc} (from {origin}) is {found}, and the kernels need nvcc {needed} or newer. {INSTALL}")
     host = _find_host_compiler()
     host_version = _ask_version(host, "Set CXX to a C++17 compiler that nvcc supports.")
     toolkit = nvcc.resolve().parent.parent

@@ -5,6 +5,7 @@ the real kernels where there is an nvcc.
 """
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jax_router import build, toolchain
+from jax_router import build, dispatch, toolchain
 from jax_router.implementations import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +267,7 @@ def test_old_compiler_is_refused(compilers):
     script = compilers.folder / "bin" / "nvcc"
     script.write_text(script.read_text().replace("release 13.0", "release 11.8"))
     with pytest.raises(
-        build.BuildError, match=r"from CUDA_HOME\) is release 11.8, and sm_90a needs nvcc 12.0 or newer"
+        build.BuildError, match=r"from CUDA_HOME\) is release 11.8, and the kernels need nvcc 12.5 or newer"
     ):
         build.build()
 
@@ -389,3 +390,26 @@ def test_c_interface_answers_without_a_gpu(real_build, monkeypatch):
     ]
     assert names
     assert len(set(names)) == len(names)
+
+
+LIMITS = {
+    "tokens": (0, 1, 64, 2**20, 2**27, 2**27 + 1),
+    "hidden": (8, 12, 2880, 65536, 65544),
+    "experts": (1, 120, 121, 65536, 65537),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
+def test_the_launcher_and_the_predicate_take_the_same_problems(real_build, monkeypatch):
+    monkeypatch.setenv("JAX_ROUTER_LIBRARY", str(real_build))
+    monkeypatch.setattr(cuda, "_library", None)
+    library = cuda.library()
+    hopper = dispatch.Device("gpu", "NVIDIA H200", "9.0")
+    answers = set()
+    for tokens, hidden, experts, dtype in itertools.product(*LIMITS.values()):
+        problem = dispatch.Problem(tokens, hidden, experts, dtype)
+        args = cuda.RouterGemmArgs.of(problem, x=16, weight=16, bias=None, out=16)
+        takes = library.jr_router_gemm_pick_config(ctypes.byref(args)) >= 0
+        assert takes == (cuda.why_unsupported(problem, hopper) is None), problem
+        answers.add(takes)
+    assert answers == {True, False}

@@ -93,6 +93,11 @@ HOPPER = Device("gpu", "NVIDIA H200", "9.0")
         ({"out_dtype": "float16"}, HOPPER, "out_dtype float32 or x's dtype, it is float16"),
         ({"hidden": 2884}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 2884"),
         ({"hidden": 65544}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 65544"),
+        ({"hidden": 65536, "experts": 65536}, HOPPER, None),
+        ({"experts": 65537}, HOPPER, "at most 65536 experts, they are 65537"),
+        ({"tokens": 2**27, "experts": 120}, HOPPER, None),
+        ({"tokens": 2**27, "experts": 121}, HOPPER, "fewer than 17179869184 logits"),
+        ({"tokens": 2**27 + 1, "experts": 1}, HOPPER, "at most 134217728 tokens"),
     ],
 )
 def test_unsupported_problem_or_device_is_refused_with_the_reason(change, device, reason):

@@ -12,7 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -160,24 +160,32 @@ def check_parity() -> None:
 
 
 def check_tree() -> None:
-    """Tiles of 64 products that are exact in any order, of magnitudes that differ: only the slices' additions round."""
-    hidden, tokens, experts = 5 * 64 + 8, 19, 3
+    """Tiles of 64 products that are exact in any order, of magnitudes that differ: only adding up tiles rounds."""
+    tokens, experts = 19, 3
     generator = np.random.default_rng(0)
-    scale = np.repeat(2.0 ** np.array([0, 3, 7, 1, 5, 2]), 64)[:hidden]
-    x = (generator.integers(-255, 256, (tokens, hidden)) * scale).astype(ml_dtypes.bfloat16)
-    weight = generator.integers(-255, 256, (experts, hidden)).astype(ml_dtypes.bfloat16)
-    slices = pallas.slices_of(hidden)
-    assert slices == Slices(6, 1)
-    exact = [
-        x[:, first : first + 64].astype(np.float64) @ weight[:, first : first + 64].astype(np.float64).T
-        for first in range(0, hidden, 64)
-    ]
-    ascending = functools.reduce(np.add, [one.astype(np.float32) for one in exact])
-    descending = functools.reduce(np.add, [one.astype(np.float32) for one in reversed(exact)])
-    assert (ascending != descending).any(), "this data cannot tell the order"
-    for config in range(len(pallas.CONFIGS)):
-        run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
-        np.testing.assert_array_equal(run(jnp.asarray(x), jnp.asarray(weight), None), ascending, str(config))
+
+    def in_order(terms: Iterable[np.ndarray]) -> np.ndarray:
+        return functools.reduce(np.add, terms)
+
+    for tiles, slices in ((6, Slices(6, 1)), (18, Slices(9, 2))):
+        hidden = (tiles - 1) * 64 + 8
+        scale = np.repeat(2.0 ** np.resize([0, 3, 7, 1, 5, 2], tiles), 64)[:hidden]
+        x = (generator.integers(-255, 256, (tokens, hidden)) * scale).astype(ml_dtypes.bfloat16)
+        weight = generator.integers(-255, 256, (experts, hidden)).astype(ml_dtypes.bfloat16)
+        assert pallas.slices_of(hidden) == slices
+        products = [
+            (x[:, first : first + 64].astype(np.float64) @ weight[:, first : first + 64].astype(np.float64).T).astype(
+                np.float32
+            )
+            for first in range(0, hidden, 64)
+        ]
+        sums = [in_order(products[first : first + slices.tiles]) for first in range(0, tiles, slices.tiles)]
+        expected = in_order(sums)
+        assert (expected != in_order(reversed(sums))).any(), "this data cannot tell the order of the slices"
+        assert slices.tiles == 1 or (expected != in_order(products)).any(), "cannot tell slices from one chain"
+        for config in range(len(pallas.CONFIGS)):
+            run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
+            np.testing.assert_array_equal(run(jnp.asarray(x), jnp.asarray(weight), None), expected, str(config))
 
 
 def check_nan_and_inf_stay_in_their_rows() -> None:

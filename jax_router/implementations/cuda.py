@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 TARGET = "jax_router_sm90_router_gemm"
 COMPUTE_CAPABILITY = "9.0"  # sm_90a code runs on nothing else, newer GPUs included
-MAX_HIDDEN = 65536
+# As csrc/router_gemm.cu takes them.
+MAX_HIDDEN, MAX_EXPERTS, MAX_TOKENS = 65536, 65536, 2**27
+MAX_TILED_LOGITS = 2**34
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
 OPERATIONS = {"router_gemm": 0, "empty": 1, "read_weight": 2}  # enum jr_operation, of jr_time_graph
 
@@ -80,6 +82,14 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
         return f"needs out_dtype float32 or x's dtype, it is {problem.out_dtype}"
     if problem.hidden % 8 != 0 or problem.hidden > MAX_HIDDEN:
         return f"needs hidden to be a multiple of 8 up to {MAX_HIDDEN}, it is {problem.hidden}"
+    if problem.experts > MAX_EXPERTS:
+        return f"needs at most {MAX_EXPERTS} experts, they are {problem.experts}"
+    tiled = problem.tokens * -(-problem.experts // 8) * 8
+    if problem.tokens > MAX_TOKENS or tiled >= MAX_TILED_LOGITS:
+        return (
+            f"needs at most {MAX_TOKENS} tokens and fewer than {MAX_TILED_LOGITS} logits, experts rounded up to eight, "
+            f"they are {problem.tokens} and {tiled}"
+        )
     return None
 
 
