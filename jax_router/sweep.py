@@ -117,13 +117,17 @@ def run(
     for name, values in filters.items():
         command += [part for value in values for part in (f"--{name}", str(value))]
     threads = compile_threads or (max(1, (os.cpu_count() or 1) // 2) if gpu else 1)
+    from jax_router.sweep_run import DeviceLost
+
     writer = RowsWriter(path)
     try:
         runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
-    except KeyboardInterrupt:
-        console.print(f"\ninterrupted: every row so far is in {path}. Go on with\n", soft_wrap=True)
+    except (KeyboardInterrupt, DeviceLost) as stop:
+        lost = isinstance(stop, DeviceLost)
+        console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Every row so far is in {path}. Go on with\n", soft_wrap=True)
         console.print(f"  jax-router {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
-        return INTERRUPTED
+        return FAILED if lost else INTERRUPTED
     finally:
         writer.close()
 

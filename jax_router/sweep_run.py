@@ -33,6 +33,10 @@ CHECK = ("check", "")  # method and weights of the row that holds a point's chec
 Key = tuple[Any, ...]
 
 
+class DeviceLost(Exception):
+    """The device computes nothing any more, so that no further point could be measured."""
+
+
 class Runner:
     """Runs points and appends their rows. One broken point becomes a failed row and does not end the sweep."""
 
@@ -112,6 +116,8 @@ class Runner:
                     self._write(point, CHECK, status="skipped", reason=refused)
                 else:
                     self._run_point(point, missing, data, executables)
+            except DeviceLost:
+                raise
             except Exception as error:  # whatever one point does, the others are still worth measuring
                 self._fail(point, CHECK, _reason(error))
             self.advance(len(missing), point.label)
@@ -266,6 +272,10 @@ class Runner:
     def _fail(self, point: Point, measurement: tuple[str, str], reason: str, **more: Any) -> None:
         self.failed.append(f"{point.label} {measurement[0]}: {reason}")
         self._write(point, measurement, status="failed", reason=reason, **more)
+        try:
+            assert_computes(self.device)
+        except Exception as error:
+            raise DeviceLost(f"{self.failed[-1]}. Now the device refuses everything: {_reason(error)}") from error
 
     def _write(self, point: Point, measurement: tuple[str, str], *, status: str = "ok", **more: Any) -> None:
         method, weights = measurement
@@ -277,6 +287,11 @@ class Runner:
         }  # fmt: skip
         self.writer.write(row)
         self.written += 1
+
+
+def assert_computes(device: jax.Device) -> None:
+    """Raise what JAX raises if the device computes no more: after a fault, or with its stream in the error state."""
+    jax.block_until_ready(jax.device_put(np.ones(8, np.float32), device) + 1)
 
 
 def _reason(error: Exception) -> str:

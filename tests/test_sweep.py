@@ -249,6 +249,34 @@ def test_what_this_machine_does_not_run_is_skipped_with_its_reason(runner: sweep
     assert not runner.failed
 
 
+def test_a_lost_device_ends_the_sweep_and_keeps_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    xla = sweep_run.implementation_calls()["xla"]
+
+    def faulty(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        if x.shape[0] == 3:
+            raise RuntimeError("an illegal memory access was encountered")
+        return xla(x, weight, bias)
+
+    def refuse(device: jax.Device) -> None:
+        raise RuntimeError("Callback registry is closed")
+
+    monkeypatch.setattr(sweep_run, "implementation_calls", lambda: dict.fromkeys(dispatch.IMPLEMENTATIONS, faulty))
+    monkeypatch.setattr(sweep_run, "assert_computes", refuse)
+    result = small_sweep(tmp_path, "--tokens", "5", "--implementation", "xla")
+    assert result.exit_code == 1, result.output
+    flat = " ".join(result.output.split())
+    assert "illegal memory access was encountered. Now the device refuses everything: RuntimeError: Callback" in flat
+    (path,) = tmp_path.glob("*.jsonl")
+    assert f"--resume {path}" in flat
+    rows = read_rows(path)
+    assert {row["tokens"] for row in rows} == {1, 3}, "nothing is measured after the fault"
+    assert [row["status"] for row in rows if row["tokens"] == 3] == ["failed"]
+    monkeypatch.undo()
+    assert small_sweep(tmp_path, "--tokens", "5", "--implementation", "xla", "--resume", str(path)).exit_code == 0
+    timed = {row["tokens"] for row in comparable(read_rows(path))[0] if "samples_us" in row}
+    assert timed == {1, 3, 5}
+
+
 def test_a_replay_that_writes_other_bits_fails(runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "graph_replay", lambda *_, **__: timing.Samples("graph_replay", "warm", (1.0,), 1, ""))
     runner.run(small_points(measurements=(("graph_replay", "warm"), *WALL))[:1])
