@@ -1,6 +1,6 @@
 // Launch overlap with real neighbours: a producer that writes x and the weights immediately before, a consumer that
-// reads the logits immediately after, both launched programmatically and both slow at their worst point, while another
-// stream copies memory. Part of the standalone check (check.cu).
+// reads the logits immediately after, both launched programmatically and the producer slow at its worst point, while
+// another stream copies memory. Part of the standalone check (check.cu).
 #include "check_overlap.h"
 
 #include <stdio.h>
@@ -24,11 +24,14 @@ using namespace jax_router;
 constexpr int kBlocks = 64, kThreads = 256, kVariants = 4;
 constexpr int kDelay = 2000;  // nanoseconds
 
+// Lets the next grid start as soon as all blocks got here or ended. The kernels under test leave that to their end.
+__device__ __forceinline__ void trigger() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Lets its successor start at once, then dawdles, then copies: whoever reads early reads the variant before.
 __global__ void produce(uint4* to, const uint4* from, size_t chunks, uint4* to_too, const uint4* from_too,
                         size_t chunks_too) {
   grid_dependency_wait();
-  grid_dependency_trigger();
+  trigger();
   if (blockIdx.x % 8 == 0) __nanosleep(kDelay);
   const size_t first = blockIdx.x * size_t(kThreads) + threadIdx.x, step = size_t(kBlocks) * kThreads;
   for (size_t i = first; i < chunks; i += step) to[i] = from[i];
@@ -45,7 +48,7 @@ __global__ void consume(uint32_t* out, const uint32_t* expected, size_t words, u
     out[i] = 0xFFFFFFFFu;  // a NaN
   }
   if (mine != 0) atomicAdd(wrong, mine);
-  grid_dependency_trigger();
+  trigger();
 }
 
 __global__ void fill(uint16_t* to, size_t count, uint32_t seed) {

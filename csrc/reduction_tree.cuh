@@ -7,7 +7,7 @@
 //   group   one of 16 runs of units; group sum = ((0 + slice 0) + slice 1) + ... in float32, round to nearest.
 //   total   a balanced binary tree over the groups, neighbours first: ((g0 + g1) + (g2 + g3)) + ...; then the bias.
 //
-// The binary tree lets the 8 or 16 blocks of a cluster share one output tile and send one number each per output.
+// The binary tree lets the blocks of a cluster, up to 8, share one output tile and send one number each per output.
 // Empty groups and slices add +0, which changes nothing because no sum here is ever -0.
 #pragma once
 
@@ -20,7 +20,7 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
 constexpr int kUnit = 64;  // elements of K
 constexpr int kUnitsPerSlice = 2;
 constexpr int kGroups = 16;
-constexpr int kMaxHidden = 65536;  // keeps the slice sums of a block inside shared memory
+constexpr int kMaxHidden = 65536;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int log2_of(int power_of_two) {

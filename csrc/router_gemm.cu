@@ -1,5 +1,5 @@
 // The launcher: checks a problem, picks a configuration of the one reduction tree, launches it.
-#include <functional>
+#include <atomic>
 #include <mutex>
 
 #include "router_gemm.h"
@@ -36,8 +36,8 @@ int check_problem(const jr_router_gemm_args& a, const Report& report) {
   if (a.experts < 1 || a.experts > (1 << 16))
     return report.fail(JR_UNSUPPORTED, "experts is %lld; expected 1 to 65536", static_cast<long long>(a.experts));
   if (a.tokens * ceil_div(int(a.experts), kTileExperts) >= int64_t(1) << 31)
-    return report.fail(JR_UNSUPPORTED, "tokens * experts is %lld; expected less than 2^34",
-                       static_cast<long long>(a.tokens * a.experts));
+    return report.fail(JR_UNSUPPORTED, "tokens times experts rounded up to 8 is %lld; expected less than 2^34",
+                       static_cast<long long>(a.tokens * ceil_div(int(a.experts), kTileExperts) * kTileExperts));
   return JR_OK;
 }
 
@@ -54,12 +54,8 @@ int check_pointers(const jr_router_gemm_args& a, const Report& report) {
   return JR_OK;
 }
 
-// Whether a block of this configuration fits a multiprocessor and its tiles fit a grid.
-bool fits(const Config& config, const jr_router_gemm_args& a) {
-  constexpr int kMaxGridY = 65535;
-  return config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
-         ceil_div(int(a.experts), config.block_experts) <= kMaxGridY;
-}
+// Whether a block of this configuration fits a multiprocessor for this hidden size.
+bool fits(const Config& config, int hidden) { return config.shared_bytes(hidden) <= kMaxSharedBytes; }
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
 
@@ -85,7 +81,8 @@ double estimate(const Config& config, const jr_router_gemm_args& a) {
 int pick(const jr_router_gemm_args& a) {
   int best = -1;
   for (int i = 0; i < kConfigs; ++i) {
-    if (fits(config_at(i), a) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a))) best = i;
+    if (fits(config_at(i), int(a.hidden)) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a)))
+      best = i;
   }
   return best;
 }
@@ -93,7 +90,7 @@ int pick(const jr_router_gemm_args& a) {
 // ---- Launch --------------------------------------------------------------------------------------------------------
 
 // A launch with the attributes it points to. Programmatic: the grid may start while its predecessor on the stream
-// drains, which is safe because the kernels touch global memory only between their dependency wait and their trigger.
+// drains, which is safe because the kernels only prefetch into L2 before their dependency wait.
 struct Launch {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t shape = {};
@@ -114,22 +111,11 @@ struct Launch {
 };
 
 struct DeviceState {
-  std::once_flag once;
-  cudaError_t error = cudaSuccess;
+  std::mutex mutex;
+  std::atomic<bool> ready = false;
 };
 
-// Sets the kernels' attributes, once per device and process.
-void prepare(DeviceState& state) {
-  for (int i = 0; i < kConfigs; ++i) {
-    for (const void* kernel : config_at(i).kernel) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-      if (error != cudaSuccess) state.error = error;
-    }
-  }
-}
-
-// Makes the current device ready, or reports why not.
+// Sets the kernels' attributes, once per device and process; tries again after a failure.
 int prepare_current_device(const Report& report) {
   static DeviceState states[kMaxDevices];
   int device = 0;
@@ -137,8 +123,15 @@ int prepare_current_device(const Report& report) {
   if (device >= kMaxDevices)
     return report.fail(JR_UNSUPPORTED, "device is %d; expected less than %d", device, kMaxDevices);
   DeviceState& state = states[device];
-  std::call_once(state.once, prepare, std::ref(state));
-  return report.check(state.error, "setting the kernels' attributes");
+  if (state.ready) return JR_OK;
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  for (int i = 0; i < kConfigs; ++i) {
+    for (const void* kernel : config_at(i).kernel) {
+      JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+    }
+  }
+  state.ready = true;
+  return JR_OK;
 }
 
 Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
@@ -194,6 +187,7 @@ int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stre
   void* parameters[] = {&tiled};
   const cudaError_t error = cudaLaunchKernelExC(&launch.shape, config.kernel[a.dtype], parameters);
   if (error == cudaSuccess) return JR_OK;
+  cudaGetLastError();  // reported here, not by whoever asks next
   return report.fail(JR_CUDA_ERROR, "launch of %s for tokens=%lld hidden=%d experts=%d failed: %s (%s)", config.name,
                      static_cast<long long>(a.tokens), problem.hidden, problem.experts, cudaGetErrorName(error),
                      cudaGetErrorString(error));
@@ -211,7 +205,8 @@ const char* jr_router_gemm_config_name(int config) {
 }
 
 int jr_router_gemm_config_fits(int config, const jr_router_gemm_args* args) {
-  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK && fits(config_at(config), *args);
+  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK &&
+         fits(config_at(config), int(args->hidden));
 }
 
 int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {

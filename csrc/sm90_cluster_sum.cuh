@@ -19,6 +19,7 @@ struct ClusterSum {
   static constexpr int kQuads = kBlockTokens / kTileTokens * kTilesPerRow * 32;
   static constexpr int kOwnedQuads = kQuads / kCluster;
   static constexpr bool kPushed = kQuads <= 512;
+  static constexpr int kReceivedBytes = (kPushed ? kCluster : kCluster - 1) * kOwnedQuads * 16;  // send skips its own
   static_assert(kQuads % kCluster == 0, "every block of the cluster owns the same number of quads");
 
   float4 received[kCluster][kOwnedQuads];
@@ -30,7 +31,7 @@ struct ClusterSum {
     if (threadIdx.x % 32 == 0) {
       if (threadIdx.x == 0) barrier_init(shared_address(&barrier), 1);
       barrier_init_fence();
-      if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), sizeof(received));
+      if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), kReceivedBytes);
     }
     __syncwarp();  // the cluster barrier wants whole warps
     cluster_arrive_relaxed();
@@ -55,26 +56,29 @@ struct ClusterSum {
                          remote_address(shared_address(&barrier), owner));
   }
 
-  // Large tiles: sends block `rank`'s sums, `sums` by quad, to all owners. Threads [0, kCluster), after a barrier that
-  // follows the writers' fence_for_copies(). The block must not end before finish().
+  // Large tiles: sends block `rank`'s sums, `sums` by quad, to all other owners. All threads that store_owned, after a
+  // barrier that follows the writers' fence_for_copies(). The block must not end before finish().
   __device__ __forceinline__ void send(int rank, const float4* sums) {
     static_assert(!kPushed, "small tiles use push");
     const int owner = threadIdx.x;
-    if (owner >= kCluster) return;
+    if (owner >= kCluster || owner == rank) return;
     copy_to_remote(remote_address(shared_address(received[rank]), owner), shared_address(sums + owner * kOwnedQuads),
                    kOwnedQuads * 16, remote_address(shared_address(&barrier), owner));
   }
 
-  // Adds up the quads this block owns, in the order of the tree, and stores their logits. Threads [0, threads).
+  // Adds up the quads this block owns, in the order of the tree, and stores their logits. Threads [0, threads). `sums`
+  // are what was sent; null where it was pushed.
   __device__ __forceinline__ void store_owned(const Problem& p, int rank, int64_t block_token, int block_expert,
-                                              int threads) {
+                                              int threads, const float4* sums) {
     for (int owned = threadIdx.x; owned < kOwnedQuads; owned += threads) {
       const int quad = rank * kOwnedQuads + owned, tile = quad / 32, tile_expert = tile % kTilesPerRow * kTileExperts;
       const QuadPlace place =
           place_quad(p, block_token + tile / kTilesPerRow * kTileTokens, block_expert + tile_expert, quad % 32,
                      *reinterpret_cast<const float2*>(&bias[tile_expert + quad % 4 * 2]));
       if (owned == threadIdx.x) barrier_wait(shared_address(&barrier), 0);
-      store_quad<Element>(p, place, tree_sum<kCluster>(0, [&](int sender) { return received[sender][owned]; }));
+      store_quad<Element>(p, place, tree_sum<kCluster>(0, [&](int sender) {
+                            return !kPushed && sender == rank ? sums[quad] : received[sender][owned];
+                          }));
     }
   }
 

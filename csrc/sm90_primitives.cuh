@@ -11,16 +11,12 @@ namespace jax_router {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-// ---- Launch overlap: a kernel touches global memory only between the wait and the trigger, so it is safe beside
-// neighbours that were launched programmatically. Both return at once in a plain launch.
+// ---- Launch overlap: a kernel touches global memory, but for prefetching into L2, only after the wait, and a block
+// lets the next grid start when it ends. So it is safe beside neighbours that were launched programmatically. The wait
+// returns at once in a plain launch.
 
 // Returns when all grids this one depends on have completed and their writes are visible.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// Lets the next grid start. Called after the last global store of a thread.
-__device__ __forceinline__ void grid_dependency_trigger() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
 
 // ---- Warps ---------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ struct Cost {
 struct Config {
   const char* name;
   int block_tokens, block_experts, cluster;
-  int registers;          // per thread, at most
+  int registers;          // per thread, at launch
   const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; no kernel has static shared memory

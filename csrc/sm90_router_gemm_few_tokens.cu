@@ -2,8 +2,8 @@
 // slices of K and waits for nothing but its own slice before it multiplies with mma.sync.
 //
 // What limits it: latency, and the bytes one multiprocessor can pull (about 60 per clock from L2). So the weights are
-// spread over the multiprocessors, the copy engine has every slice in flight at once, and each byte of x and weight is
-// read once per block.
+// spread over the multiprocessors, the copy engine has every slice in flight at once (up to 16 per block), and each
+// byte of x and weight is read once per block.
 //
 // Work: grid.x = cluster * token tiles, grid.y = expert tiles; blockIdx.x % cluster is the block's rank and its share
 // of K. Memory: x and weight through tensor maps (sm90_tile.cuh). Bytes: (tokens + experts) * hidden / cluster * 2 per
@@ -17,9 +17,9 @@ namespace jax_router {
 
 namespace {
 
-constexpr int kMaxWarps = 16;
+constexpr int kMaxWarps = 16, kCluster = 8;
 
-template <typename Element, int kTokenTiles, int kExpertTiles, int kCluster>
+template <typename Element, int kTokenTiles, int kExpertTiles>
 struct FewTokens {
   static constexpr int kTokens = kTokenTiles * kTileTokens, kExperts = kExpertTiles * kTileExperts;
   static constexpr int kStageBytes = kUnitsPerSlice * (kTokens + kExperts) * kRowBytes;
@@ -71,10 +71,10 @@ __device__ __forceinline__ void multiply_slice(float4 (&sums)[kTokenTiles * kExp
 
 }  // namespace
 
-template <typename Element, int kTokenTiles, int kExpertTiles, int kCluster>
+template <typename Element, int kTokenTiles, int kExpertTiles>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     sm90_router_gemm_few_tokens(const __grid_constant__ TiledProblem tiled) {
-  using F = FewTokens<Element, kTokenTiles, kExpertTiles, kCluster>;
+  using F = FewTokens<Element, kTokenTiles, kExpertTiles>;
   using Sum = typename F::Sum;
   const Problem& p = tiled.problem;
   const int lane = threadIdx.x % 32, warp = uniform_warp();
@@ -146,22 +146,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     }
     cluster_sum.push(rank, quad, groups[0] + groups[1]);
   }
-  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x);
-  grid_dependency_trigger();
+  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x, nullptr);
 }
 
 namespace {
 
-template <int kTokenTiles, int kExpertTiles, int kCluster>
+template <int kTokenTiles, int kExpertTiles>
 constexpr Config config(const char* name, Cost cost) {
-  using F = FewTokens<bfloat16, kTokenTiles, kExpertTiles, kCluster>;
+  using F = FewTokens<bfloat16, kTokenTiles, kExpertTiles>;
   return {name,
           F::kTokens,
           F::kExperts,
           kCluster,
           kRegisters / (32 * kMaxWarps),
-          {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kTokenTiles, kExpertTiles, kCluster>),
-           reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles, kCluster>)},
+          {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kTokenTiles, kExpertTiles>),
+           reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
           [](int hidden) { return 32 * F::warps(hidden); },
           &F::shared_bytes,
           cost};
@@ -170,12 +169,12 @@ constexpr Config config(const char* name, Cost cost) {
 }  // namespace
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
-    config<1, 1, 8>("few_16x8_c8", {1.95, 0.6188, 0, 0.157}),
-    config<1, 2, 8>("few_16x16_c8", {1.9448, 0, 0.0012, 0.143}),
-    config<1, 4, 8>("few_16x32_c8", {2.0041, 1.8382, 0.0018, 0.1405}),
-    config<2, 2, 8>("few_32x16_c8", {2.0527, 1.6085, 0.001, 0.1319}),
-    config<2, 3, 8>("few_32x24_c8", {2.4106, 1.7059, 0, 0.0896}),
-    config<2, 4, 8>("few_32x32_c8", {3.6111, 1.6446, 0.0025, 0.0948}),
+    config<1, 1>("few_16x8_c8", {1.95, 0.6188, 0, 0.157}),
+    config<1, 2>("few_16x16_c8", {1.9448, 0, 0.0012, 0.143}),
+    config<1, 4>("few_16x32_c8", {2.0041, 1.8382, 0.0018, 0.1405}),
+    config<2, 2>("few_32x16_c8", {2.0527, 1.6085, 0.001, 0.1319}),
+    config<2, 3>("few_32x24_c8", {2.4106, 1.7059, 0, 0.0896}),
+    config<2, 4>("few_32x32_c8", {3.6111, 1.6446, 0.0025, 0.0948}),
 };
 
 }  // namespace jax_router

@@ -34,8 +34,10 @@ struct ManyTokens {
   // Small tiles leave room for two blocks on a multiprocessor: a second wave, or the launch after this one.
   static constexpr int kResident = kSums <= 16 ? 2 : 1;
   static constexpr int kConsumerRegisters = kResident == 2 ? 104 : 232, kProducerRegisters = kResident == 2 ? 32 : 40;
-  static_assert(kResident * (kConsumers * kConsumerRegisters + 128 * kProducerRegisters) <= kRegisters,
-                "the register file");
+  static constexpr int kLaunchRegisters =
+      kRegisters / kThreads / kResident / 8 * 8;  // per thread, until the roles part
+  static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= kThreads * kLaunchRegisters,
+                "what one role takes the other gave back");
   using Sum = ClusterSum<Element, kBlockTokens, kBlockExperts, kCluster>;
   static_assert(kBlockTokens == 2 * kWarpgroupTokens / kRings && kStages % kRings == 0, "two warpgroups");
 
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kThreads,
           wgmma_wait<1>();
           release_unit(i);
         }
-        wgmma_wait<0>();
+        wgmma_wait<0>(slice_sum);
         release_unit(i + 1 < end ? i + 1 : i);
 #pragma unroll
         for (int j = 0; j < M::kSums; ++j) sum[j] += slice_sum[j];
@@ -204,10 +206,9 @@ __global__ void __launch_bounds__(kThreads,
       shared.cluster_sum.wait_for_owners();
       shared.cluster_sum.send(rank, shared.sums);
     }
-    shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers);
+    shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, shared.sums);
   }
   shared.cluster_sum.finish();
-  grid_dependency_trigger();
 }
 
 namespace {
@@ -219,7 +220,7 @@ constexpr Config config(const char* name, Cost cost) {
           kBlockTokens,
           kBlockExperts,
           kCluster,
-          kRegisters / kThreads / M::kResident / 8 * 8,
+          M::kLaunchRegisters,
           {reinterpret_cast<const void*>(
                &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kCluster, kStages>),
            reinterpret_cast<const void*>(

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
   const float4 total = tree_sum<kGroups>(0, [&](int group) { return group_sums[group][lane]; });
   const float2 bias = make_float2(load_bias<Element>(p, expert + 2 * t), load_bias<Element>(p, expert + 2 * t + 1));
   store_quad<Element>(p, place_quad(p, token, expert, lane, bias), total);
-  grid_dependency_trigger();
 }
 
 cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream) {

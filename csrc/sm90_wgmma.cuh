@@ -14,6 +14,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The same for the results in `d`: nothing that reads them moves above it.
+template <int kPending, int kSums>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kSums]) {
+  wgmma_wait<kPending>();
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) asm volatile("" : "+f"(d[j])::"memory");
+}
+
 // Moves registers between warpgroups; all warps of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {

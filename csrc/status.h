@@ -21,9 +21,10 @@ struct Report {
     return status;
   }
 
-  // JR_OK, or JR_CUDA_ERROR with the call's name and CUDA's own words.
+  // JR_OK, or JR_CUDA_ERROR with the call's name and CUDA's own words; it is then no longer CUDA's last error.
   int check(cudaError_t error, const char* call) const {
     if (error == cudaSuccess) return JR_OK;
+    cudaGetLastError();
     return fail(JR_CUDA_ERROR, "%s failed: %s (%s)", call, cudaGetErrorName(error), cudaGetErrorString(error));
   }
 };
