@@ -1,6 +1,6 @@
 // Standalone check of the kernels, no Python: a CPU reference in float64, every kernel against it, then the times.
 //
-//   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a csrc/*.cu -o router_gemm_check
+//   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a csrc/*.cu -o router_gemm_check
 //   ./router_gemm_check            checks, then times
 //   ./router_gemm_check --check    checks only
 //   ./router_gemm_check --overlap  launches between programmatic neighbours under memory traffic only
@@ -40,6 +40,7 @@ constexpr uint8_t kPoison = 0xA5;
 constexpr size_t kCanaryBytes = 256;
 constexpr int kTokens[] = {1, 2, 3, 7, 8, 9, 17, 63, 64, 65, 255, 1024};
 constexpr int kMaxTokens = 1024;
+constexpr size_t kWorkspaceBytes = size_t(64) << 20;
 
 struct DeviceBuffer {
   void* data = nullptr;
@@ -98,6 +99,7 @@ struct Case {
 };
 
 struct Checker {
+  DeviceBuffer workspace{kWorkspaceBytes + kCanaryBytes};
   long launches = 0, failures = 0;
   double worst_error = 0;  // in units of the bound
 
@@ -107,11 +109,15 @@ struct Checker {
              c.experts, c.hidden, c.dtype, c.bias_dtype, c.out_dtype, tokens, index);
   }
 
-  // Poisons the output, launches, checks the canary and returns the output bytes. config -2 is the naive kernel.
+  // Poisons the output and the workspace, launches, checks the canaries and returns the output bytes. config -2 is the
+  // naive kernel.
   std::vector<uint8_t> run(const Case& c, jr_router_gemm_args args, int config, void* out, size_t out_bytes) {
     char message[512] = "";
     CUDA_OK(cudaMemset(out, kPoison, out_bytes + kCanaryBytes));
+    CUDA_OK(cudaMemset(workspace.data, kPoison, kWorkspaceBytes + kCanaryBytes));
     args.out = out;
+    args.workspace = workspace.data;
+    args.workspace_bytes = kWorkspaceBytes;
     args.config = config;
     const int status = config == -2 ? jr_router_gemm_naive(&args, nullptr, message, sizeof(message))
                                     : jr_router_gemm(&args, nullptr, message, sizeof(message));
@@ -120,14 +126,15 @@ struct Checker {
       exit(2);
     }
     CUDA_OK(cudaDeviceSynchronize());
-    std::vector<uint8_t> result(out_bytes + kCanaryBytes);
+    std::vector<uint8_t> result(out_bytes + kCanaryBytes), past_workspace(kCanaryBytes);
     CUDA_OK(cudaMemcpy(result.data(), out, result.size(), cudaMemcpyDeviceToHost));
-    for (size_t i = out_bytes; i < result.size(); ++i) {
-      if (result[i] != kPoison) {
-        fail(c, "wrote past the output", jr_router_gemm_config_name(config), int(args.tokens), long(i - out_bytes));
-        break;
-      }
-    }
+    CUDA_OK(cudaMemcpy(past_workspace.data(), static_cast<uint8_t*>(workspace.data) + kWorkspaceBytes, kCanaryBytes,
+                       cudaMemcpyDeviceToHost));
+    const auto touched = [](uint8_t byte) { return byte != kPoison; };
+    if (std::any_of(result.begin() + out_bytes, result.end(), touched))
+      fail(c, "wrote past the output", jr_router_gemm_config_name(config), int(args.tokens), 0);
+    if (std::any_of(past_workspace.begin(), past_workspace.end(), touched))
+      fail(c, "wrote past the workspace", jr_router_gemm_config_name(config), int(args.tokens), 0);
     result.resize(out_bytes);
     ++launches;
     return result;
@@ -261,7 +268,7 @@ void time_shape(int experts, int hidden, bool with_bias) {
       bias(size_t(experts), JR_FLOAT32, 1.0, 0.0, random);
   const HostArray weight(size_t(experts) * hidden, JR_BFLOAT16, 0.02, 0.0, random);
   DeviceBuffer device_x(size_t(16384) * hidden * 2), device_bias(bias.bytes.size()),
-      device_weight(copies * weight_bytes), out(size_t(16384) * experts * 4);
+      device_weight(copies * weight_bytes), out(size_t(16384) * experts * 4), workspace(kWorkspaceBytes);
   for (int i = 0; i < 16; ++i)
     CUDA_OK(cudaMemcpy(static_cast<uint8_t*>(device_x.data) + i * x.bytes.size(), x.bytes.data(), x.bytes.size(),
                        cudaMemcpyHostToDevice));
@@ -270,9 +277,17 @@ void time_shape(int experts, int hidden, bool with_bias) {
                        cudaMemcpyHostToDevice));
   CUDA_OK(cudaMemcpy(device_bias.data, bias.bytes.data(), bias.bytes.size(), cudaMemcpyHostToDevice));
 
-  jr_router_gemm_args args = {
-      device_x.data, device_weight.data, with_bias ? device_bias.data : nullptr, out.data,   1, hidden,
-      experts,       JR_BFLOAT16,        with_bias ? JR_FLOAT32 : JR_NONE,       JR_FLOAT32, -1};
+  jr_router_gemm_args args = {};
+  args.x = device_x.data;
+  args.weight = device_weight.data;
+  args.bias = with_bias ? device_bias.data : nullptr;
+  args.out = out.data;
+  args.workspace = workspace.data;
+  args.workspace_bytes = kWorkspaceBytes;
+  args.hidden = hidden;
+  args.experts = experts;
+  args.bias_dtype = with_bias ? JR_FLOAT32 : JR_NONE;
+  args.out_dtype = JR_FLOAT32;
   const auto time = [&](int operation, int tokens, int config, bool cold) {
     std::vector<jr_router_gemm_args> variants(cold ? copies : 1, args);
     for (size_t i = 0; i < variants.size(); ++i) {
@@ -291,9 +306,10 @@ void time_shape(int experts, int hidden, bool with_bias) {
     const int picked = jr_router_gemm_pick_config(&args);
     for (int config = 0; config < jr_router_gemm_num_configs(); ++config) {
       if (!jr_router_gemm_config_fits(config, &args)) continue;
-      if (config != picked && (tokens > 128) != (strncmp(jr_router_gemm_config_name(config), "many", 4) == 0) &&
-          tokens != 64)
-        continue;
+      const char* name = jr_router_gemm_config_name(config);
+      const bool one = strncmp(name, "one", 3) == 0, few = strncmp(name, "few", 3) == 0;
+      if (config != picked && (tokens > 8 ? one : false)) continue;  // not in question
+      if (config != picked && (tokens > 128 ? few : tokens < 64 && !one && !few)) continue;
       printf(" %s%s %.2f/%.2f", config == picked ? "*" : "", jr_router_gemm_config_name(config),
              time(JR_OP_ROUTER_GEMM, tokens, config, false), time(JR_OP_ROUTER_GEMM, tokens, config, true));
     }

@@ -109,11 +109,14 @@ int check_overlap(int launches_per_case) {
     const size_t out_count = size_t(kMaxTokens) * experts;
     uint16_t *x = allocate<uint16_t>(x_count), *weight = allocate<uint16_t>(weight_count);
     uint16_t *xs = allocate<uint16_t>(kVariants * x_count), *weights = allocate<uint16_t>(kVariants * weight_count);
+    constexpr size_t kWorkspaceBytes = size_t(64) << 20;
+    void* workspace = allocate<uint8_t>(kWorkspaceBytes);
     uint32_t *out = allocate<uint32_t>(out_count), *expected = allocate<uint32_t>(kVariants * out_count);
     fill<<<256, kThreads>>>(xs, kVariants * x_count, 1u);
     fill<<<256, kThreads>>>(weights, kVariants * weight_count, 2u);
-    jr_router_gemm_args args = {x,       weight,      nullptr, out,        kMaxTokens, hidden,
-                                experts, JR_BFLOAT16, JR_NONE, JR_FLOAT32, -1};
+    jr_router_gemm_args args = {x,          weight, nullptr, out,         workspace, kWorkspaceBytes,
+                                kMaxTokens, hidden, experts, JR_BFLOAT16, JR_NONE,   JR_FLOAT32,
+                                -1};
     for (int variant = 0; variant < kVariants; ++variant) {
       jr_router_gemm_args reference = args;
       reference.x = xs + variant * x_count;
@@ -150,7 +153,7 @@ int check_overlap(int launches_per_case) {
       }
     }
     for (void* each : {static_cast<void*>(x), static_cast<void*>(weight), static_cast<void*>(xs),
-                       static_cast<void*>(weights), static_cast<void*>(out), static_cast<void*>(expected)})
+                       static_cast<void*>(weights), static_cast<void*>(out), static_cast<void*>(expected), workspace})
       CUDA_OK(cudaFree(each));
   }
   CUDA_OK(cudaFree(noise));

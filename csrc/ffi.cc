@@ -3,7 +3,7 @@
 //
 // Custom call "jax_router_sm90_router_gemm", platform CUDA:
 //   operands   x [T, H], weight [E, H] and, if there is one, bias [E]
-//   result     out [T, E]
+//   results    out [T, E] and, if there is one, a workspace of any dtype and shape: scratch, its contents mean nothing
 //   attribute  config (int32), -1: the launcher picks
 // The handler is command-buffer compatible: XLA calls it once to record a CUDA graph and may replay that graph for ever.
 // So it launches on the stream it is given and does nothing else: no allocation, no synchronisation, no state.
@@ -52,7 +52,7 @@ ffi::Error invalid(const std::string& argument, const ffi::AnyBuffer& array, con
 }
 
 ffi::Error router_gemm(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
-                       ffi::Result<ffi::AnyBuffer> result) {
+                       ffi::Result<ffi::AnyBuffer> result, ffi::RemainingRets more_results) {
   const ffi::AnyBuffer& out = *result;
   if (x.dimensions().size() != 2) return invalid("x", x, "two axes, (tokens, hidden)");
   if (weight.dimensions().size() != 2) return invalid("weight", weight, "two axes, (experts, hidden)");
@@ -99,6 +99,17 @@ ffi::Error router_gemm(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
     }
   }
 
+  if (more_results.size() > 1) {
+    return ffi::Error::InvalidArgument("jax_router cuda router_gemm: got " + std::to_string(1 + more_results.size()) +
+                                       " results. Expected the logits and at most one workspace.");
+  }
+  if (more_results.size() == 1) {
+    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> workspace = more_results.get<ffi::AnyBuffer>(0);
+    if (!workspace.has_value()) return workspace.error();
+    args.workspace = (*workspace)->untyped_data();
+    args.workspace_bytes = int64_t((*workspace)->size_bytes());
+  }
+
   char message[512] = "";
   const int status = jr_router_gemm(&args, stream, message, sizeof(message));
   if (status == JR_OK) return ffi::Error::Success();
@@ -123,7 +134,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jr_ffi_router_gemm, router_gemm,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Attr<int32_t>("config")
-                                  .Ret<ffi::AnyBuffer>(),
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_router

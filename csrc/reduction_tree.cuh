@@ -22,14 +22,15 @@ constexpr int kUnitsPerSlice = 2;
 constexpr int kGroups = 16;
 constexpr int kMaxHidden = 65536;
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Sizes are not negative: unsigned divisions spare the instructions that round negative ones.
+__host__ __device__ constexpr int ceil_div(int a, int b) { return int((unsigned(a) + unsigned(b) - 1) / unsigned(b)); }
 __host__ __device__ constexpr int log2_of(int power_of_two) {
   return power_of_two < 2 ? 0 : 1 + log2_of(power_of_two / 2);
 }
 __host__ __device__ constexpr int units_of(int hidden) { return ceil_div(hidden, kUnit); }
 
 // First unit of a group; group_begin(kGroups) is the end of the last one.
-__host__ __device__ constexpr int group_begin(int units, int group) { return group * units / kGroups; }
+__host__ __device__ constexpr int group_begin(int units, int group) { return int(unsigned(group * units) / kGroups); }
 
 // ((node 0 + node 1) + (node 2 + node 3)) + ... of `kCount` neighbouring nodes; value(i) is node i.
 template <int kCount, typename Value>

@@ -9,11 +9,13 @@
 namespace jax_router {
 namespace {
 
-constexpr int kConfigs = kFewTokensConfigs + kManyTokensConfigs;
+constexpr int kConfigs = kOneTokenConfigs + kFewTokensConfigs + kManyTokensConfigs;
 constexpr int kMaxDevices = 64;
 
 const Config& config_at(int index) {
-  return index < kFewTokensConfigs ? few_tokens_configs[index] : many_tokens_configs[index - kFewTokensConfigs];
+  if (index < kOneTokenConfigs) return one_token_configs[index];
+  if (index < kOneTokenConfigs + kFewTokensConfigs) return few_tokens_configs[index - kOneTokenConfigs];
+  return many_tokens_configs[index - kOneTokenConfigs - kFewTokensConfigs];
 }
 
 // ---- What is taken -------------------------------------------------------------------------------------------------
@@ -48,14 +50,34 @@ int check_pointers(const jr_router_gemm_args& a, const Report& report) {
   if (a.x == nullptr || a.weight == nullptr || a.out == nullptr || (a.bias == nullptr) != (a.bias_dtype == JR_NONE))
     return report.fail(JR_UNSUPPORTED, "x is %p, weight %p, bias %p (dtype %d), out %p; expected device memory", a.x,
                        a.weight, a.bias, a.bias_dtype, a.out);
-  if (misaligned(a.x, 16) || misaligned(a.weight, 16) || misaligned(a.out, 16))
-    return report.fail(JR_UNSUPPORTED, "x is at %p, weight at %p, out at %p; expected 16-byte alignment", a.x, a.weight,
-                       a.out);
+  if (misaligned(a.x, 16) || misaligned(a.weight, 16) || misaligned(a.out, 16) || misaligned(a.workspace, 16))
+    return report.fail(JR_UNSUPPORTED,
+                       "x is at %p, weight at %p, out at %p, workspace at %p; expected 16-byte alignment", a.x,
+                       a.weight, a.out, a.workspace);
   return JR_OK;
 }
 
-// Whether a block of this configuration fits a multiprocessor for this hidden size.
-bool fits(const Config& config, int hidden) { return config.shared_bytes(hidden) <= kMaxSharedBytes; }
+int64_t token_tiles(const Config& config, const jr_router_gemm_args& a) {
+  return (a.tokens + config.block_tokens - 1) / config.block_tokens;
+}
+int expert_tiles(const Config& config, const jr_router_gemm_args& a) {
+  return ceil_div(int(a.experts), config.block_experts);
+}
+
+int64_t workspace_bytes(const Config& config, const jr_router_gemm_args& a) {
+  if (config.splits == 1) return 0;
+  return config.splits * token_tiles(config, a) * config.block_tokens * expert_tiles(config, a) * config.block_experts *
+         int64_t(sizeof(float));
+}
+
+// Whether a configuration takes this problem: its blocks fit a multiprocessor, its tiles a grid, its partial sums the
+// workspace.
+bool fits(const Config& config, const jr_router_gemm_args& a) {
+  constexpr int kMaxGridY = 65535;
+  return a.tokens <= config.max_tokens && a.hidden <= config.max_hidden &&
+         config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes && expert_tiles(config, a) <= kMaxGridY &&
+         workspace_bytes(config, a) <= a.workspace_bytes;
+}
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
 
@@ -67,11 +89,11 @@ double estimate(const Config& config, const jr_router_gemm_args& a) {
   const int hidden = int(a.hidden), shared = config.shared_bytes(hidden) + kReservedSharedBytes;
   const int resident = max(1, min((kMaxSharedBytes + kReservedSharedBytes) / shared,
                                   kRegisters / (config.registers * config.threads(hidden))));
-  const int64_t clusters =
-      (a.tokens + config.block_tokens - 1) / config.block_tokens * ceil_div(int(a.experts), config.block_experts);
+  const int64_t clusters = token_tiles(config, a) * expert_tiles(config, a) * config.splits;
   const int64_t waves = (clusters + at_once * resident - 1) / (at_once * resident);
   const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
-  const double kilobytes = (tokens + config.block_experts) * hidden / config.cluster * 2e-3;  // of a block
+  const double kilobytes =
+      (tokens + config.block_experts) * hidden / (config.cluster * config.splits) * 2e-3;  // of a block
   const Cost& cost = config.cost;
   return cost.first + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
          double(clusters) * config.cluster * kilobytes * 1e-3 * cost.per_megabyte;
@@ -81,8 +103,7 @@ double estimate(const Config& config, const jr_router_gemm_args& a) {
 int pick(const jr_router_gemm_args& a) {
   int best = -1;
   for (int i = 0; i < kConfigs; ++i) {
-    if (fits(config_at(i), int(a.hidden)) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a)))
-      best = i;
+    if (fits(config_at(i), a) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a))) best = i;
   }
   return best;
 }
@@ -95,14 +116,14 @@ struct Launch {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t shape = {};
 
-  Launch(const Config& config, int hidden, int64_t token_tiles, int expert_tiles, cudaStream_t stream) {
+  Launch(dim3 blocks, int threads, int shared_bytes, int cluster, cudaStream_t stream) {
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(config.cluster), 1, 1};
-    shape.gridDim = dim3(unsigned(token_tiles * config.cluster), unsigned(expert_tiles));
-    shape.blockDim = dim3(config.threads(hidden));
-    shape.dynamicSmemBytes = config.shared_bytes(hidden);
+    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+    shape.gridDim = blocks;
+    shape.blockDim = dim3(unsigned(threads));
+    shape.dynamicSmemBytes = size_t(shared_bytes);
     shape.stream = stream;
     shape.attrs = attributes;
     shape.numAttrs = 2;
@@ -135,17 +156,8 @@ int prepare_current_device(const Report& report) {
 }
 
 Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
-  return {a.x,
-          a.weight,
-          a.bias,
-          a.out,
-          a.tokens,
-          int(a.hidden),
-          int(a.experts),
-          a.bias_dtype,
-          a.out_dtype,
-          ceil_div(int(a.experts), block_experts),
-          0};
+  return {a.x,           a.weight,       a.bias,       a.out,       static_cast<float4*>(a.workspace),       a.tokens,
+          int(a.hidden), int(a.experts), a.bias_dtype, a.out_dtype, ceil_div(int(a.experts), block_experts), 0};
 }
 
 // Describes a row-major [rows, hidden] matrix to the copy engine in boxes of one unit by `box_rows`.
@@ -176,21 +188,32 @@ int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int6
 int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stream, const Report& report) {
   TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
   Problem& problem = tiled.problem;
-  // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
-  problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;
-  int status = describe(&tiled.x, a.x, a.dtype, a.tokens, a.hidden, problem.box_tokens, report);
-  if (status == JR_OK)
-    status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
-  if (status != JR_OK) return status;
-  const int64_t token_blocks = (a.tokens + config.block_tokens - 1) / config.block_tokens;
-  const Launch launch(config, problem.hidden, token_blocks, problem.expert_tiles, stream);
-  void* parameters[] = {&tiled};
-  const cudaError_t error = cudaLaunchKernelExC(&launch.shape, config.kernel[a.dtype], parameters);
-  if (error == cudaSuccess) return JR_OK;
-  cudaGetLastError();  // reported here, not by whoever asks next
-  return report.fail(JR_CUDA_ERROR, "launch of %s for tokens=%lld hidden=%d experts=%d failed: %s (%s)", config.name,
-                     static_cast<long long>(a.tokens), problem.hidden, problem.experts, cudaGetErrorName(error),
-                     cudaGetErrorString(error));
+  if (config.tiled) {
+    // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
+    problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;
+    int status = describe(&tiled.x, a.x, a.dtype, a.tokens, a.hidden, problem.box_tokens, report);
+    if (status == JR_OK)
+      status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
+    if (status != JR_OK) return status;
+  }
+  const auto enqueue = [&](const void* kernel, void* parameter, const Launch& launch) {
+    const cudaError_t error = cudaLaunchKernelExC(&launch.shape, kernel, &parameter);
+    if (error == cudaSuccess) return int(JR_OK);
+    cudaGetLastError();  // reported here, not by whoever asks next
+    return report.fail(JR_CUDA_ERROR, "launch of %s for tokens=%lld hidden=%d experts=%d failed: %s (%s)", config.name,
+                       static_cast<long long>(a.tokens), problem.hidden, problem.experts, cudaGetErrorName(error),
+                       cudaGetErrorString(error));
+  };
+  const unsigned tiles = unsigned(token_tiles(config, a)), parts = unsigned(config.cluster * config.splits);
+  const dim3 blocks(tiles * parts, unsigned(problem.expert_tiles));
+  void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
+  const int status = enqueue(
+      config.kernel[a.dtype], parameter,
+      Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream));
+  if (status != JR_OK || config.splits == 1) return status;
+  const int blocks_per_tile = config.block_tokens * config.block_experts / (4 * kSumSplitsThreads);
+  return enqueue(config.sum_splits[a.dtype], &problem,
+                 Launch(dim3(tiles * unsigned(blocks_per_tile), blocks.y), kSumSplitsThreads, 0, 1, stream));
 }
 
 }  // namespace
@@ -205,8 +228,7 @@ const char* jr_router_gemm_config_name(int config) {
 }
 
 int jr_router_gemm_config_fits(int config, const jr_router_gemm_args* args) {
-  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK &&
-         fits(config_at(config), int(args->hidden));
+  return config >= 0 && config < kConfigs && check_problem(*args, Report{}) == JR_OK && fits(config_at(config), *args);
 }
 
 int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {
@@ -221,8 +243,9 @@ int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message,
   if (const int status = prepare_current_device(report); status != JR_OK) return status;
   const int config = args->config == -1 ? pick(*args) : args->config;
   if (!jr_router_gemm_config_fits(config, args))
-    return report.fail(JR_UNSUPPORTED, "config is %d; expected -1 or one that fits hidden=%lld, of 0 to %d", config,
-                       static_cast<long long>(args->hidden), kConfigs - 1);
+    return report.fail(
+        JR_UNSUPPORTED, "config is %d; expected -1 or one of 0 to %d that fits hidden=%lld and %lld bytes of workspace",
+        config, kConfigs - 1, static_cast<long long>(args->hidden), static_cast<long long>(args->workspace_bytes));
   return launch(config_at(config), *args, static_cast<cudaStream_t>(stream), report);
 }
 

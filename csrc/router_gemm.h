@@ -23,6 +23,8 @@ typedef struct jr_router_gemm_args {
   const void* weight;  // [experts, hidden], row-major, 16-byte aligned
   const void* bias;    // [experts], or NULL with bias_dtype JR_NONE
   void* out;           // [tokens, experts], row-major; every element is written
+  void* workspace;     // scratch on the device, 16-byte aligned, or NULL: some configurations need it
+  int64_t workspace_bytes;
   int64_t tokens, hidden, experts;
   int32_t dtype;       // of x and weight: JR_BFLOAT16 or JR_FLOAT16
   int32_t bias_dtype;  // JR_NONE, JR_FLOAT32 or dtype

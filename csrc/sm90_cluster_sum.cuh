@@ -26,13 +26,13 @@ struct ClusterSum {
   float bias[kBlockExperts];
   uint64_t barrier;
 
-  // Once per block, before anything else. Whole warps; lane 0 has initialised the barriers of its own.
-  __device__ __forceinline__ void init() {
-    if (threadIdx.x % 32 == 0) {
-      if (threadIdx.x == 0) barrier_init(shared_address(&barrier), 1);
-      barrier_init_fence();
-      if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), kReceivedBytes);
-    }
+  // Thread 0, before anything else and before a barrier_init_fence() of its own.
+  __device__ __forceinline__ void init() { barrier_init(shared_address(&barrier), 1); }
+
+  // Tells the cluster that this block runs and its barrier exists. All threads, thread 0 after init() and its fence.
+  // Costs some hundred cycles, so it comes once the block's first copies are on their way.
+  __device__ __forceinline__ void arrive() {
+    if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), kReceivedBytes);
     __syncwarp();  // the cluster barrier wants whole warps
     cluster_arrive_relaxed();
   }
@@ -44,8 +44,7 @@ struct ClusterSum {
     for (int i = threadIdx.x; i < kBlockExperts; i += blockDim.x) bias[i] = load_bias<Element>(p, block_expert + i);
   }
 
-  // Returns when every block of the cluster has started and its barrier exists. All threads, before the first push or
-  // send.
+  // Returns when every block of the cluster has arrived. All threads, before the first push or send.
   __device__ __forceinline__ void wait_for_owners() { cluster_wait(); }
 
   // Small tiles: sends block `rank`'s sum of quad `quad` to its owner.

@@ -109,15 +109,33 @@ __device__ __forceinline__ void named_barrier(int index, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(index), "r"(threads) : "memory");
 }
 
+// Counts this thread in at the block's barrier `index` without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int index, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(index), "r"(threads) : "memory");
+}
+
 // ---- Loads and copies ---------------------------------------------------------------------------------------------
 
-// 16 bytes that no thread writes during the launch, past L1.
+// 16 bytes past L1. Not through the read-only path: a predecessor may write them while this grid already runs.
 __device__ __forceinline__ uint4 load_streamed(const void* pointer) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(pointer));
+               : "l"(pointer)
+               : "memory");
   return v;
+}
+
+// Copies 16 bytes from L2 to shared memory, or writes zeros; a commit groups the copies of a thread so far.
+__device__ __forceinline__ void copy_chunk(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(exists ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_chunks() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but the last kPending commits of this thread.
+template <int kPending>
+__device__ __forceinline__ void wait_chunks() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // The copy engine's description of a matrix; a kernel parameter, so no predecessor writes it.

@@ -11,27 +11,38 @@ namespace jax_router {
 constexpr int kMaxSharedBytes = 232448;     // of one block
 constexpr int kReservedSharedBytes = 1024;  // of every block besides
 constexpr int kRegisters = 65536;
+constexpr int kSumSplitsThreads = 256;  // of the second launch of a configuration with splits, one per four logits
 
-// Fitted to CUDA-graph replay on an H200, 14 shapes of 1 to 16384 tokens, 2026-11-24; used only to rank configurations.
+// Fitted to kernel times (CUPTI) on an H200, the sweep's shapes with 1 to 16384 tokens, 2026-11-24, so that the picks
+// are 0.5% from the best on average; used only to rank configurations.
 struct Cost {
   double first, wave;         // microseconds of the first and every further wave of clusters, without the bytes
   double per_block_kilobyte;  // and wave, that a block reads
   double per_megabyte;        // that all blocks read
 };
 
-// One compiled shape of a kernel. A block computes block_tokens x block_experts logits over 1/cluster of K.
+// One compiled shape of a kernel. A block computes block_tokens x block_experts logits over 1 / (cluster * splits) of
+// K.
 struct Config {
   const char* name;
-  int block_tokens, block_experts, cluster;
-  int registers;          // per thread, at launch
-  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+  int block_tokens, block_experts;
+  int cluster = 1;                 // blocks that share one tile and add up through distributed shared memory
+  int splits = 1;                  // blocks that share one tile and leave partial sums in the workspace
+  int registers;                   // per thread, at launch
+  bool tiled = false;              // takes a TiledProblem instead of a Problem
+  const void* kernel[2];           // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+  const void* sum_splits[2] = {};  // the second launch of a kernel with splits, by jr_dtype
   int (*threads)(int hidden);
-  int (*shared_bytes)(int hidden);  // dynamic; no kernel has static shared memory
+  int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
+  int max_hidden = kMaxHidden;
+  int max_tokens = 1 << 27;
   Cost cost;
 };
 
-constexpr int kFewTokensConfigs = 6;
-constexpr int kManyTokensConfigs = 9;
+constexpr int kOneTokenConfigs = 2;
+constexpr int kFewTokensConfigs = 4;
+constexpr int kManyTokensConfigs = 12;
+extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
 

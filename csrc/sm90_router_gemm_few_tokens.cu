@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     prefetch_tensor_map(tiled.weight);
     prefetch_tensor_map(tiled.x);
     barrier_init(arrived, 1);
+    if (threadIdx.x == 0) cluster_sum.init();
+    barrier_init_fence();
   }
-  cluster_sum.init();
   grid_dependency_wait();
 
   // Slots past the end of a group are +0.
@@ -113,7 +114,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
         copy_box(x_stage + i * F::kTokens * kRowBytes, tiled.x, (unit + i) * kUnit, int(block_token), arrived);
       }
     }
-    if (slot == warp) cluster_sum.fetch_bias(p, block_expert);
+    if (slot == warp) {
+      cluster_sum.fetch_bias(p, block_expert);
+      cluster_sum.arrive();
+      cluster_sum.wait_for_owners();
+    }
 
     barrier_wait(arrived, slot / warps);
     float4* slot_sums = slice_sums + slot * Sum::kQuads + lane;
@@ -123,7 +128,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     for (int tile = 0; tile < kTokenTiles * kExpertTiles; ++tile) slot_sums[tile * 32] = sums[tile];
   }
   __syncthreads();  // every slice sum of the block, and the bias, are in shared memory
-  cluster_sum.wait_for_owners();
 
   // Groups: add up slices in ascending order, then the block's part of the tree, and send it to the owner.
   for (int quad = threadIdx.x; quad < Sum::kQuads; quad += blockDim.x) {
@@ -154,27 +158,26 @@ namespace {
 template <int kTokenTiles, int kExpertTiles>
 constexpr Config config(const char* name, Cost cost) {
   using F = FewTokens<bfloat16, kTokenTiles, kExpertTiles>;
-  return {name,
-          F::kTokens,
-          F::kExperts,
-          kCluster,
-          kRegisters / (32 * kMaxWarps),
-          {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kTokenTiles, kExpertTiles>),
-           reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
-          [](int hidden) { return 32 * F::warps(hidden); },
-          &F::shared_bytes,
-          cost};
+  return {.name = name,
+          .block_tokens = F::kTokens,
+          .block_experts = F::kExperts,
+          .cluster = kCluster,
+          .registers = kRegisters / (32 * kMaxWarps),
+          .tiled = true,
+          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kTokenTiles, kExpertTiles>),
+                     reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
+          .threads = [](int hidden) { return 32 * F::warps(hidden); },
+          .shared_bytes = &F::shared_bytes,
+          .cost = cost};
 }
 
 }  // namespace
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
-    config<1, 1>("few_16x8_c8", {1.95, 0.6188, 0, 0.157}),
-    config<1, 2>("few_16x16_c8", {1.9448, 0, 0.0012, 0.143}),
-    config<1, 4>("few_16x32_c8", {2.0041, 1.8382, 0.0018, 0.1405}),
-    config<2, 2>("few_32x16_c8", {2.0527, 1.6085, 0.001, 0.1319}),
-    config<2, 3>("few_32x24_c8", {2.4106, 1.7059, 0, 0.0896}),
-    config<2, 4>("few_32x32_c8", {3.6111, 1.6446, 0.0025, 0.0948}),
+    config<1, 1>("few_16x8_c8", {2.141, 0.279, 0, 0.1018}),
+    config<1, 2>("few_16x16_c8", {2.009, 0, 0, 0.1688}),
+    config<1, 4>("few_16x32_c8", {2.07, 0.577, 0.00199, 0.1353}),
+    config<2, 3>("few_32x24_c8", {2.352, 1.041, 0, 0.1099}),
 };
 
 }  // namespace jax_router

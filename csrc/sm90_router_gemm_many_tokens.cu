@@ -1,16 +1,19 @@
-// Router GEMM for many tokens: the same tree with wgmma. A cluster of 1 to 8 blocks shares one output tile and splits
-// K; inside a block one warpgroup feeds the copy engine and two multiply, walking groups slice by slice and keeping
-// running totals. With tiles of 128 tokens each of the two takes 64 tokens; with tiles of 64 each takes half of the
-// block's K.
+// Router GEMM for many tokens: the same tree with wgmma. Blocks that share one output tile split K, as a cluster of 1
+// to 8 (sm90_cluster_sum.cuh) or 4 or 8 that leave their sums to a second launch (sm90_split_sum.cuh); inside a block
+// one warpgroup feeds the copy engine and two multiply, walking groups slice by slice and keeping running totals. With
+// tiles of 128 tokens each of the two takes 64 tokens; with tiles of 64 each takes half of the block's K.
 //
 // What limits it: the bytes one multiprocessor can pull, so tiles are large, each byte of a tile is read once per
 // block, and copies run several units ahead. A stage holds one unit.
 //
-// Work: grid.x = cluster * token tiles, grid.y = expert tiles. Memory: x and weight through tensor maps
+// Work: grid.x = parts * token tiles, grid.y = expert tiles. Memory: x and weight through tensor maps
 // (sm90_tile.cuh). Shared memory: a ring of kStages x (tokens + experts) x 128 bytes, in two rings where the warpgroups
 // split K, reused for the block's sums; the cluster's exchange buffer; two barriers per stage.
+#include <type_traits>
+
 #include "sm90_cluster_sum.cuh"
 #include "sm90_router_gemm.cuh"
+#include "sm90_split_sum.cuh"
 #include "sm90_wgmma.cuh"
 
 namespace jax_router {
@@ -21,14 +24,16 @@ constexpr int kConsumers = 256;             // threads of the two warpgroups tha
 constexpr int kThreads = kConsumers + 128;  // and of the one that copies
 constexpr int kProducerWarp = kConsumers / 32;
 constexpr int kWarpgroupTokens = 64;
+constexpr int kConsumersMet = 1, kBarriersExist = 2;  // named barriers
 
 }  // namespace
 
-template <typename Element, int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
+// kParts blocks share one tile and split K: kSplit says how their sums come together.
+template <typename Element, int kBlockTokens, int kBlockExperts, int kParts, bool kSplit, int kStages>
 struct ManyTokens {
   static constexpr int kRings = kBlockTokens == kWarpgroupTokens ? 2 : 1;  // warpgroups that split K
   static constexpr int kRingStages = kStages / kRings;
-  static constexpr int kRingGroups = kGroups / kCluster / kRings;
+  static constexpr int kRingGroups = kGroups / kParts / kRings;
   static constexpr int kLevels = log2_of(kRingGroups);  // of the tree above the groups of a ring
   static constexpr int kSums = kBlockExperts / 2;       // accumulators per thread
   // Small tiles leave room for two blocks on a multiprocessor: a second wave, or the launch after this one.
@@ -38,51 +43,59 @@ struct ManyTokens {
       kRegisters / kThreads / kResident / 8 * 8;  // per thread, until the roles part
   static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= kThreads * kLaunchRegisters,
                 "what one role takes the other gave back");
-  using Sum = ClusterSum<Element, kBlockTokens, kBlockExperts, kCluster>;
   static_assert(kBlockTokens == 2 * kWarpgroupTokens / kRings && kStages % kRings == 0, "two warpgroups");
 
+  struct Nothing {};
+  using Cluster = ClusterSum<Element, kBlockTokens, kBlockExperts, kParts>;
+  using Split = SplitSum<Element, kBlockTokens, kBlockExperts, kParts>;
   struct alignas(kSwizzleAlignment) Shared {
     union {
       struct {
         uint8_t x[kStages][kBlockTokens * kRowBytes];
         uint8_t weight[kStages][kBlockExperts * kRowBytes];
       };
-      float4 sums[Sum::kQuads];  // of the block, once every unit has been multiplied
+      float4 sums[Cluster::kQuads];  // of the block, once every unit has been multiplied
     };
-    Sum cluster_sum;
+    std::conditional_t<kSplit, Nothing, Cluster> cluster_sum;
     uint64_t filled[kStages], emptied[kStages];
   };
 };
 
-// Takes the sum of group `group` (0, 1, ... of 2^kLevels) up the binary tree as far as it goes: `levels` holds the left
-// halves that wait for their right halves. After the last group `sum` is the total.
-template <int kLevels, int kSums>
-__device__ __forceinline__ void climb_tree(float (&levels)[kLevels + 1][kSums], float (&sum)[kSums], int group) {
-  bool waiting = false;
+// Leaves in `sum` the node of the binary tree over the 2^kLevel groups from `first` on. `levels` holds the left halves
+// while their right halves are computed; add_group(group) leaves one group's sum in `sum`. Loops, so that there is one
+// copy of the main loop, and branches that all threads take alike.
+template <int kLevel, int kLevels, int kSums, typename AddGroup>
+__device__ __forceinline__ void sum_node(float (&levels)[kLevels][kSums], float (&sum)[kSums], int first,
+                                         const AddGroup& add_group) {
+  if constexpr (kLevel == 0) {
+    add_group(first);
+  } else {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      sum_node<kLevel - 1>(levels, sum, first + half * (1 << (kLevel - 1)), add_group);
+      if (half == 0) {
 #pragma unroll
-  for (int level = 0; level < kLevels; ++level) {
-    const bool left = !waiting && (group >> level & 1) == 0, right = !waiting && !left;
+        for (int j = 0; j < kSums; ++j) levels[kLevel - 1][j] = sum[j];
+      } else {
 #pragma unroll
-    for (int j = 0; j < kSums; ++j) {
-      if (left) levels[level][j] = sum[j];
-      if (right) sum[j] = levels[level][j] + sum[j];
+        for (int j = 0; j < kSums; ++j) sum[j] = levels[kLevel - 1][j] + sum[j];
+      }
     }
-    waiting = waiting || left;
   }
 }
 
-template <typename Element, int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
-__global__ void __launch_bounds__(kThreads,
-                                  (ManyTokens<Element, kBlockTokens, kBlockExperts, kCluster, kStages>::kResident))
+template <typename Element, int kBlockTokens, int kBlockExperts, int kParts, bool kSplit, int kStages>
+__global__ void __launch_bounds__(
+    kThreads, (ManyTokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>::kResident))
     sm90_router_gemm_many_tokens(const __grid_constant__ TiledProblem tiled) {
-  using M = ManyTokens<Element, kBlockTokens, kBlockExperts, kCluster, kStages>;
-  using Sum = typename M::Sum;
+  using M = ManyTokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>;
+  constexpr int kTilesPerRow = kBlockExperts / kTileExperts;
   extern __shared__ __align__(kSwizzleAlignment) uint8_t dynamic_shared[];
   typename M::Shared& shared = *reinterpret_cast<typename M::Shared*>(dynamic_shared);
   const Problem& p = tiled.problem;
 
-  const int lane = threadIdx.x % 32, warp = uniform_warp(), rank = blockIdx.x % kCluster;
-  const int64_t block_token = int64_t(blockIdx.x / kCluster) * kBlockTokens;
+  const int lane = threadIdx.x % 32, warp = uniform_warp(), rank = blockIdx.x % kParts;
+  const int64_t block_token = int64_t(blockIdx.x / kParts) * kBlockTokens;
   const int block_expert = blockIdx.y * kBlockExperts;
   const int units = units_of(p.hidden);
   // Groups of ring r are [ring_group(r), ring_group(r + 1)), its units [ring_unit(r), ring_unit(r + 1)). Unit i of a
@@ -91,18 +104,35 @@ __global__ void __launch_bounds__(kThreads,
   const auto ring_unit = [&](int ring) { return group_begin(units, ring_group(ring)); };
   const auto stage_of = [&](int ring, int i) { return ring * M::kRingStages + i % M::kRingStages; };
 
-  if (lane == 0) {
-    if (warp == kProducerWarp) {
+  const int most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
+  const auto copy_unit = [&](int ring, int i) {
+    const int unit = ring_unit(ring) + i, stage = stage_of(ring, i);
+    if (unit >= ring_unit(ring + 1)) return;
+    const uint32_t filled = shared_address(&shared.filled[stage]);
+    if (i >= M::kRingStages) barrier_wait(shared_address(&shared.emptied[stage]), i / M::kRingStages - 1);
+    barrier_arrive_expect_bytes(filled, (p.box_tokens + kBlockExperts) * kRowBytes);
+    copy_box(shared_address(shared.weight[stage]), tiled.weight, unit * kUnit, block_expert, filled);
+    copy_box(shared_address(shared.x[stage]), tiled.x, unit * kUnit, int(block_token), filled);
+  };
+
+  if (warp == kProducerWarp) {
+    if (elect_one()) {
       prefetch_tensor_map(tiled.weight);
       prefetch_tensor_map(tiled.x);
+      for (int stage = 0; stage < kStages; ++stage) {
+        barrier_init(shared_address(&shared.filled[stage]), 1);
+        barrier_init(shared_address(&shared.emptied[stage]), kConsumers / 32 / M::kRings);
+      }
+      barrier_init_fence();
     }
-    for (int stage = warp; stage < kStages; stage += kThreads / 32) {
-      barrier_init(shared_address(&shared.filled[stage]), 1);
-      barrier_init(shared_address(&shared.emptied[stage]), kConsumers / 32 / M::kRings);
+    __syncwarp();
+  }
+  if constexpr (!kSplit) {
+    if (threadIdx.x == 0) {
+      shared.cluster_sum.init();
+      barrier_init_fence();
     }
   }
-  shared.cluster_sum.init();
-  const int most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
   if (M::kResident > 1 && warp == kProducerWarp + 1 && elect_one()) {
     // Half a multiprocessor's rings are too short for the latency of HBM: units past the first round come through L2.
     for (int i = M::kRingStages; i < most_units; ++i) {
@@ -113,30 +143,34 @@ __global__ void __launch_bounds__(kThreads,
     }
   }
   grid_dependency_wait();
-  __syncthreads();  // the barriers exist
+  if (warp == kProducerWarp) {
+    named_barrier_arrive(kBarriersExist, kThreads);  // and goes on
+  } else {
+    named_barrier(kBarriersExist, kThreads);
+  }
 
   if (warp >= kProducerWarp) {
     // Producer: a unit is copied once the unit before it in its stage has been multiplied.
-    decrease_registers<M::kProducerRegisters>();
-    if (warp == kProducerWarp && elect_one()) {
-      for (int i = 0; i < most_units; ++i) {
+    const auto copy_units = [&](int first, int end) {
+      if (warp != kProducerWarp || !elect_one()) return;
+      for (int i = first; i < end; ++i) {
 #pragma unroll
-        for (int ring = 0; ring < M::kRings; ++ring) {
-          const int unit = ring_unit(ring) + i, stage = stage_of(ring, i);
-          if (unit >= ring_unit(ring + 1)) continue;
-          const uint32_t filled = shared_address(&shared.filled[stage]);
-          if (i >= M::kRingStages) barrier_wait(shared_address(&shared.emptied[stage]), i / M::kRingStages - 1);
-          barrier_arrive_expect_bytes(filled, (p.box_tokens + kBlockExperts) * kRowBytes);
-          copy_box(shared_address(shared.weight[stage]), tiled.weight, unit * kUnit, block_expert, filled);
-          copy_box(shared_address(shared.x[stage]), tiled.x, unit * kUnit, int(block_token), filled);
-        }
+        for (int ring = 0; ring < M::kRings; ++ring) copy_unit(ring, i);
       }
-    }
-    __syncwarp();  // the cluster barriers want whole warps
-    shared.cluster_sum.wait_for_owners();
+    };
+    copy_units(0, 1);
+    __syncwarp();
+    decrease_registers<M::kProducerRegisters>();
+    if constexpr (!kSplit) shared.cluster_sum.arrive();
+    copy_units(1, most_units);
+    __syncwarp();
+    if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
   } else {
     increase_registers<M::kConsumerRegisters>();
-    shared.cluster_sum.fetch_bias(p, block_expert);
+    if constexpr (!kSplit) {
+      shared.cluster_sum.fetch_bias(p, block_expert);
+      shared.cluster_sum.arrive();
+    }
     const int warpgroup = warp / 4, ring = M::kRings == 2 ? warpgroup : 0;
     const int token_tile = M::kRings == 2 ? warp % 4 : warp;
     const uint32_t token_offset = M::kRings == 2 ? 0 : warpgroup * kWarpgroupTokens * kRowBytes;
@@ -156,12 +190,13 @@ __global__ void __launch_bounds__(kThreads,
       if (lane == 0) barrier_arrive(shared_address(&shared.emptied[stage_of(ring, i)]));
     };
 
+    if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
     float slice_sum[M::kSums], sum[M::kSums], levels[M::kLevels + 1][M::kSums];
-    for (int group = 0; group < M::kRingGroups; ++group) {
+    sum_node<M::kLevels>(levels, sum, ring_group(ring), [&](int group) {
 #pragma unroll
       for (int j = 0; j < M::kSums; ++j) sum[j] = 0.f;
-      const int end = group_begin(units, ring_group(ring) + group + 1) - ring_unit(ring);
-      for (int i = group_begin(units, ring_group(ring) + group) - ring_unit(ring); i < end; i += kUnitsPerSlice) {
+      const int end = group_begin(units, group + 1) - ring_unit(ring);
+      for (int i = group_begin(units, group) - ring_unit(ring); i < end; i += kUnitsPerSlice) {
         multiply_unit(slice_sum, i, true);
         if (i + 1 < end) {
           multiply_unit(slice_sum, i + 1, false);
@@ -173,75 +208,99 @@ __global__ void __launch_bounds__(kThreads,
 #pragma unroll
         for (int j = 0; j < M::kSums; ++j) sum[j] += slice_sum[j];
       }
-      climb_tree<M::kLevels>(levels, sum, group);
-    }
+    });
 
-    named_barrier(1, kConsumers);  // the stages are done with: their memory takes the sums
+    named_barrier(kConsumersMet, kConsumers);  // the stages are done with: their memory takes the sums
     // Warpgroups that split K give each other their sums of half the expert tiles and add those of the other half.
-    const auto quad_of = [&](int j) { return (token_tile * Sum::kTilesPerRow + j) * 32 + lane; };
-    const auto keeps = [&](int j) { return M::kRings == 1 || (j < Sum::kTilesPerRow / 2) == (warpgroup == 0); };
+    const auto quad_of = [&](int j) { return (token_tile * kTilesPerRow + j) * 32 + lane; };
+    const auto keeps = [&](int j) { return M::kRings == 1 || (j < kTilesPerRow / 2) == (warpgroup == 0); };
     const auto sum_of = [&](int j) { return make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]); };
     if constexpr (M::kRings == 2) {
 #pragma unroll
-      for (int j = 0; j < Sum::kTilesPerRow; ++j) {
+      for (int j = 0; j < kTilesPerRow; ++j) {
         if (!keeps(j)) shared.sums[quad_of(j)] = sum_of(j);
       }
-      named_barrier(1, kConsumers);
+      named_barrier(kConsumersMet, kConsumers);
     }
-    if constexpr (Sum::kPushed) shared.cluster_sum.wait_for_owners();
 #pragma unroll
-    for (int j = 0; j < Sum::kTilesPerRow; ++j) {
+    for (int j = 0; j < kTilesPerRow; ++j) {
       if (!keeps(j)) continue;
       const int quad = quad_of(j);
       const float4 total = M::kRings == 1 ? sum_of(j) : sum_of(j) + shared.sums[quad];
-      if constexpr (Sum::kPushed) {
+      if constexpr (kSplit) {
+        M::Split::leave(p, rank, quad, total);
+      } else if constexpr (M::Cluster::kPushed) {
         shared.cluster_sum.push(rank, quad, total);
       } else {
         shared.sums[quad] = total;
       }
     }
-    if constexpr (!Sum::kPushed) {
-      fence_for_copies();
-      named_barrier(1, kConsumers);
-      shared.cluster_sum.wait_for_owners();
-      shared.cluster_sum.send(rank, shared.sums);
+    if constexpr (!kSplit) {
+      if constexpr (!M::Cluster::kPushed) {
+        fence_for_copies();
+        named_barrier(kConsumersMet, kConsumers);
+        shared.cluster_sum.send(rank, shared.sums);
+      }
+      shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, shared.sums);
     }
-    shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, shared.sums);
   }
-  shared.cluster_sum.finish();
+  if constexpr (!kSplit) shared.cluster_sum.finish();
 }
 
 namespace {
 
-template <int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
+template <int kBlockTokens, int kBlockExperts, int kParts, int kStages, bool kSplit>
 constexpr Config config(const char* name, Cost cost) {
-  using M = ManyTokens<bfloat16, kBlockTokens, kBlockExperts, kCluster, kStages>;
-  return {name,
-          kBlockTokens,
-          kBlockExperts,
-          kCluster,
-          M::kLaunchRegisters,
-          {reinterpret_cast<const void*>(
-               &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kCluster, kStages>),
-           reinterpret_cast<const void*>(
-               &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kCluster, kStages>)},
-          [](int) { return kThreads; },
-          [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
-          cost};
+  using M = ManyTokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>;
+  Config config = {
+      .name = name,
+      .block_tokens = kBlockTokens,
+      .block_experts = kBlockExperts,
+      .registers = M::kLaunchRegisters,
+      .tiled = true,
+      .kernel = {reinterpret_cast<const void*>(
+                     &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>),
+                 reinterpret_cast<const void*>(
+                     &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>)},
+      .threads = [](int) { return kThreads; },
+      .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
+      .cost = cost};
+  if constexpr (kSplit) {
+    config.splits = kParts;
+    config.sum_splits[JR_BFLOAT16] =
+        reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<bfloat16, kBlockTokens, kBlockExperts, kParts>);
+    config.sum_splits[JR_FLOAT16] =
+        reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<float16, kBlockTokens, kBlockExperts, kParts>);
+  } else {
+    config.cluster = kParts;
+  }
+  return config;
+}
+
+template <int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
+constexpr Config cluster(const char* name, Cost cost) {
+  return config<kBlockTokens, kBlockExperts, kCluster, kStages, false>(name, cost);
+}
+template <int kBlockTokens, int kBlockExperts, int kSplits, int kStages>
+constexpr Config split(const char* name, Cost cost) {
+  return config<kBlockTokens, kBlockExperts, kSplits, kStages, true>(name, cost);
 }
 
 }  // namespace
 
 const Config many_tokens_configs[kManyTokensConfigs] = {
-    config<64, 32, 8, 8>("many_64x32_c8", {2.2695, 1.2706, 0, 0.1394}),
-    config<64, 64, 8, 12>("many_64x64_c8", {2.6846, 3.807, 0.003, 0.112}),
-    config<64, 128, 8, 8>("many_64x128_c8", {3.424, 2.588, 0.0056, 0.06}),
-    config<64, 32, 4, 8>("many_64x32_c4", {2.0154, 1.1073, 0.0032, 0.1293}),
-    config<64, 64, 4, 12>("many_64x64_c4", {2.3331, 2.4068, 0.0078, 0.0273}),
-    config<64, 128, 4, 8>("many_64x128_c4", {4.3368, 3.5753, 0.0053, 0.0328}),
-    config<128, 64, 4, 8>("many_128x64_c4", {4.258, 3.1089, 0.0054, 0.0789}),
-    config<128, 64, 2, 8>("many_128x64_c2", {6.9035, 6.2547, 0.008, 0.0093}),
-    config<128, 64, 1, 8>("many_128x64_c1", {8.276, 7.6866, 0.0041, 0.0503}),
+    cluster<64, 32, 8, 8>("many_64x32_c8", {2.422, 2.054, 0.00104, 0.1248}),
+    cluster<64, 64, 8, 8>("many_64x64_c8", {2.733, 2.373, 0.00682, 0.0431}),
+    cluster<64, 128, 8, 8>("many_64x128_c8", {3.716, 3.443, 0.00561, 0.0515}),
+    cluster<64, 32, 4, 8>("many_64x32_c4", {2.439, 1.791, 0.00505, 0.094}),
+    cluster<64, 64, 4, 8>("many_64x64_c4", {2.831, 2.579, 0.00739, 0.0256}),
+    cluster<64, 128, 4, 8>("many_64x128_c4", {5.132, 3.889, 0.00532, 0.0441}),
+    cluster<128, 64, 4, 8>("many_128x64_c4", {3.941, 4.097, 0.00655, 0.0552}),
+    cluster<128, 64, 2, 8>("many_128x64_c2", {3.837, 5.359, 0.00856, 0.0435}),
+    cluster<128, 64, 1, 8>("many_128x64_c1", {6.464, 9.084, 0.005, 0.0519}),
+    split<64, 128, 8, 8>("many_64x128_s8", {4.461, 2.629, 0.00268, 0.0799}),
+    split<64, 128, 4, 8>("many_64x128_s4", {4.947, 4.225, 0.00441, 0.0524}),
+    split<128, 96, 4, 8>("many_128x96_s4", {6.3, 7.588, 0.00544, 0.0623}),
 };
 
 }  // namespace jax_router

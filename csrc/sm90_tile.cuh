@@ -19,6 +19,7 @@ struct Problem {
   const void* weight;
   const void* bias;
   void* out;
+  float4* workspace;
   int64_t tokens;
   int hidden, experts;
   int bias_dtype, out_dtype;  // jr_dtype

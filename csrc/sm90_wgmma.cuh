@@ -59,10 +59,12 @@ struct Wgmma;
 #define JR_R16B "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define JR_R16C "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JR_R16D "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define JR_WGMMA_ALL(ELEMENT, TYPE)                                                                            \
-  JR_WGMMA(ELEMENT, TYPE, 32, JR_R16A, "%16", "%17", "%18", JR_D16(d, 0))                                      \
-  JR_WGMMA(ELEMENT, TYPE, 64, JR_R16A "," JR_R16B, "%32", "%33", "%34", JR_D16(d, 0), JR_D16(d, 16))           \
-  JR_WGMMA(ELEMENT, TYPE, 128, JR_R16A "," JR_R16B "," JR_R16C "," JR_R16D, "%64", "%65", "%66", JR_D16(d, 0), \
+#define JR_WGMMA_ALL(ELEMENT, TYPE)                                                                              \
+  JR_WGMMA(ELEMENT, TYPE, 32, JR_R16A, "%16", "%17", "%18", JR_D16(d, 0))                                        \
+  JR_WGMMA(ELEMENT, TYPE, 64, JR_R16A "," JR_R16B, "%32", "%33", "%34", JR_D16(d, 0), JR_D16(d, 16))             \
+  JR_WGMMA(ELEMENT, TYPE, 96, JR_R16A "," JR_R16B "," JR_R16C, "%48", "%49", "%50", JR_D16(d, 0), JR_D16(d, 16), \
+           JR_D16(d, 32))                                                                                        \
+  JR_WGMMA(ELEMENT, TYPE, 128, JR_R16A "," JR_R16B "," JR_R16C "," JR_R16D, "%64", "%65", "%66", JR_D16(d, 0),   \
            JR_D16(d, 16), JR_D16(d, 32), JR_D16(d, 48))
 JR_WGMMA_ALL(bfloat16, "bf16")
 JR_WGMMA_ALL(float16, "f16")

@@ -35,12 +35,12 @@ ARCHITECTURE = "sm_90a"
 GENERATE = f"-gencode=arch=compute_{ARCHITECTURE.removeprefix('sm_')},code={ARCHITECTURE}"
 NVCC_FLAGS = (
     "-O3",
-    "-std=c++17",
+    "-std=c++20",
     GENERATE,
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
     "-Xptxas=-v,-warn-spills",  # the log is where `jax-router build --check` finds registers and spills
 )
-HOST_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-Wall", "-Wextra")
+HOST_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffunction-sections", "-Wall", "-Wextra")
 LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--version-script=exports.map,-s,--gc-sections,-z,defs")
 # The C interface and the FFI handler; cudart's and the C++ library's symbols must not meet those of other libraries.
 EXPORTS = "{ global: jr_*; local: *; };\n"

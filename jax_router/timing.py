@@ -113,6 +113,13 @@ def graph_replay(operands: Operands, out: jax.Array, *, weights: str, operation:
     )
     address: dict[str, Any] = {name: array.unsafe_buffer_pointer() for name, array in (("x", operands.x), ("out", out))}
     address["bias"] = None if bias is None else bias.unsafe_buffer_pointer()
+    scratch = cuda.workspace_bytes(problem.tokens, problem.experts)
+    workspace = jax.device_put(np.zeros(scratch, np.uint8), operands.x.device) if scratch else None
+    if workspace is not None:
+        address |= {
+            "workspace": jax.block_until_ready(workspace).unsafe_buffer_pointer(),
+            "workspace_bytes": scratch,
+        }
     variants = (cuda.RouterGemmArgs * len(rotation))(
         *(cuda.RouterGemmArgs.of(problem, weight=weight.unsafe_buffer_pointer(), **address) for weight in rotation)
     )

@@ -119,3 +119,27 @@ def test_lowering_for_cuda_needs_no_library(monkeypatch):
         assert "config = 3 : i32" in custom_call
         assert "-> tensor<8x128xf32>" in custom_call
         assert custom_call.count("bf16>") == len(operands)
+
+
+def test_many_tokens_lend_the_kernel_a_workspace_and_few_do_not():
+    def results(tokens: int) -> str:
+        operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, 2880), (128, 2880))]
+
+        def call(x, weight):
+            return cuda.router_gemm(x, weight, None, out_dtype=jnp.float32)
+
+        text = jax.jit(call).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        return next(line for line in text.splitlines() if cuda.TARGET in line).rpartition("->")[2]
+
+    assert "ui8" not in results(64)
+    assert f"tensor<{cuda.workspace_bytes(65, 128)}xui8>" in results(65)
+
+
+@pytest.mark.parametrize("experts", [1, 8, 33, 97, 128, 160, 384])
+@pytest.mark.parametrize("tokens", [65, 128, 1000])
+def test_workspace_holds_eight_partial_sums_of_every_tile(tokens, experts):
+    for tile_tokens, tile_experts in ((64, 128), (128, 96)):
+        tiles = -(-tokens // tile_tokens) * -(-experts // tile_experts)
+        sums = 8 * tiles * tile_tokens * tile_experts * 4
+        assert sums <= cuda.workspace_bytes(tokens, experts) or sums > 16 << 20
+    assert cuda.workspace_bytes(2**27, experts) == 16 << 20

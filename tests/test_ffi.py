@@ -18,7 +18,8 @@ from jax_router.implementations import cuda
 
 ON_CPU = "jax_router_test_router_gemm_on_cpu"
 
-# config -1 computes x @ weight.T + bias from bfloat16 and a float32 bias; 1 and 2 fail; 3 writes what it was given.
+# config -1 computes x @ weight.T + bias from bfloat16 and a float32 bias; 1 and 2 fail; 3 writes what it was given; 4
+# writes the workspace.
 SHIM = r"""
 #include "ffi.cc"
 
@@ -37,6 +38,11 @@ extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* mess
   if (args->config == 1 || args->config == 2) {
     std::snprintf(message, message_bytes, "stub says %d", args->config);
     return args->config == 1 ? JR_UNSUPPORTED : JR_CUDA_ERROR;
+  }
+  if (args->config == 4) {
+    out[0] = float(args->workspace_bytes);
+    if (args->workspace != nullptr) std::memset(args->workspace, 7, size_t(args->workspace_bytes));
+    return JR_OK;
   }
   if (args->config == 3) {
     const int64_t facts[] = {args->tokens, args->hidden, args->experts, args->dtype, args->bias_dtype, args->out_dtype};
@@ -58,8 +64,8 @@ extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* mess
 namespace jax_router {
 
 static ffi::Error on_cpu(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
-                         ffi::Result<ffi::AnyBuffer> out) {
-  return router_gemm(nullptr, x, weight, rest, config, out);
+                         ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets more) {
+  return router_gemm(nullptr, x, weight, rest, config, out, more);
 }
 
 extern "C" JR_EXPORT XLA_FFI_Error* router_gemm_on_cpu(XLA_FFI_CallFrame* call_frame);
@@ -69,7 +75,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(router_gemm_on_cpu, on_cpu,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Attr<int32_t>("config")
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets());
 
 // Asks the real handler for its traits, as XLA does when it is registered.
 extern "C" JR_EXPORT uint32_t handler_traits() {
@@ -120,8 +127,10 @@ def array(*shape: int, dtype=jnp.bfloat16, seed: int = 0) -> np.ndarray:
 def call(shim):
     cpu = jax.local_devices(backend="cpu")[0]
 
-    def run(*operands, out=(4, 6), out_dtype=jnp.float32, config=-1):
+    def run(*operands, out=(4, 6), out_dtype=jnp.float32, config=-1, scratch=()):
         result = jax.ShapeDtypeStruct(out, out_dtype)
+        if scratch:
+            result = [result, *(jax.ShapeDtypeStruct((size,), np.uint8) for size in scratch)]
         with jax.default_device(cpu):
             operands = [jax.device_put(operand, cpu) for operand in operands]
             return jax.block_until_ready(jax.ffi.ffi_call(ON_CPU, result)(*operands, config=np.int32(config)))
@@ -145,6 +154,16 @@ def test_sizes_and_dtypes_reach_the_kernel(call, dtype, code, bias_dtype, bias_c
         operands.append(array(6, dtype=dtype if bias_dtype == "same" else bias_dtype))
     facts = call(*operands, config=3).ravel()[:6]
     assert facts.tolist() == [4, 8, 6, code, code if bias_dtype == "same" else bias_code, 2]
+
+
+def test_second_result_is_the_workspace(call):
+    operands = array(4, 8), array(6, 8)
+    assert np.asarray(call(*operands, config=4))[0, 0] == 0
+    logits, workspace = call(*operands, config=4, scratch=(48,))
+    assert np.asarray(logits)[0, 0] == 48
+    assert np.asarray(workspace).tolist() == [7] * 48
+    with pytest.raises(Exception, match=r"got 3 results. Expected the logits and at most one workspace"):
+        call(*operands, config=4, scratch=(48, 48))
 
 
 @pytest.mark.parametrize(

@@ -152,18 +152,30 @@ def test_configurations_have_the_same_bits_through_the_custom_call(shape: tuple)
             assert parity.differing_rows(np.asarray(compute(*operands)), expected).size == 0, config
 
 
-def launch_args(problem: dispatch.Problem, operands: tuple, config: int | None, out: int = 0) -> cuda.RouterGemmArgs:
+def launch_args(
+    problem: dispatch.Problem, operands: tuple, config: int | None, out: int = 0, workspace: int | None = None
+) -> cuda.RouterGemmArgs:
     """The arguments of a launch on JAX's own buffers, without JAX."""
     x, weight, bias = (None if array is None else array.unsafe_buffer_pointer() for array in operands)
-    config = -1 if config is None else config
-    return cuda.RouterGemmArgs.of(problem, x=x, weight=weight, bias=bias, out=out, config=config)
+    return cuda.RouterGemmArgs.of(
+        problem,
+        x=x,
+        weight=weight,
+        bias=bias,
+        out=out,
+        workspace=workspace,
+        workspace_bytes=cuda.workspace_bytes(problem.tokens, problem.experts),
+        config=-1 if config is None else config,
+    )
 
 
 def launch(function: str, problem: dispatch.Problem, operands: tuple, config: int | None = None) -> np.ndarray:
     """Logits from the C interface, which must write every one of them."""
     out = jax.device_put(np.full((problem.tokens, problem.experts), np.nan, dtype_of(problem.out_dtype)))
-    jax.block_until_ready((operands, out))
-    cuda.call(function, ctypes.byref(launch_args(problem, operands, config, out.unsafe_buffer_pointer())), None)
+    workspace = jax.device_put(np.full(cuda.workspace_bytes(problem.tokens, problem.experts) + 16, 0xFF, np.uint8))
+    jax.block_until_ready((operands, out, workspace))
+    pointers = (out.unsafe_buffer_pointer(), workspace.unsafe_buffer_pointer())
+    cuda.call(function, ctypes.byref(launch_args(problem, operands, config, *pointers)), None)
     assert ctypes.CDLL("libcuda.so.1").cuCtxSynchronize() == 0  # the launch was on CUDA's default stream, not on JAX's
     logits = np.asarray(out)
     assert np.isfinite(logits.astype(np.float32)).all()

@@ -34,6 +34,8 @@ class RouterGemmArgs(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
         ("tokens", ctypes.c_int64),
         ("hidden", ctypes.c_int64),
         ("experts", ctypes.c_int64),
@@ -45,12 +47,35 @@ class RouterGemmArgs(ctypes.Structure):
 
     @classmethod
     def of(
-        cls, problem: Problem, *, x: int, weight: int, bias: int | None, out: int, config: int = -1
+        cls,
+        problem: Problem,
+        *,
+        x: int,
+        weight: int,
+        bias: int | None,
+        out: int,
+        workspace: int | None = None,
+        workspace_bytes: int = 0,
+        config: int = -1,
     ) -> RouterGemmArgs:
         """The arguments of one launch, from a problem and the addresses of its arrays on the device."""
         bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
-        return cls(x, weight, bias, out, problem.tokens, problem.hidden, problem.experts, *dtypes, config)
+        sizes = (problem.tokens, problem.hidden, problem.experts)
+        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config)
+
+
+def workspace_bytes(tokens: int, experts: int) -> int:
+    """How much scratch to lend the kernel: eight partial sums of every logit, tiles rounded up, while it is little.
+
+    Only an offer. With none, or with less than a configuration needs, the launcher takes another one; the bits are the
+    same. Up to 64 tokens no configuration that needs it is the fastest, and from thousands of tokens on there are tiles
+    enough without it (docs/kernels.md).
+    """
+    if tokens <= 64:
+        return 0
+    logits = -(-tokens // 128) * 128 * (-(-experts // 32) * 32 + 96)
+    return min(8 * 4 * logits, 16 << 20)
 
 
 def router_gemm(
@@ -61,10 +86,13 @@ def router_gemm(
     `config` is a kernel configuration, None lets the launcher pick; every configuration gives the same bits. Tracing
     needs no library: lowering for CUDA works on any machine.
     """
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)
-    kernel = jax.ffi.ffi_call(TARGET, out, vmap_method="sequential")
+    results = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)]
+    scratch = workspace_bytes(x.shape[0], weight.shape[0])
+    if scratch:  # a result, because XLA's scratch allocator frees what a recorded CUDA graph still uses
+        results.append(jax.ShapeDtypeStruct((scratch,), np.uint8))
+    kernel = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     operands = (x, weight) if bias is None else (x, weight, bias)
-    return kernel(*operands, config=np.int32(-1 if config is None else config))
+    return kernel(*operands, config=np.int32(-1 if config is None else config))[0]
 
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:
