@@ -44,6 +44,9 @@ int check_problem(const jr_router_gemm_args& a, const Report& report) {
 }
 
 int check_pointers(const jr_router_gemm_args& a, const Report& report) {
+  if (a.workspace_bytes < 0 || (a.workspace == nullptr) != (a.workspace_bytes == 0))
+    return report.fail(JR_UNSUPPORTED, "workspace is %p with %lld bytes; expected device memory, or NULL and 0",
+                       a.workspace, static_cast<long long>(a.workspace_bytes));
   const auto misaligned = [](const void* pointer, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % bytes != 0;
   };
@@ -150,6 +153,10 @@ int prepare_current_device(const Report& report) {
     for (const void* kernel : config_at(i).kernel) {
       JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
     }
+    for (const void* kernel : config_at(i).sum_splits) {
+      cudaFuncAttributes loaded;  // now, and not during a capture
+      if (kernel != nullptr) JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
+    }
   }
   state.ready = true;
   return JR_OK;
@@ -243,9 +250,11 @@ int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message,
   if (const int status = prepare_current_device(report); status != JR_OK) return status;
   const int config = args->config == -1 ? pick(*args) : args->config;
   if (!jr_router_gemm_config_fits(config, args))
-    return report.fail(
-        JR_UNSUPPORTED, "config is %d; expected -1 or one of 0 to %d that fits hidden=%lld and %lld bytes of workspace",
-        config, kConfigs - 1, static_cast<long long>(args->hidden), static_cast<long long>(args->workspace_bytes));
+    return report.fail(JR_UNSUPPORTED,
+                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld and "
+                       "%lld bytes of workspace",
+                       config, kConfigs - 1, static_cast<long long>(args->tokens), static_cast<long long>(args->hidden),
+                       static_cast<long long>(args->experts), static_cast<long long>(args->workspace_bytes));
   return launch(config_at(config), *args, static_cast<cudaStream_t>(stream), report);
 }
 

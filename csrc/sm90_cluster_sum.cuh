@@ -33,8 +33,10 @@ struct ClusterSum {
   // Costs some hundred cycles, so it comes once the block's first copies are on their way.
   __device__ __forceinline__ void arrive() {
     if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), kReceivedBytes);
-    __syncwarp();  // the cluster barrier wants whole warps
-    cluster_arrive_relaxed();
+    if constexpr (kCluster > 1) {
+      __syncwarp();  // the cluster barrier wants whole warps
+      cluster_arrive_relaxed();
+    }
   }
 
   // Fetches the tile's bias while the loads of x and weight are on their way. After the dependency wait and before a
@@ -45,7 +47,9 @@ struct ClusterSum {
   }
 
   // Returns when every block of the cluster has arrived. All threads, before the first push or send.
-  __device__ __forceinline__ void wait_for_owners() { cluster_wait(); }
+  __device__ __forceinline__ void wait_for_owners() {
+    if constexpr (kCluster > 1) cluster_wait();
+  }
 
   // Small tiles: sends block `rank`'s sum of quad `quad` to its owner.
   __device__ __forceinline__ void push(int rank, int quad, const float4& sum) {
@@ -83,7 +87,7 @@ struct ClusterSum {
 
   // Large tiles: keeps this block's memory alive until all blocks have received what it sent. All threads, last.
   __device__ __forceinline__ void finish() {
-    if constexpr (!kPushed) {
+    if constexpr (!kPushed && kCluster > 1) {
       __syncwarp();
       cluster_arrive_relaxed();
       cluster_wait();

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) sm90_router_gemm_one_token(con
   const auto chunk_address = [&](int operand, int unit, int chunk) {
     return stage + operand * kOperandBytes + matrix_row * kSliceBytes + unit * kRowBytes + (chunk ^ matrix_row) * 16;
   };
-  float4 sums[kPairs] = {};
+  float4 sums[kPairs] = {}, first_unit[kPairs];
 #pragma unroll
   for (int unit = 0; unit < kUnitsPerSlice; ++unit) {
     if (unit == 0) {
@@ -102,6 +102,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps) sm90_router_gemm_one_token(con
       for (int pair = 0; pair < kPairs; ++pair)
         mma_m16n8k16(sums[pair], a[pair][k16], b[k16 / 2][k16 % 2 * 2], b[k16 / 2][k16 % 2 * 2 + 1], Element());
     }
+    if (unit == 0) {
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) first_unit[pair] = sums[pair];
+    }
   }
 
   // Sum up: one of four threads adds the slices of four neighbouring groups, then they walk the binary tree. A warp
@@ -111,9 +115,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) sm90_router_gemm_one_token(con
   };
   __syncwarp();
   if (t == g / 2) {  // the diagonal is column g, of the quad's columns 2t and 2t + 1
+    // A slice of one unit ends there: the other kernels do not add the zeros behind it either.
+    const int group = first_group + g;
+    const bool one_unit = group_begin(units, group + 1) - group_begin(units, group) - slice * kUnitsPerSlice < 2;
 #pragma unroll
     for (int e = 0; e < kExperts; ++e) {
-      const float4& sum = sums[e / 2];
+      const float4 sum = one_unit ? first_unit[e / 2] : sums[e / 2];
       sums_of(warp, e)[g] = e % 2 == 0 ? (g % 2 ? sum.y : sum.x) : (g % 2 ? sum.w : sum.z);
     }
   }

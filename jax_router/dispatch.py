@@ -239,10 +239,12 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     slower = f"{guess}assumed slower"
     if device.platform != "gpu":
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
-    # As on an H200: one token is a matrix-vector product, and from about 2^17 logits on cuBLAS fills the GPU.
+    # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
+    # about 2^18 logits on cuBLAS fills the GPU.
     ranking = {}
-    if 1 < problem.tokens <= 1024 and problem.tokens * problem.experts <= 2**17:
-        ranking["cuda"] = (f"{guess}the CUDA kernel for 2 to 1024 tokens and up to 2^17 logits", slower)
+    fewest_tokens = 2 if problem.bias_dtype is None else 1
+    if fewest_tokens <= problem.tokens <= 2048 and problem.tokens * problem.experts <= 2**18:
+        ranking["cuda"] = (f"{guess}the CUDA kernel up to 2048 tokens and 2^18 logits", slower)
         if 16 <= problem.tokens <= 256:
             ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
     ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)

@@ -137,23 +137,25 @@ def test_the_table_says_nothing_about_another_shape(other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "chosen", "without_cuda"),
+    ("tokens", "experts", "bias", "chosen", "without_cuda"),
     [
-        (1, 128, "xla", "xla"),
-        (2, 128, "cuda", "xla"),
-        (15, 128, "cuda", "xla"),
-        (16, 128, "cuda", "pallas"),
-        (256, 128, "cuda", "pallas"),
-        (257, 128, "cuda", "xla"),
-        (1024, 128, "cuda", "xla"),
-        (1024, 129, "xla", "xla"),
-        (1025, 8, "xla", "xla"),
+        (0, 128, "bfloat16", "xla", "xla"),
+        (1, 128, None, "xla", "xla"),
+        (1, 128, "bfloat16", "cuda", "xla"),
+        (2, 128, None, "cuda", "xla"),
+        (15, 128, None, "cuda", "xla"),
+        (16, 128, None, "cuda", "pallas"),
+        (256, 128, None, "cuda", "pallas"),
+        (257, 128, None, "cuda", "xla"),
+        (2048, 128, None, "cuda", "xla"),
+        (2048, 129, None, "xla", "xla"),
+        (2049, 8, "bfloat16", "xla", "xla"),
     ],
 )
-def test_the_heuristic_takes_the_kernels_between_one_token_and_many_logits(
-    tokens, experts, chosen, without_cuda
+def test_the_heuristic_takes_the_kernels_between_a_bare_product_and_many_logits(
+    tokens, experts, bias, chosen, without_cuda
 ) -> None:
-    problem = Problem(tokens, 2880, experts)
+    problem = Problem(tokens, 2880, experts, bias_dtype=bias)
     assert choose(problem, H200, environment={}).implementation == chosen
     assert choose(problem, H200, environment={}, unavailable={"cuda": "is broken"}).implementation == without_cuda
     assert choose(problem, A100, environment={}).implementation == "xla"

@@ -172,9 +172,10 @@ def launch_args(
 def launch(function: str, problem: dispatch.Problem, operands: tuple, config: int | None = None) -> np.ndarray:
     """Logits from the C interface, which must write every one of them."""
     out = jax.device_put(np.full((problem.tokens, problem.experts), np.nan, dtype_of(problem.out_dtype)))
-    workspace = jax.device_put(np.full(cuda.workspace_bytes(problem.tokens, problem.experts) + 16, 0xFF, np.uint8))
+    scratch = cuda.workspace_bytes(problem.tokens, problem.experts)
+    workspace = jax.device_put(np.full(scratch, 0xFF, np.uint8)) if scratch else None
     jax.block_until_ready((operands, out, workspace))
-    pointers = (out.unsafe_buffer_pointer(), workspace.unsafe_buffer_pointer())
+    pointers = (out.unsafe_buffer_pointer(), None if workspace is None else workspace.unsafe_buffer_pointer())
     cuda.call(function, ctypes.byref(launch_args(problem, operands, config, *pointers)), None)
     assert ctypes.CDLL("libcuda.so.1").cuCtxSynchronize() == 0  # the launch was on CUDA's default stream, not on JAX's
     logits = np.asarray(out)

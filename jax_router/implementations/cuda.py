@@ -65,17 +65,20 @@ class RouterGemmArgs(ctypes.Structure):
         return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config)
 
 
+MAX_WORKSPACE_BYTES = 16 << 20
+
+
 def workspace_bytes(tokens: int, experts: int) -> int:
-    """How much scratch to lend the kernel: eight partial sums of every logit, tiles rounded up, while it is little.
+    """How much scratch to lend the kernel: up to eight float32 partial sums of every logit, tiles rounded up.
 
     Only an offer. With none, or with less than a configuration needs, the launcher takes another one; the bits are the
-    same. Up to 64 tokens no configuration that needs it is the fastest, and from thousands of tokens on there are tiles
-    enough without it (docs/kernels.md).
+    same. Up to 64 tokens no configuration that needs it is the fastest, and where four partial sums are too large there
+    are tiles enough without it (docs/kernels.md).
     """
     if tokens <= 64:
         return 0
-    logits = -(-tokens // 128) * 128 * (-(-experts // 32) * 32 + 96)
-    return min(8 * 4 * logits, 16 << 20)
+    sums = 8 * 4 * (-(-tokens // 128) * 128) * (-(-experts // 32) * 32 + 96)
+    return min(sums, MAX_WORKSPACE_BYTES) if sums <= 2 * MAX_WORKSPACE_BYTES else 0
 
 
 def router_gemm(
