@@ -1,0 +1,117 @@
+"""The library of the real kernels, compiled here: its build, its C interface, what the launcher says without a GPU."""
+
+import ctypes
+import itertools
+import json
+import re
+import subprocess
+
+import pytest
+
+from jax_router import build, dispatch, sweep_points, toolchain
+from jax_router.implementations import cuda
+
+
+@pytest.fixture(scope="session")
+def real_build(tmp_path_factory):
+    """The library from the real compilers, compiled in a folder of its own."""
+    try:
+        toolchain.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(f"the kernels cannot be compiled here: {error}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ROUTER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("JAX_ROUTER_LIBRARY", raising=False)
+        return build.build()
+
+
+def test_real_build_is_quick_small_and_clean(real_build):
+    log = build.compiler_log(real_build)
+    assert json.loads(real_build.with_suffix(".json").read_text())["seconds"] < 60  # the issue's bar, on 2 cores
+    assert real_build.stat().st_size < 5_000_000  # the issue's bar
+    assert toolchain.compiler_warnings(log) == []
+    kernels = toolchain.kernel_resources(log)
+    assert kernels
+    assert [kernel for kernel in kernels if kernel.spill_bytes] == []
+
+
+def test_library_exports_the_c_interface_and_nothing_else(real_build):
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", real_build], capture_output=True, text=True, check=True
+    ).stdout
+    exported = {line.split()[-1] for line in listing.splitlines()}
+    header = (build.csrc_directory() / "router_gemm.h").read_text()
+    declared = set(re.findall(r"JR_EXPORT[\w\s*]+?\b(jr_\w+)\(", header))
+    assert exported == declared | {"jr_ffi_router_gemm", "jr_ffi_api_version"}
+
+
+@pytest.fixture
+def library(real_build, monkeypatch):
+    monkeypatch.setenv("JAX_ROUTER_LIBRARY", str(real_build))
+    monkeypatch.setattr(cuda, "_library", None)
+    return cuda.library()
+
+
+def config_names(library) -> list[str]:
+    return [
+        library.jr_router_gemm_config_name(config).decode() for config in range(library.jr_router_gemm_num_configs())
+    ]
+
+
+def test_c_interface_answers_without_a_gpu(library):
+    assert library.jr_ffi_api_version() == build.ffi_version()
+    names = config_names(library)
+    assert names
+    assert len(set(names)) == len(names)
+
+
+LIMITS = {
+    "tokens": (0, 1, 64, 2**20, 2**27, 2**27 + 1),
+    "hidden": (8, 12, 2880, 65536, 65544),
+    "experts": (1, 120, 121, 65536, 65537),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
+def test_the_launcher_and_the_predicate_take_the_same_problems(library):
+    hopper = dispatch.Device("gpu", "NVIDIA H200", "9.0")
+    answers = set()
+    for tokens, hidden, experts, dtype in itertools.product(*LIMITS.values()):
+        problem = dispatch.Problem(tokens, hidden, experts, dtype)
+        args = cuda.RouterGemmArgs.of(problem, x=16, weight=16, bias=None, out=16)
+        takes = library.jr_router_gemm_pick_config(ctypes.byref(args)) >= 0
+        assert takes == (cuda.why_unsupported(problem, hopper) is None), problem
+        answers.add(takes)
+    assert answers == {True, False}
+
+
+def test_every_configuration_is_the_pick_of_some_published_router(library):
+    names, picked = config_names(library), set()
+    between = tuple(3 * tokens // 2 for tokens in sweep_points.ALL_TOKENS)
+    for shape, tokens in itertools.product(sweep_points.shapes(), sweep_points.ALL_TOKENS + between):
+        problem = dispatch.Problem(tokens, shape.hidden, shape.experts)
+        lent = cuda.workspace_bytes(tokens, shape.experts)
+        args = cuda.RouterGemmArgs.of(
+            problem, x=16, weight=16, bias=None, out=16, workspace=16 if lent else None, workspace_bytes=lent
+        )
+        picked.add(names[library.jr_router_gemm_pick_config(ctypes.byref(args))])
+    assert picked == set(names)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"workspace_bytes": 4096}, "workspace is (nil) with 4096 bytes; expected device memory, or NULL and 0"),
+        ({"workspace": 4096}, "workspace is 0x1000 with 0 bytes"),
+        ({"workspace": 4096, "workspace_bytes": -1}, "workspace is 0x1000 with -1 bytes"),
+        ({"workspace": 4104, "workspace_bytes": 64}, "workspace at 0x1008; expected 16-byte alignment"),
+        ({"x": 24}, "x is at 0x18"),
+        ({"out": 0}, "out (nil); expected device memory"),
+    ],
+)
+def test_pointers_that_cannot_be_right_are_refused_before_cuda_is_called(library, change, words):
+    pointers = {"x": 16, "weight": 16, "bias": None, "out": 16} | change
+    args = cuda.RouterGemmArgs.of(dispatch.Problem(512, 2880, 128), **pointers)
+    with pytest.raises(NotImplementedError) as refused:
+        cuda.call("jr_router_gemm", ctypes.byref(args), None)
+    assert words in str(refused.value)
