@@ -7,6 +7,7 @@ import re
 import subprocess
 
 import pytest
+import test_cuda_graph
 
 from jax_router import build, dispatch, sweep_points, toolchain
 from jax_router.implementations import cuda
@@ -58,6 +59,16 @@ def config_names(library) -> list[str]:
     ]
 
 
+def pick(library, tokens: int, hidden: int, experts: int) -> str:
+    """The configuration that a call through JAX gets, with the workspace that it lends."""
+    lent = cuda.workspace_bytes(tokens, experts)
+    problem = dispatch.Problem(tokens, hidden, experts)
+    args = cuda.RouterGemmArgs.of(
+        problem, x=16, weight=16, bias=None, out=16, workspace=16 if lent else None, workspace_bytes=lent
+    )
+    return config_names(library)[library.jr_router_gemm_pick_config(ctypes.byref(args))]
+
+
 def test_c_interface_answers_without_a_gpu(library):
     assert library.jr_ffi_api_version() == build.ffi_version()
     names = config_names(library)
@@ -86,16 +97,19 @@ def test_the_launcher_and_the_predicate_take_the_same_problems(library):
 
 
 def test_every_configuration_is_the_pick_of_some_published_router(library):
-    names, picked = config_names(library), set()
     between = tuple(3 * tokens // 2 for tokens in sweep_points.ALL_TOKENS)
-    for shape, tokens in itertools.product(sweep_points.shapes(), sweep_points.ALL_TOKENS + between):
-        problem = dispatch.Problem(tokens, shape.hidden, shape.experts)
-        lent = cuda.workspace_bytes(tokens, shape.experts)
-        args = cuda.RouterGemmArgs.of(
-            problem, x=16, weight=16, bias=None, out=16, workspace=16 if lent else None, workspace_bytes=lent
-        )
-        picked.add(names[library.jr_router_gemm_pick_config(ctypes.byref(args))])
-    assert picked == set(names)
+    points = itertools.product(sweep_points.shapes(), sweep_points.ALL_TOKENS + between)
+    picked = {pick(library, tokens, shape.hidden, shape.experts) for shape, tokens in points}
+    assert picked == set(config_names(library))
+
+
+def test_the_graph_tests_cover_calls_of_one_and_of_two_launches(library):
+    one, two = (
+        pick(library, tokens, test_cuda_graph.HIDDEN, test_cuda_graph.EXPERTS)
+        for tokens in (test_cuda_graph.TOKENS, test_cuda_graph.TWO_LAUNCHES)
+    )
+    assert re.search(r"_s\d$", one) is None
+    assert re.search(r"_s\d$", two), "split K is what takes a second launch"
 
 
 @pytest.mark.parametrize(
