@@ -39,6 +39,11 @@ class Problem:
     bias_dtype: str | None = None  # None means no bias
     out_dtype: str = "float32"
 
+    @property
+    def symbolic(self) -> bool:
+        """Whether the number of tokens is open: a dimension variable of `jax.export`."""
+        return not isinstance(self.tokens, int)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -85,6 +90,8 @@ class Choice:
 
 def why_unsupported(problem: Problem, device: Device, implementation: str) -> str | None:
     """What `implementation` cannot do about this problem on this device, or None. Nothing is built to find out."""
+    if problem.symbolic and implementation != "xla":
+        return f"needs a fixed number of tokens, it is the symbolic {problem.tokens}"
     return implementations.load(implementation).why_unsupported(problem, device)
 
 
@@ -227,6 +234,8 @@ def explain(
 
 def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tuple[str, str]]:
     """Every implementation, best first: why it is chosen, and why not where it could run but another one is chosen."""
+    if problem.symbolic:
+        return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("xla takes any number of tokens", ""))
     row = table.nearest(problem) if table is not None else None
     if table is not None and row is not None:
         where = f"at tokens={row.tokens} in {table.name}"

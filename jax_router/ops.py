@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -61,21 +62,10 @@ def router_gemm(
     tokens, experts = math.prod(leading), weight.shape[0]
     if tokens == 0:
         return jnp.zeros((*leading, experts), out_dtype)
-    problem = dispatch.Problem(
-        tokens=tokens,
-        hidden=hidden,
-        experts=experts,
-        dtype=x.dtype.name,
-        weight_dtype=weight.dtype.name,
-        bias_dtype=None if bias is None else bias.dtype.name,
-        out_dtype=out_dtype,
-    )
-    device = _device(x, weight)
-    choice = dispatch.resolve(problem, device, implementation)
-    # Under jit for another platform than the default device's, what was picked here may not run: leave XLA the choice.
-    portable = implementation is None and choice.implementation != "xla" and device.platform == "gpu"
-    operation = _operation(choice.implementation, choice.config, out_dtype, portable)
-    return operation(x.reshape(tokens, hidden), weight, bias).reshape(*leading, experts)
+    named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+    operands = x.reshape(tokens, hidden), weight, bias
+    operation = _operation(_decide(*operands, _Request(named, _device(x, weight), out_dtype)))
+    return operation(*operands).reshape(*leading, experts)
 
 
 def _device(*arrays: jax.Array) -> dispatch.Device:
@@ -85,17 +75,74 @@ def _device(*arrays: jax.Array) -> dispatch.Device:
     return dispatch.Device.of(min(arrays[0].devices(), key=lambda device: device.id))
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What the caller wants, apart from the operands."""
+
+    implementation: str | tuple[str, ...] | None
+    device: dispatch.Device
+    out_dtype: str
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What computes one problem, and the request that it answers."""
+
+    implementation: str
+    config: int | None
+    request: _Request
+
+    @property
+    def portable(self) -> bool:
+        """Whether XLA keeps a choice: under jit for another platform than the default device's, a kernel cannot run."""
+        picked = self.request.implementation is None and self.implementation != "xla"
+        return picked and self.request.device.platform == "gpu"
+
+
+def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, request: _Request) -> _Decision:
+    problem = dispatch.Problem(
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        experts=weight.shape[0],
+        dtype=x.dtype.name,
+        weight_dtype=weight.dtype.name,
+        bias_dtype=None if bias is None else bias.dtype.name,
+        out_dtype=request.out_dtype,
+    )
+    choice = dispatch.resolve(problem, request.device, request.implementation)
+    return _Decision(choice.implementation, choice.config, request)
+
+
+def _with_types(kernel: Operation) -> Operation:
+    """The kernel, its result typed as JAX types the specification's on a mesh: a custom call drops that."""
+
+    def typed(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+        of_x, of_weight = jax.typeof(x), jax.typeof(weight)
+        mesh = of_x.sharding.mesh
+        if not mesh.empty and mesh.are_all_axes_explicit:
+            spec = jax.sharding.PartitionSpec(of_x.sharding.spec[0], of_weight.sharding.spec[0])
+            sharding = jax.sharding.NamedSharding(mesh, spec)
+            return jax.sharding.auto_axes(kernel, out_sharding=sharding)(x, weight, bias)
+        logits = kernel(x, weight, bias)
+        varying = of_x.manual_axis_type.varying | of_weight.manual_axis_type.varying
+        missing = tuple(varying - jax.typeof(logits).manual_axis_type.varying)
+        return jax.lax.pcast(logits, missing, to="varying") if missing else logits
+
+    return typed
+
+
 @functools.cache
-def _operation(implementation: str, config: int | None, out_dtype: str, portable: bool) -> Operation:
-    """The differentiable, batchable operation of one choice: x [T, H], weight [E, H], bias [E] or None -> [T, E]."""
-    module = implementations.load(implementation)
-    kernel = functools.partial(module.router_gemm, out_dtype=out_dtype, config=config)
+def _forward(decision: _Decision) -> Operation:
+    """The batchable operation of one decision: x [T, H], weight [E, H], bias [E] or None -> [T, E]."""
+    request, out_dtype = decision.request, decision.request.out_dtype
+    module = implementations.load(decision.implementation)
+    kernel = _with_types(functools.partial(module.router_gemm, out_dtype=out_dtype, config=decision.config))
     specification = functools.partial(implementations.load("xla").router_gemm, out_dtype=out_dtype)
 
     def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> jax.Array:
-        if implementation == "xla":
+        if decision.implementation == "xla":
             return for_specification(*operands)
-        if not portable:
+        if not decision.portable:
             return for_kernel(*operands)
         return jax.lax.platform_dependent(*operands, cuda=for_kernel, default=for_specification)
 
@@ -110,8 +157,9 @@ def _operation(implementation: str, config: int | None, out_dtype: str, portable
         x, weight, bias = operands
         if in_batched[0] and not in_batched[1] and not in_batched[2]:
             tokens, hidden = x.shape[1:]
-            logits = forward(x.reshape(axis_size * tokens, hidden), weight, bias)
-            return logits.reshape(axis_size, tokens, weight.shape[0]), True
+            folded = x.reshape(axis_size * tokens, hidden), weight, bias
+            again = forward if axis_size * tokens == 0 else _forward(_decide(*folded, request))  # for that many tokens
+            return again(*folded).reshape(axis_size, tokens, weight.shape[0]), True
 
         def one_by_one(*operands: Any) -> jax.Array:
             batched = [operand for operand, is_batched in zip(operands, in_batched, strict=True) if is_batched]
@@ -125,6 +173,14 @@ def _operation(implementation: str, config: int | None, out_dtype: str, portable
 
         in_axes = [0 if is_batched else None for is_batched in in_batched]
         return on_platform(one_by_one, jax.vmap(specification, in_axes), *operands), True
+
+    return forward
+
+
+@functools.cache
+def _operation(decision: _Decision) -> Operation:
+    """The differentiable form of `_forward`."""
+    forward = _forward(decision)
 
     @jax.custom_vjp
     def router_gemm(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import warnings
@@ -70,6 +71,14 @@ def test_the_environment_beats_the_table() -> None:
     for name in dispatch.IMPLEMENTATIONS:
         choice = choose(PROBLEM, H200, environment={dispatch.PREFER_VARIABLE: name}, table=table)
         assert (choice.implementation, choice.reason) == (name, f"JAX_ROUTER_IMPLEMENTATION={name}")
+
+
+def test_an_open_number_of_tokens_is_left_to_xla() -> None:
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    problem = dataclasses.replace(PROBLEM, tokens=tokens)
+    choice = choose(problem, H200, environment={}, table=tables.Table.parse(DOCUMENT))
+    assert choice.implementation == "xla"
+    assert dict(choice.rejected)["cuda"] == "needs a fixed number of tokens, it is the symbolic tokens"
 
 
 def test_the_table_beats_the_heuristic() -> None:

@@ -279,8 +279,10 @@ def test_inf_and_nan_stay_in_their_rows() -> None:
 def test_a_repeated_call_does_not_trace_again() -> None:
     operands = arrays(3)
     jr.router_gemm(*operands)
-    function = ops._operation("xla", None, "float32", False)
+    request = ops._Request(None, dispatch.Device.default(), "float32")
+    function = ops._operation(ops._decide(*operands, request))
     before = function._cache_size()
+    assert before > 0
     jr.router_gemm(*operands)
     assert function._cache_size() == before
 
@@ -299,9 +301,14 @@ def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
     monkeypatch.setattr(module, "router_gemm", router_gemm)
     monkeypatch.setattr(module, "unavailable", lambda: None)
     monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
-    ops._operation.cache_clear()
+
+    def forget() -> None:
+        ops._forward.cache_clear()
+        ops._operation.cache_clear()
+
+    forget()
     yield traced
-    ops._operation.cache_clear()
+    forget()
 
 
 def test_a_kernel_that_was_picked_gives_way_to_xla_under_jit_for_another_platform(kernel) -> None:
@@ -340,6 +347,41 @@ def test_vmap_over_a_kernel_folds_tokens_and_loops_over_weights(kernel) -> None:
     assert "scan" in [name for name, _ in primitives(jax.vmap(named, (0, 0, None)), x, stacked, bias)]
     twice = jax.vmap(jax.vmap(named, (0, None, None)), (None, 0, None))(x, stacked, bias)
     close(twice, jnp.stack([expected] * 4))
+
+
+@pytest.mark.parametrize(("examples", "tokens", "folded"), [(4096, 3, "xla"), (64, 1, "cuda")])
+def test_vmap_decides_for_all_tokens_together(kernel, examples, tokens, folded) -> None:
+    x, weight, _ = arrays(examples, tokens, hidden=8, x=BF16, weight=BF16)
+
+    def chosen(function, x) -> str:
+        lowered = jax.jit(function).trace(x, weight).lower(lowering_platforms=("cuda",))
+        return "cuda" if "cosine" in lowered.as_text() else "xla"
+
+    assert chosen(jr.router_gemm, x[0]) != folded == chosen(jr.router_gemm, x)
+    assert chosen(jax.vmap(jr.router_gemm, (0, None)), x) == folded
+    assert chosen(jax.grad(lambda *a: jax.vmap(jr.router_gemm, (0, None))(*a).sum()), x) == "xla"  # needs no logits
+
+
+def test_vmap_refuses_more_tokens_than_a_named_kernel_takes(kernel, monkeypatch) -> None:
+    monkeypatch.setattr(implementations.load("cuda"), "MAX_TOKENS", 8)
+    x, weight, _ = arrays(3, 3, hidden=8, x=BF16, weight=BF16)
+    named = jax.vmap(lambda *a: jr.router_gemm(*a, implementation="cuda"), (0, None))
+    with pytest.raises(NotImplementedError, match="at most 8 tokens"):
+        jax.jit(named)(x, weight)
+
+
+def test_an_open_number_of_tokens_is_exported_with_xla(kernel) -> None:
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    x, *others = arrays(6, hidden=8, x=BF16, weight=BF16)
+    for name in (None, "xla"):
+        function = jax.jit(functools.partial(jr.router_gemm, implementation=name))
+        export = jax.export.export(function, platforms=("cpu", "cuda"))
+        exported = export(jax.ShapeDtypeStruct((tokens, 8), BF16), *others)
+        for some in (x, x[:1]):
+            np.testing.assert_array_equal(exported.call(some, *others), function(some, *others))
+    named = jax.jit(functools.partial(jr.router_gemm, implementation="cuda"))
+    with pytest.raises(NotImplementedError, match="needs a fixed number of tokens, it is the symbolic tokens"):
+        jax.export.export(named, platforms=("cuda",))(jax.ShapeDtypeStruct((tokens, 8), BF16), *others)
 
 
 def test_vmap_over_nothing_is_empty_without_a_launch(kernel) -> None:

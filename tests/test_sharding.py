@@ -1,4 +1,4 @@
-"""Sharded logits and gradients are those of one device: Auto and Explicit meshes, and shard_map."""
+"""Sharded logits and gradients are those of one device: Auto and Explicit meshes, and shard_map. Kernels too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_router as jr
+from jax_router import dispatch, ops
+from jax_router.implementations import cuda, pallas
 
 SCRIPT = """
 import sys
@@ -43,3 +52,52 @@ def test_sharded_logits_and_gradients_are_those_of_one_device(axis_type, how) ->
     command = [sys.executable, "-c", SCRIPT, axis_type, how]
     finished = subprocess.run(command, env=os.environ | cpus, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+NAMES = (None, "cuda", "pallas") if jax.__version_info__ >= pallas.FIRST_JAX else (None, "cuda")
+
+
+def on_a_mesh_of_one(device: jax.Device, axis_type: AxisType, how: str, implementation: str | None):
+    """`router_gemm` and its gradients, operands on a mesh of one device, and the mesh."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,), devices=[device])
+    operands = [
+        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate([(8, 64), (4, 64), (4,)])
+    ]
+    specs = (P("data"), P(), P())
+
+    def router(*operands):
+        return jr.router_gemm(*operands, implementation=implementation)
+
+    sharded = jax.shard_map(router, mesh=mesh, in_specs=specs, out_specs=P("data")) if how == "shard_map" else router
+    gradients = jax.grad(lambda *operands: jnp.sin(sharded(*operands)).sum(), (0, 1, 2))
+    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, specs, strict=True)]
+    return lambda *operands: (sharded(*operands), *gradients(*operands)), router, operands, placed, mesh
+
+
+meshes = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+ways = pytest.mark.parametrize("how", ["jit", "shard_map"])
+names = pytest.mark.parametrize("implementation", NAMES)
+
+
+@meshes
+@ways
+@names
+def test_kernels_lower_on_a_mesh(axis_type, how, implementation, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    function, _, _, placed, mesh = on_a_mesh_of_one(jax.devices("cpu")[0], axis_type, how, implementation)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" if implementation == "pallas" else cuda.TARGET) in lowered
+
+
+@pytest.mark.gpu
+@meshes
+@ways
+@names
+def test_kernels_give_the_same_bits_on_a_mesh(gpu, axis_type, how, implementation) -> None:
+    function, router, operands, placed, mesh = on_a_mesh_of_one(gpu, axis_type, how, implementation)
+    expected = router(*operands)
+    with jax.set_mesh(mesh):
+        logits, *_ = jax.jit(function)(*placed)
+    np.testing.assert_array_equal(logits, expected)
