@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
 from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median
-from jax_router.sweep_points import HEADLINE_MODELS, IMPLEMENTATIONS, PEERS, Shape
+from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, Shape
 from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, read_rows
 from jax_router.sweep_summary import floors, show
 
+RECORD, README = Path("docs/results"), Path("README.md")
 TABLE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 _BLOCK = re.compile(
     r"(<!-- generated: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end generated: (?P=name) -->)", re.DOTALL
@@ -28,13 +30,27 @@ _MARKER = re.compile(r"<!-- (?:end )?generated: ([\w-]+) -->")
 
 def report(
     rows: Annotated[Path | None, typer.Argument(help="rows file; default: the only sweep-*.jsonl in --results")] = None,
-    results: Annotated[Path, typer.Option(help="folder of the rows, plots and tables")] = Path("docs/results"),
-    readme: Annotated[Path, typer.Option(help="file with generated parts")] = Path("README.md"),
+    results: Annotated[Path, typer.Option(help="folder of the rows, plots and tables")] = RECORD,
+    readme: Annotated[Path, typer.Option(help="file with generated parts")] = README,
 ) -> None:
     """Regenerate plots, tables and the generated parts of README.md from the rows of a sweep."""
     console = Console()
     try:
-        written = write_report(rows or only_rows_file(results), results, readme)
+        source = rows or only_rows_file(results)
+        if (results == RECORD or readme == README) and not any(
+            row["provenance"].get("gpu") for row in read_rows(source)
+        ):
+            raise ValueError(
+                f"rows file {source} was measured without a GPU. Expected a GPU, as for {RECORD} and {README}. The "
+                "sweep has drawn its plots; to make a report of it, name other places with --results and --readme."
+            )
+        written = write_report(source, results, readme)
+    except OSError as error:
+        Console(stderr=True).print(
+            f"error: the report cannot be written: {error}. Expected a folder that can be written; name another with "
+            "--results.", style="red", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise typer.Exit(BAD_INPUT) from None
     except (RowsError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         raise typer.Exit(BAD_INPUT) from None
@@ -114,7 +130,7 @@ def rewrite(text: str, parts: dict[str, str], path: Path) -> str:
 
 
 def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Path) -> dict[str, str]:
-    """Markdown by the name of its marker: provenance, table, plot, models-plot, winners, bars, accuracy.
+    """Markdown by the name of its marker: provenance, table, plot, models-plot, winners, chain, bars, accuracy.
 
     Args:
       base: the folder that links to plots start from.
@@ -134,6 +150,7 @@ def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Pat
             "time-models", f"Time of the router GEMM against tokens for other models on {device}"
         ),
         "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
+        "chain": lambda: _chain(rows),
         "bars": lambda: _bars(rows),
         "accuracy": lambda: _accuracy(rows),
     }
@@ -200,6 +217,29 @@ def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[
         return min((time for time in times if time is not None), default=None)
 
     return show((best("warm"), best("cold")))
+
+
+def _chain(rows: Sequence[Row]) -> str:
+    """What a decode step pays: the slope over a jitted chain, with its spread, beside the chain without routing."""
+    names = (*IMPLEMENTATIONS, NO_ROUTING)
+    body = []
+    for problem, candidates in by_problem(rows).items():
+        for weights in BOTH:
+            cells = []
+            for name in names:
+                row = candidates.get(name, {}).get(("chain_slope", weights))
+                low, middle, high = np.percentile(row["samples_us"], [10, 50, 90]) if row is not None else (0, 0, 0)
+                cells.append("-" if row is None else f"{middle:.1f} ({low:.1f} to {high:.1f})")
+            if set(cells) != {"-"}:
+                body.append([f"{problem[0]}x{problem[1]}", str(problem[5]), weights, *cells])
+    if not body:
+        return "Not measured.\n"
+    note = (
+        "Microseconds that one more call adds to a jitted chain of routers: medians, 10th to 90th percentile. The last "
+        "column is the chain's own elementwise kernel, which the others contain."
+    )
+    table = _markdown(["shape", "T", "weights", *names[:-1], "chain without routing"], body)
+    return f"{table}\n{note}\n"
 
 
 def _bars(rows: Sequence[Row]) -> str:

@@ -37,8 +37,8 @@ def sweep(
 ) -> None:
     """Check and time router GEMMs: models x tokens x implementations, and PyTorch and two bounds where there is a GPU.
 
-    Rows are appended to a JSON-lines file as they come. Exit status: 0; 1 if a point failed; 2 for bad input; 130 when
-    interrupted, with everything measured so far kept.
+    Rows are appended to a JSON-lines file as they come; plots are drawn beside it. Exit status: 0; 1 if a point failed
+    or a result could not be written; 2 for bad input; 130 when interrupted, with everything measured so far kept.
     """
     console = Console()
     if not console.is_terminal:
@@ -92,6 +92,10 @@ def run(
         raise ValueError(
             "no point is left. Expected filters that leave some; drop one of --model, --tokens, --implementation."
         )
+    if write_table and not gpu:
+        raise ValueError("--write-table is given and JAX has no GPU. Expected a GPU, whose table it is; leave it out.")
+    if compile_threads is not None and compile_threads < 1:
+        raise ValueError(f"--compile-threads is {compile_threads}. Expected at least 1, or leave it out.")
     facts = provenance_module.provenance()
     earlier = read_rows(resume) if resume is not None else []
     done = finished(earlier, facts)
@@ -110,43 +114,74 @@ def run(
         console.print("PyTorch does not have the GPU here: cuBLAS is not measured.")
     if resume is not None:
         others = sum(identity(row["provenance"]) != identity(facts) for row in earlier)
-        note = f"; {others} are of other sources or another GPU and are measured again" if others else ""
+        note = (
+            f"; {others} are of other sources, another GPU or other versions and are measured again" if others else ""
+        )
         console.print(f"resuming: {len(done)} measurements are there{note}")
 
-    command = ["sweep", "--suite", suite, "--resume", str(path), *(["--write-table"] if write_table else [])]
+    command = [*_own_command(), "--suite", suite, "--resume", str(path), *(["--write-table"] if write_table else [])]
     for name, values in filters.items():
         command += [part for value in values for part in (f"--{name}", str(value))]
     threads = compile_threads or (max(1, (os.cpu_count() or 1) // 2) if gpu else 1)
     from jax_router.sweep_run import DeviceLost
 
-    writer = RowsWriter(path)
+    try:
+        writer = RowsWriter(path)
+    except OSError as error:
+        option = "--output" if resume is None else "--resume"
+        raise ValueError(
+            f"{option} leads to {path}: {error}. Expected a place that can be written; name another."
+        ) from error
     try:
         runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
     except (KeyboardInterrupt, DeviceLost) as stop:
         lost = isinstance(stop, DeviceLost)
         console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
         console.print(f"Every row so far is in {path}. Go on with\n", soft_wrap=True)
-        console.print(f"  jax-router {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
         return FAILED if lost else INTERRUPTED
     finally:
         writer.close()
 
     rows, _ = comparable(read_rows(path))
-    table = None
-    if write_table:
-        from jax_router.sweep_table import write_table as write
-
-        table = write(rows)
     _print_summary(console, rows, gpu)
     for place, reason in runner.skipped.items():
         console.print(f"[yellow]skipped[/] {place}: {reason}", highlight=False, soft_wrap=True)
     for failure in runner.failed:
         console.print("[red]failed[/]", end=" ")
         console.print(failure, highlight=False, markup=False, soft_wrap=True)
-    if table is not None:
-        console.print(f"wrote {table}", soft_wrap=True)
+    written = _write_results(console, rows, path, write_table)
     console.print(f"{runner.written} rows written, {len(runner.failed)} failed, in {path}", soft_wrap=True)
-    return FAILED if runner.failed else 0
+    return FAILED if runner.failed or not written else 0
+
+
+def _own_command() -> list[str]:
+    """How this process was called, up to its options."""
+    command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
+
+
+def _write_results(console: Console, rows: Sequence[Row], path: Path, write_table: bool) -> bool:
+    """Draw the plots beside the rows, and the table if asked for. Says what could not be written; True if all was."""
+    from jax_router import sweep_table
+    from jax_router.report_plots import write_plots
+
+    paths: list[Path] = []
+    try:
+        if any("samples_us" in row for row in rows):
+            paths += [plot for pair in write_plots(rows, path.parent, path.stem).values() for plot in pair]
+        if write_table:
+            paths.append(sweep_table.write_table(rows))
+    except (OSError, ImportError, ValueError) as error:
+        console.print(
+            f"not everything could be written: {error}. The rows are complete; mend that and go on with --resume.",
+            style="red", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return False
+    finally:
+        for written in paths:
+            console.print(f"wrote {written}", highlight=False, soft_wrap=True)
+    return True
 
 
 def _run_with_progress(

@@ -27,9 +27,9 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in _KEY)
 
 
-def identity(provenance: Row) -> tuple[Any, Any]:
-    """Rows are comparable when they have the same sources and the same GPU."""
-    return provenance.get("source_hash"), provenance.get("gpu")
+def identity(provenance: Row) -> tuple[Any, ...]:
+    """Rows are comparable when they have the same sources, the same GPU and driver, and the same jax and torch."""
+    return tuple(provenance.get(name) for name in ("source_hash", "gpu", "driver", "jax", "jaxlib", "torch"))
 
 
 class RowsWriter:
@@ -94,12 +94,12 @@ def _broken(path: Path, number: int, what: str) -> str:
 
 
 def finished(rows: Iterable[Row], provenance: Row) -> set[tuple[Any, ...]]:
-    """Keys that `--resume` skips: measured with these sources on this GPU. Failed and skipped points run again."""
+    """Keys that `--resume` skips: measured under the same circumstances. Failed and skipped ones run again."""
     return {key(row) for row in rows if row["status"] == "ok" and identity(row["provenance"]) == identity(provenance)}
 
 
 def comparable(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """The rows with the sources and the GPU of the last one, the last of each key, and how many others there were."""
+    """The rows measured in the circumstances of the last one, the last of each key, and how many others there were."""
     if not rows:
         return [], 0
     wanted = identity(rows[-1]["provenance"])

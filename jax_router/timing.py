@@ -30,6 +30,7 @@ from jax_router.implementations import cuda
 
 CALLS = 8  # per jitted function: enough to spread its overhead, few enough to compile in the time of one
 CHAIN_LENGTHS = (12, 36)  # decode layers; 36 is gpt-oss-120b
+CHAIN_PAIRS = 200  # of runs of both lengths: a slope scatters by 2 us, so its median by 0.2
 COLD_BYTES = 126_000_000  # the H200 has 60 MB of L2: a weight comes back after more than twice that
 REPEATS = 20
 GRAPH_LAUNCHES = 192  # per replay: some 400 us, far above the resolution of an event
@@ -324,7 +325,8 @@ def chain(call: Call | None) -> Any:
 
     def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array | None) -> jax.Array:
         for weight in weights:
-            signal = x[:, :1] if call is None else call(x, weight, bias)[:, :1]
+            # Behind a barrier: only one column is used, and XLA would be free to compute no other.
+            signal = (x if call is None else jax.lax.optimization_barrier(call(x, weight, bias)))[:, :1]
             x = x + (signal * 2.0**-60).astype(x.dtype)  # too small to change x, which XLA cannot know
             x = jax.lax.optimization_barrier(x)
         return x
@@ -367,7 +369,7 @@ def chain_slope(chains: dict[int, jax.stages.Compiled], operands: Operands, *, w
     for _ in range(3):  # XLA records its CUDA graphs in the first runs
         timed(short), timed(long)
     # Neighbours in time share the machine's mood, so each pair gives one slope.
-    pairs = [(timed(short), timed(long)) for _ in range(2 * REPEATS)]
+    pairs = [(timed(short), timed(long)) for _ in range(CHAIN_PAIRS)]
     slopes = tuple((long_us - short_us) / (long - short) for short_us, long_us in pairs)
     return Samples(
         "chain_slope",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import synthetic_rows
 import typer
 from typer.testing import CliRunner
 
-from jax_router import report, report_plots, sweep_table
+from jax_router import cli, report, report_plots, sweep_table
 from jax_router.report import rewrite, write_report
 from jax_router.sweep_rows import by_problem
 
-PARTS = ("provenance", "table", "plot", "models-plot", "winners", "bars", "accuracy")
+PARTS = ("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,21 @@ def test_the_generated_parts_say_where_they_come_from(tmp_path: Path, rows: list
     assert text.count("Text between.") == len(PARTS) - 1
 
 
+def test_the_chain_slopes_show_their_spread(rows: list[dict[str, Any]]) -> None:
+    changed = [
+        row | {"samples_us": [1.0 * n for n in range(11)]}
+        if (row["method"], row["candidate"], row["weights"]) == ("chain_slope", "cuda", "warm")
+        and row["hidden"] == 7168
+        else row
+        for row in rows
+    ]
+    text = report.generated_parts(changed, {}, Path())["chain"]
+    slope = r"\d\.\d \(\d\.\d to \d\.\d\)"
+    assert re.search(rf"^\| 7168x256 \| 64 \| warm \| 5\.0 \(1\.0 to 9\.0\) \| {slope} \| {slope} \| 3\.5 ", text, re.M)
+    assert text.count("\n| 2880x128 |") == 4  # 1 and 64 tokens, warm and cold
+    assert report.generated_parts([rows[0]], {}, Path())["chain"] == "Not measured.\n"
+
+
 def test_rows_of_other_sources_are_left_out(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     stale = {**rows[0], "provenance": {**synthetic_rows.PROVENANCE, "source_hash": "stale"}}
     source = synthetic_rows.write(tmp_path / "raw.jsonl", [stale, *rows])
@@ -102,6 +118,28 @@ def test_rows_of_a_machine_without_a_gpu_make_a_report_too(tmp_path: Path, rows:
     assert {"cpu-time-headline.png", "cpu-time-models.svg", "sweep-cpu.jsonl"} <= written
     assert "CPU; jax" in readme.read_text()
     assert "Not measured." in readme.read_text()
+
+
+def test_rows_of_a_machine_without_a_gpu_do_not_replace_the_record(tmp_path: Path, rows, monkeypatch) -> None:
+    facts = {**synthetic_rows.PROVENANCE, "gpu": None}
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", [{**row, "provenance": facts} for row in rows])
+    readme = readme_with(tmp_path / "README.md", "provenance")
+    before = readme.read_text()
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--results", "elsewhere"]):
+        result = CliRunner().invoke(cli.application(), ["report", str(source), *options])
+        assert result.exit_code == 2
+        assert "measured without a GPU" in " ".join(result.output.split())
+    assert readme.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "raw.jsonl"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    source = synthetic_rows.write(tmp_path / "raw.jsonl", rows)
+    options = ["--results", str(source / "results"), "--readme", str(tmp_path / "README.md")]
+    result = CliRunner().invoke(cli.application(), ["report", str(source), *options])
+    assert result.exit_code == 2
+    assert "the report cannot be written" in " ".join(result.output.split())
 
 
 def test_every_panel_shows_all_of_its_lines(rows: list[dict[str, Any]]) -> None:

@@ -60,9 +60,8 @@ NAMES = (None, "cuda", "pallas") if jax.__version_info__ >= pallas.FIRST_JAX els
 def on_a_mesh_of_one(device: jax.Device, axis_type: AxisType, how: str, implementation: str | None):
     """`router_gemm` and its gradients, operands on a mesh of one device, and the mesh."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,), devices=[device])
-    operands = [
-        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i, shape in enumerate([(8, 64), (4, 64), (4,)])
-    ]
+    keys, shapes = jax.random.split(jax.random.key(0), 3), ((8, 64), (4, 64), (4,))
+    operands = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
     specs = (P("data"), P(), P())
 
     def router(*operands):

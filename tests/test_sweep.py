@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import synthetic_rows
 import typer
 from typer.testing import CliRunner
 
-from jax_router import dispatch, sweep, sweep_run, timing
+from jax_router import dispatch, report_plots, sweep, sweep_run, timing
 from jax_router.sweep_data import ShapeData, rms_errors
 from jax_router.sweep_points import (
     Point,
@@ -132,10 +133,11 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.jsonl")) == [path]
 
 
-def test_resume_measures_again_after_the_sources_changed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fact", ["source_hash", "jax"])
+def test_resume_measures_again_after_a_change(tmp_path: Path, fact: str) -> None:
     small_sweep(tmp_path, "--implementation", "xla")
     (path,) = tmp_path.glob("*.jsonl")
-    stale = path.read_text().replace('"source_hash":"', '"source_hash":"old')
+    stale = path.read_text().replace(f'"{fact}":"', f'"{fact}":"old')
     path.write_text(stale)
     result = small_sweep(tmp_path, "--implementation", "xla", "--resume", str(path))
     assert "of other sources" in result.output
@@ -169,9 +171,9 @@ def test_ctrl_c_keeps_the_rows_and_resume_finishes(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("results/*.jsonl")
     kept = read_rows(path)
     assert len(kept) >= 2
-    assert f"--resume {path.relative_to(tmp_path)}" in output
+    (printed,) = (line for line in output.splitlines() if f"--resume {path.relative_to(tmp_path)}" in line)
     done = subprocess.run(
-        [*command, "--resume", str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        shlex.split(printed), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_rows(path)
@@ -179,6 +181,70 @@ def test_ctrl_c_keeps_the_rows_and_resume_finishes(tmp_path: Path) -> None:
     expected = points("quick", gpu=False, torch_gpu=False, only_models=["Kimi-K2", "OLMoE-1B-7B"])
     timed = [key(row) for row in rows if "samples_us" in row]
     assert sorted(timed) == sorted(point.key(*each) for point in expected for each in point.measurements)
+
+
+@pytest.mark.parametrize(
+    ("called", "arguments", "again"),
+    [
+        (["python3", "-m", "jax_router", "sweep"], ["sweep"], ["python3", "-m", "jax_router", "sweep"]),
+        (["python3", "/bin/jax-router", "sweep"], ["sweep"], ["python3", "/bin/jax-router", "sweep"]),
+        (["python3", "scripts/shape_sweep.py"], [], ["python3", "scripts/shape_sweep.py"]),
+    ],
+)
+def test_the_command_to_go_on_is_the_one_that_was_called(called, arguments, again, monkeypatch) -> None:
+    options = ["--suite", "full"]
+    monkeypatch.setattr(sys, "orig_argv", [*called, *options])
+    monkeypatch.setattr(sys, "argv", ["a path", *arguments, *options])
+    assert sweep._own_command() == again
+
+
+@pytest.mark.parametrize("option", ["--output", "--resume"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "folder"
+    result = run_sweep("--model", "OLMoE-1B-7B", "--tokens", "1", option, str(place))
+    assert result.exit_code == 2
+    flat = " ".join(result.output.split())
+    assert ("Expected a place that can be written" if option == "--output" else "cannot be read") in flat
+    assert str(place) in flat
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--write-table"], "JAX has no GPU"),
+        (["--compile-threads", "-3"], "is -3. Expected at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_runs(tmp_path: Path, options, message, monkeypatch) -> None:
+    cpus = jax.devices("cpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: cpus)
+    result = small_sweep(tmp_path, *options)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_plots_stand_beside_the_rows(tmp_path: Path) -> None:
+    result = small_sweep(tmp_path, "--implementation", "xla")
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("*.jsonl")
+    plots = {plot.name.removeprefix(path.stem) for plot in tmp_path.iterdir() if plot != path}
+    assert {"-time-models.png", "-time-models.svg"} <= plots
+
+
+def test_what_cannot_be_written_loses_no_row_and_no_summary(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report_plots, "write_plots", full)
+    result = small_sweep(tmp_path, "--implementation", "xla")
+    assert result.exit_code == 1
+    flat = " ".join(result.output.split())
+    assert "not everything could be written: No space left on device" in flat
+    assert "OLMoE-1B-7B" in flat
+    (path,) = tmp_path.iterdir()
+    assert len(read_rows(path)) > 2
 
 
 # Checks come before times ----------------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ def test_chain_depends_on_every_logit_row_and_leaves_x_alone() -> None:
     assert np.array_equal(timing.chain(None)(data.x, broken, data.bias), data.x)
 
 
+def test_chain_asks_for_all_logits_although_it_uses_one_column() -> None:
+    data = operands(copies=2)
+    hlo = timing.chain(xla).lower(data.x, data.weights, data.bias).as_text()
+    barriers = re.findall(r"optimization_barrier \S+ : tensor<(\w+)>", hlo)
+    logits = f"{data.x.shape[0]}x{data.weights[0].shape[0]}xf32"
+    assert barriers.count(logits) == 2, hlo
+
+
 @pytest.mark.parametrize("weights", ["warm", "cold"])
 @pytest.mark.parametrize("call", [xla, None])
 def test_chain_slope_is_per_call(weights: str, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +108,7 @@ def test_chain_slope_is_per_call(weights: str, call: Any, monkeypatch: pytest.Mo
     data = operands(copies=3)
     samples = timing.chain_slope(timing.compile_chains(call, data), data, weights=weights)
     assert samples.calls_per_sample == 2
-    assert len(samples.samples_us) == 2 * timing.REPEATS
+    assert len(samples.samples_us) == timing.CHAIN_PAIRS
     assert "2 and 4" in samples.measured
     assert samples.weights == weights
 
