@@ -100,9 +100,18 @@ def ffi_version() -> int:
 
 
 def cache_directory() -> Path:
-    """Where libraries are kept: `JAX_ROUTER_CACHE`, else `jax_router` in the user's cache folder."""
+    """Where libraries are kept: `JAX_ROUTER_CACHE`, else `jax_router` in the user's cache folder.
+
+    Raises:
+      BuildError: this user has no home folder, and no variable names another.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_router"
+    if chosen:
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_router"
+    except RuntimeError as error:  # no HOME, and a user without an entry in the password database
+        raise BuildError(f"there is no cache folder ({error}). Set {CACHE_VARIABLE} to a writable folder.") from error
 
 
 def build(*, force: bool = False) -> Path:
@@ -121,12 +130,15 @@ def build(*, force: bool = False) -> Path:
     content = digest(source_files(), *flags(), *runs_with)
     try:
         compiler = find_compiler()
-    except BuildError:
-        candidates = sorted(cache_directory().glob(f"jax_router-{content[:16]}-*.so"))
-        ahead = [path for path in candidates if not _damage(path)]
-        if ahead and not force:
-            return ahead[-1]
-        raise
+    except BuildError as error:
+        ahead = {path: _damage(path) for path in sorted(cache_directory().glob(f"jax_router-{content[:16]}-*.so"))}
+        whole = [path for path, damage in ahead.items() if not damage]
+        if whole and not force:
+            return whole[-1]
+        damaged = "".join(
+            f" {path}, compiled ahead, is damaged ({damage})." for path, damage in ahead.items() if damage
+        )
+        raise BuildError(f"{error}{damaged}") from error
     name = f"jax_router-{content[:16]}-{digest((), compiler.version, compiler.host_version)[:8]}.so"
     cached = cache_directory() / name
     if not force and not _damage(cached):

@@ -32,8 +32,8 @@ def as_array(name: str, value: Any) -> jax.Array:
     Takes JAX arrays and tracers, numpy arrays, and wrappers with `__jax_array__` (Flax parameters).
 
     Raises:
-      TypeError: `value` is no array.
-      ValueError: its dtype is not bfloat16, float16 or float32.
+      TypeError: `value` is no array, or a masked one.
+      ValueError: its dtype is not bfloat16, float16 or float32, or not in this machine's byte order.
     """
     if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
@@ -42,11 +42,21 @@ def as_array(name: str, value: Any) -> jax.Array:
             f"{name} is {_describe(value)}. Expected a JAX or numpy array; convert it first, for example with "
             f"jnp.asarray({name}, dtype=jnp.bfloat16)."
         )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array. Expected an array without a mask, which JAX would drop; fill it, for example "
+            f"with {name}.filled(0)."
+        )
     # Before jnp.asarray, which would quietly turn numpy's float64 into float32 or not, depending on jax_enable_x64.
     if value.dtype.name not in INPUT_DTYPES:
         raise ValueError(
             f"{name} is an array of {value.dtype.name}. Expected {_one_of(INPUT_DTYPES)}; cast it, for example with "
             f"{name}.astype(jnp.float32)."
+        )
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        raise ValueError(
+            f"{name} is an array of {value.dtype.str}, bytes swapped. Expected this machine's byte order; convert it "
+            f"with {name}.astype({name}.dtype.newbyteorder('='))."
         )
     return jnp.asarray(value)
 
@@ -148,7 +158,7 @@ def known_implementation(argument: str, name: str) -> str:
     """
     if name in NAMES:
         return name
-    close = difflib.get_close_matches(name, NAMES, 1)
+    close = difflib.get_close_matches(name.strip().lower(), NAMES, 1)
     remedy = f'did you mean "{close[0]}"?' if close else "pass one of these, or leave it out."
     raise ValueError(f"{argument} names {name!r}. Expected {_one_of(NAMES)}; {remedy}")
 

@@ -94,7 +94,7 @@ def explain(
             weight_dtype=weight_dtype,
             out_dtype=out_dtype,
             device=None if device is None else DEVICES[device.lower()],
-            implementation=None if implementation is None else tuple(implementation.split(",")),
+            implementation=None if implementation is None else tuple(map(str.strip, implementation.split(","))),
         )
     except (ValueError, TypeError, NotImplementedError, UnknownModelError) as error:
         typer.echo(f"jax-router explain: {error}", err=True)

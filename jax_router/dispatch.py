@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_router import checks, implementations
 from jax_router.tables import Table, load_table
@@ -216,19 +217,29 @@ def explain(
       NotImplementedError: no implementation named by `implementation` can run.
     """
     dtype = checks.input_dtype("dtype", dtype)
+    if isinstance(bias, bool | np.bool_) or bias is None:
+        bias_dtype = dtype if bias else None
+    else:
+        bias_dtype = checks.input_dtype("bias", bias)
     problem = Problem(
         tokens=checks.size("tokens", tokens, at_least=0),
         hidden=checks.size("hidden", hidden),
         experts=checks.size("experts", experts),
         dtype=dtype,
         weight_dtype=dtype if weight_dtype is None else checks.input_dtype("weight_dtype", weight_dtype),
-        bias_dtype=dtype if bias is True else checks.input_dtype("bias", bias) if bias else None,
+        bias_dtype=bias_dtype,
         out_dtype=checks.input_dtype("out_dtype", out_dtype),
     )
     checks.dtypes_fit(dtype, weight=problem.weight_dtype, bias=problem.bias_dtype, out_dtype=problem.out_dtype)
     if device is None:
         return resolve(problem, Device.default(), implementation)
-    device = device if isinstance(device, Device) else Device.of(device)
+    if isinstance(device, jax.Device):
+        device = Device.of(device)
+    elif not isinstance(device, Device):
+        raise TypeError(
+            f"device is {device!r}. Expected a jax.Device, a jax_router.dispatch.Device or None; pass "
+            'jax.devices()[0], or Device("gpu", "NVIDIA H200", "9.0") for a machine that is not here.'
+        )
     return choose(problem, device, implementation=implementation, table=load_table(device.kind))
 
 

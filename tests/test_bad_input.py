@@ -73,6 +73,11 @@ VALUE_ERRORS = {
         "weight is an array of complex64. Expected bfloat16, float16 or float32; cast it, for example with "
         "weight.astype(jnp.float32).",
     ),
+    "x has its bytes swapped": (
+        {"x": np.ones((3, 16), ">f4"), "weight": WEIGHT.astype(jnp.float32), "bias": None},
+        "x is an array of >f4, bytes swapped. Expected this machine's byte order; convert it with "
+        "x.astype(x.dtype.newbyteorder('=')).",
+    ),
     "x is float64 of numpy": (
         {"x": np.ones((3, 16))},
         "x is an array of float64. Expected bfloat16, float16 or float32; cast it, for example with "
@@ -119,6 +124,10 @@ VALUE_ERRORS = {
         {"implementation": "palas"},
         "implementation names 'palas'. Expected cuda, pallas or xla; did you mean \"pallas\"?",
     ),
+    "implementation is in capitals": (
+        {"implementation": "XLA"},
+        "implementation names 'XLA'. Expected cuda, pallas or xla; did you mean \"xla\"?",
+    ),
     "implementation is unknown": (
         {"implementation": "triton"},
         "implementation names 'triton'. Expected cuda, pallas or xla; pass one of these, or leave it out.",
@@ -144,6 +153,11 @@ TYPE_ERRORS = {
         {"x": None},
         "x is None (NoneType). Expected a JAX or numpy array; convert it first, for example with jnp.asarray(x, "
         "dtype=jnp.bfloat16).",
+    ),
+    "bias is masked": (
+        {"bias": np.ma.masked_equal(np.arange(4, dtype=np.float32), 2)},
+        "bias is a masked array. Expected an array without a mask, which JAX would drop; fill it, for example with "
+        "bias.filled(0).",
     ),
     "weight is a string": (
         {"weight": "w" * 99},
@@ -282,6 +296,17 @@ EXPLAIN_ERRORS = {
         ValueError,
         {"bias": "yes"},
         "bias is 'yes' (str). Expected bfloat16, float16 or float32; pass its name or the jnp dtype.",
+    ),
+    "bias is an array": (
+        ValueError,
+        {"bias": np.ones((4, 100))},
+        "bias is a numpy.ndarray. Expected bfloat16, float16 or float32; pass its name or the jnp dtype.",
+    ),
+    "device is a word": (
+        TypeError,
+        {"device": "cpu"},
+        "device is 'cpu'. Expected a jax.Device, a jax_router.dispatch.Device or None; pass jax.devices()[0], or "
+        'Device("gpu", "NVIDIA H200", "9.0") for a machine that is not here.',
     ),
     "weight does not fit x": (
         ValueError,

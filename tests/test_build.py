@@ -256,7 +256,19 @@ def test_library_compiled_ahead_needs_no_compiler(compilers, request):
     request.getfixturevalue("no_compiler")
     assert build.build() == path
     path.write_bytes(b"damaged")
-    with pytest.raises(build.BuildError, match="no CUDA compiler"):
+    with pytest.raises(build.BuildError, match="no CUDA compiler") as failure:
+        build.build()
+    assert f"{path}, compiled ahead, is damaged (" in str(failure.value)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(compilers, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("JAX_ROUTER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(build.Path, "home", no_home)
+    with pytest.raises(build.BuildError, match=r"Could not determine home directory.*Set JAX_ROUTER_CACHE"):
         build.build()
 
 

@@ -51,6 +51,11 @@ def test_explain_follows_its_options(monkeypatch) -> None:
     assert "they are bfloat16 and float32" in run(*arguments, "--weight-dtype", "float32").stdout
 
 
+def test_explain_takes_spaces_between_names() -> None:
+    result = run("explain", "--model", "Kimi-K2", "--tokens", "8", "--device", "cpu", "--implementation", "cuda, xla")
+    assert "xla: named by the argument implementation" in result.stdout, result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

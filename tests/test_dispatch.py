@@ -300,6 +300,11 @@ def broken_documents() -> Iterator[tuple[str, str]]:
     text = copy.deepcopy(DOCUMENT)
     text["entries"][0]["candidates"]["cuda"]["cupti_warm_us"] = ["fast"]
     yield "times are words", json.dumps(text)
+    for time in (float("nan"), float("inf"), -1.0):
+        wrong = copy.deepcopy(DOCUMENT)
+        wrong["entries"][0]["candidates"]["xla"]["cupti_warm_us"] = [time]
+        yield f"a time is {time}", json.dumps(wrong)
+    yield "nested", "[" * 100_000
 
 
 @pytest.mark.parametrize(("name", "document"), list(broken_documents()), ids=lambda value: value[:20])

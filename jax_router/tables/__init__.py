@@ -76,7 +76,7 @@ def load_table(kind: str) -> Table | None:
         return None
     try:
         return Table.parse(json.loads(path.read_text(encoding="utf-8")), name)
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:
         warnings.warn(
             f"The dispatch table {path} is broken ({type(error).__name__}: {error}). Expected what jax-router sweep "
             "--write-table writes; run that again, or reinstall jax-router. Until then a heuristic chooses.",
@@ -99,7 +99,10 @@ def _ranking(entry: Mapping[str, Any]) -> dict[str, float]:
     for name, candidate in entry["candidates"].items():
         warm, cold = candidate.get("cupti_warm_us"), candidate.get("cupti_cold_us")
         if name in NAMES and candidate["verified"] is True and warm and cold:
-            microseconds[name] = math.sqrt(statistics.median(warm) * statistics.median(cold))
+            time = math.sqrt(statistics.median(warm) * statistics.median(cold))
+            if not 0 < time < math.inf:
+                raise ValueError(f"{name} has a time of {time}, not a positive number")
+            microseconds[name] = time
     winner = entry["winner"]
     if winner not in microseconds:
         raise ValueError(f"winner {winner!r} is not among the verified candidates {sorted(microseconds)}")
