@@ -156,9 +156,12 @@ def test_ctrl_c_keeps_the_rows_and_resume_finishes(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, str(SCRIPT), "--suite", "quick", "--model", "Kimi-K2", "--model", "OLMoE-1B-7B"]
+    # A job in the background ignores SIGINT and hands that down; a handler of its own is not handed down.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, "--output", "results"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, inherited)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         found = list(tmp_path.glob("results/*.jsonl"))
