@@ -1,0 +1,343 @@
+// CUDA on a CPU, as far as the kernels in csrc need it. A block is an OS thread and its CUDA threads are fibers on it,
+// so `__shared__` is thread_local; the blocks of a cluster run side by side. Nothing is asynchronous but the copies:
+// they happen when every fiber of the block waits, which is the latest a correct kernel can bear. What it cannot show:
+// memory order and everything that depends on time.
+#pragma once
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+// ---- The language
+// ----------------------------------------------------------------------------------------------------
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ thread_local
+#define __align__(bytes) __attribute__((aligned(bytes)))
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  return a < b ? a : b;
+}
+template <typename A, typename B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  return a > b ? a : b;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(uint32_t(v.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return {uint16_t(v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half v) {
+  _Float16 value;
+  memcpy(&value, &v, 2);
+  return float(value);
+}
+inline __half __float2half_rn(float v) {
+  const _Float16 value = _Float16(v);
+  __half result;
+  memcpy(&result, &value, 2);
+  return result;
+}
+
+// ---- Blocks and fibers
+// -------------------------------------------------------------------------------------------------
+
+namespace emulation {
+
+[[noreturn]] inline void fail(const char* what) {
+  fprintf(stderr, "emulation: %s\n", what);
+  _Exit(3);
+}
+
+constexpr size_t kSharedBytes = 232448, kStackBytes = 256 << 10;
+
+struct Barrier {  // of threads of one block
+  int expected = 0, arrived = 0, generation = 0;
+  int arrive() {
+    const int mine = generation;
+    if (++arrived == expected) arrived = 0, ++generation;
+    return mine;
+  }
+};
+
+struct MBarrier {
+  int expected = 0, pending = 0, completed = 0;
+  int64_t bytes = 0;
+  void settle() {
+    if (pending == 0 && bytes == 0) ++completed, pending = expected;
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  std::function<bool()> ready;                            // empty: it can run
+  std::deque<std::vector<std::function<void()>>> chunks;  // cp.async: groups in flight, the last one open
+  int cluster_generation = 0;
+  bool done = false;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  uint64_t slots[32][4];
+};
+
+struct Block {
+  int rank;
+  uint8_t* shared = nullptr;  // known from the first shared_address() on
+  Barrier everyone;
+  std::map<int, Barrier> named;
+  std::vector<Warp> warps;
+  std::vector<Fiber> fibers;
+  std::deque<std::function<void()>> copies;  // of the copy engine, in flight
+  std::mutex mutex;                          // of what other blocks of the cluster reach
+  std::map<uint32_t, MBarrier> barriers;
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+};
+
+struct Grid {
+  dim3 blocks, threads;
+  size_t shared_bytes;
+  unsigned cluster;
+  std::function<void()> kernel;
+  std::vector<Block>* running;  // the cluster
+  std::atomic<unsigned> arrived = 0, generation = 0;
+};
+
+inline Grid* grid = nullptr;
+inline thread_local Block* block = nullptr;
+
+}  // namespace emulation
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+// Other fibers run until `ready`.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  const dim3 mine = threadIdx;
+  Fiber& fiber = *block->current;
+  fiber.ready = std::move(ready);
+  swapcontext(&fiber.context, &block->scheduler);
+  threadIdx = mine;
+}
+inline void meet(Barrier& barrier) {
+  const int mine = barrier.arrive();
+  wait_until([&barrier, mine] { return barrier.generation != mine; });
+}
+inline Warp& warp() { return block->warps[threadIdx.x / 32]; }
+inline unsigned lane() { return threadIdx.x % 32; }
+
+// Every lane gives a value and sees those of all others until `use` returns.
+template <typename Use>
+inline auto exchange(const void* value, size_t bytes, const Use& use) {
+  Warp& w = warp();
+  memcpy(w.slots[lane()], value, bytes);
+  meet(w.barrier);
+  auto result = use(w.slots);
+  meet(w.barrier);
+  return result;
+}
+
+inline void fiber_main() {
+  grid->kernel();
+  block->current->done = true;
+  swapcontext(&block->current->context, &block->scheduler);
+}
+
+inline void run_block(Block& b) {
+  block = &b;
+  const unsigned threads = grid->threads.x;
+  b.everyone.expected = int(threads);
+  b.warps.resize(threads / 32);
+  b.fibers = std::vector<Fiber>(threads);
+  for (Fiber& fiber : b.fibers) {
+    fiber.chunks.emplace_back();
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (unsigned left = threads, idle = 0; left > 0;) {
+    bool progress = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = b.fibers[i];
+      if (fiber.done || (fiber.ready && !fiber.ready())) continue;
+      fiber.ready = nullptr;
+      b.current = &fiber;
+      threadIdx = {i, 0, 0};
+      swapcontext(&b.scheduler, &fiber.context);
+      left -= fiber.done;
+      progress = true;
+    }
+    if (!progress && !b.copies.empty()) {
+      const auto copy = std::move(b.copies.front());
+      b.copies.pop_front();
+      copy();
+      progress = true;
+    }
+    idle = progress ? 0 : idle + 1;
+    if (idle > 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    if (idle > 100000) fail("deadlock: every thread of a block waits");
+  }
+}
+
+extern void poison_shared_memory();
+
+inline void launch(Grid& g) {
+  grid = &g;
+  for (unsigned y = 0; y < g.blocks.y; ++y) {
+    for (unsigned x = 0; x < g.blocks.x; x += g.cluster) {
+      std::vector<Block> running(g.cluster);
+      std::vector<std::thread> threads;
+      g.running = &running;
+      for (unsigned rank = 0; rank < g.cluster; ++rank) {
+        running[rank].rank = int(rank);
+        threads.emplace_back([&running, &g, rank, x, y] {
+          blockIdx = {x + rank, y, 0}, blockDim = g.threads, gridDim = g.blocks;
+          poison_shared_memory();
+          run_block(running[rank]);
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+    }
+  }
+  grid = nullptr;
+}
+
+// What kernel<<<blocks, threads>>>(...) becomes.
+inline void launch_plain(unsigned blocks, unsigned threads, std::function<void()> kernel) {
+  Grid grid;
+  grid.blocks = {blocks};
+  grid.threads = {threads};
+  grid.shared_bytes = 0;
+  grid.cluster = 1;
+  grid.kernel = std::move(kernel);
+  launch(grid);
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::meet(emulation::block->everyone); }
+inline void __syncwarp() { emulation::meet(emulation::warp().barrier); }
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int source) {
+  return emulation::exchange(&value, sizeof(T), [&](const auto& slots) {
+    T got;
+    memcpy(&got, slots[source], sizeof(T));
+    return got;
+  });
+}
+template <typename T>
+inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return __shfl_sync(mask, value, int(emulation::lane()) ^ bits);
+}
+// ---- The runtime, for the launcher
+// -------------------------------------------------------------------------------------
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+using cuuint32_t = uint32_t;
+using cuuint64_t = uint64_t;
+using CUresult = int;
+constexpr int cudaSuccess = 0, CUDA_SUCCESS = 0, cudaEnableDefault = 0;
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
+constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
+struct CUtensorMap {
+  const uint16_t* matrix;
+  int64_t rows, hidden;
+  int box_rows;
+};
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, uint32_t, void* matrix,
+                                       const cuuint64_t* sizes, const cuuint64_t* stride, const cuuint32_t* box,
+                                       const cuuint32_t*, int, int, int, int) {
+  if (box[0] != 64 || stride[0] != sizes[0] * 2) return 1;
+  *map = {static_cast<const uint16_t*>(matrix), int64_t(sizes[1]), int64_t(sizes[0]), int(box[1])};
+  return CUDA_SUCCESS;
+}
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, int,
+                                                    cudaDriverEntryPointQueryResult* found) {
+  *function = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "none"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
+
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments);

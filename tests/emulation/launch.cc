@@ -1,0 +1,42 @@
+// Launches on the CPU what csrc/router_gemm.cu launches on a GPU, and the memory that `extern __shared__` names.
+#include <stdio.h>
+
+#include "sm90_router_gemm.cuh"
+
+namespace jax_router {
+
+thread_local __align__(1024) uint8_t shared[emulation::kSharedBytes], dynamic_shared[emulation::kSharedBytes];
+
+}  // namespace jax_router
+
+void emulation::poison_shared_memory() {
+  memset(jax_router::shared, 0xFF, kSharedBytes);
+  memset(jax_router::dynamic_shared, 0xFF, kSharedBytes);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
+  using namespace jax_router;
+  emulation::Grid grid;
+  grid.blocks = config->gridDim;
+  grid.threads = config->blockDim;
+  grid.shared_bytes = config->dynamicSmemBytes;
+  grid.cluster = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
+  }
+  bool tiled = false;
+  const auto look = [&](const Config& c) {
+    tiled = tiled || (c.tiled && (c.kernel[0] == kernel || c.kernel[1] == kernel));
+  };
+  for (const Config& c : few_tokens_configs) look(c);
+  for (const Config& c : many_tokens_configs) look(c);
+  if (tiled) {
+    const auto run = reinterpret_cast<void (*)(TiledProblem)>(const_cast<void*>(kernel));
+    grid.kernel = [=] { run(*static_cast<const TiledProblem*>(arguments[0])); };
+  } else {
+    const auto run = reinterpret_cast<void (*)(Problem)>(const_cast<void*>(kernel));
+    grid.kernel = [=] { run(*static_cast<const Problem*>(arguments[0])); };
+  }
+  emulation::launch(grid);
+  return cudaSuccess;
+}

@@ -1,0 +1,49 @@
+// The same functions as csrc/sm90_wgmma.cuh, on the CPU: a thread works out its own accumulators from shared memory.
+#pragma once
+
+#include "sm90_primitives.cuh"
+
+namespace jax_router {
+
+// The hardware's are collective: every lane of a warp has passed what stands before them.
+inline void wgmma_arrive() { __syncwarp(); }
+inline void wgmma_commit() {}
+template <int kPending>
+inline void wgmma_wait() {
+  __syncwarp();
+}
+template <int kPending, int kSums>
+inline void wgmma_wait(float (&)[kSums]) {
+  __syncwarp();
+}
+template <int kRegisters>
+inline void increase_registers() {}
+template <int kRegisters>
+inline void decrease_registers() {}
+
+constexpr uint64_t kDescriptor = uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;
+inline uint64_t swizzled_tile_descriptor(uint32_t address) { return kDescriptor | (address & 0x3FFFF) >> 4; }
+
+template <typename Element, int kExperts>
+struct Wgmma {
+  static void multiply(float (&d)[kExperts / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
+    if ((a & ~0x3FFFull) != kDescriptor || (b & ~0x3FFFull) != kDescriptor)
+      fail("not the descriptor of a swizzled tile");
+    const auto element = [](uint64_t descriptor, int row, int k) {
+      const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, column = start % 1024 + k * 2;
+      if (column >= 128) fail("a wgmma step beyond its unit");
+      uint16_t bits;
+      memcpy(&bits, block->shared + start / 1024 * 1024 + row * 128 + (column / 16 ^ row % 8) * 16 + column % 16, 2);
+      return double(widened(bits, Element()));
+    };
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    for (int j = 0; j < kExperts / 2; ++j) {
+      const int row = first + j % 4 / 2 * 8, column = j / 4 * 8 + lane % 4 * 2 + j % 2;
+      double sum = accumulate != 0 ? d[j] : 0.;
+      for (int k = 0; k < 16; ++k) sum += element(a, row, k) * element(b, column, k);
+      d[j] = float(sum);
+    }
+  }
+};
+
+}  // namespace jax_router

@@ -1,0 +1,207 @@
+"""The CUDA kernels as they are, run on the CPU: every configuration gives the bits of the naive kernel, in any batch.
+
+tests/emulation puts CUDA's runtime and the two headers with PTX on fibers; everything else is compiled from csrc. That
+shows wrong indices, barriers, phases and sizes, and reads before the copies have come. It cannot show what depends on
+memory order or on time: for that there is the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jax_router import build, parity
+from jax_router.dispatch import Problem
+from jax_router.implementations.cuda import RouterGemmArgs
+
+EMULATION = Path(__file__).parent / "emulation"
+PLAIN_LAUNCH = re.compile(r"(\w+<\w+>)<<<(\w+), (\w+), 0, stream>>>\((\w+)\);")
+FLAGS = ("-std=c++20", "-O2", "-w", "-fPIC", "-pthread", "-include", "cuda_runtime.h")  # nvcc includes that by itself
+WORKSPACE_BYTES = 16 << 20
+
+# tokens, hidden, experts: whole and partial tiles, units and slices; rings that go round; several passes of one block.
+PROBLEMS = (
+    (1, 8, 1), (2, 4104, 9), (3, 720, 5), (8, 2880, 33), (17, 2824, 18), (70, 2824, 41), (129, 1000, 33),
+    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2),
+)  # fmt: skip
+
+# What to break: file, old, new, and a problem that shows it.
+FAULTS = {
+    "waits on the first stage's barrier": (
+        "sm90_router_gemm_many_tokens.cu",
+        "barrier_wait(shared_address(&shared.filled[stage]), i / M::kRingStages);",
+        "barrier_wait(shared_address(&shared.filled[stage_of(ring, 0)]), 0);",
+        (70, 2880, 41),
+    ),
+    "multiplies before the copies have come": (
+        "sm90_router_gemm_one_token.cu",
+        "wait_chunks<0>();",
+        "wait_chunks<1>();",
+        (2, 4104, 9),
+    ),
+    "adds groups in another order": (
+        "sm90_router_gemm_few_tokens.cu",
+        "cluster_sum.push(rank, quad, groups[0] + groups[1]);",
+        "cluster_sum.push((rank + 1) % kCluster, quad, groups[0] + groups[1]);",
+        (17, 2880, 18),
+    ),
+    "drops the last partial unit": (
+        "sm90_router_gemm_few_tokens.cu",
+        "const int units = units_of(p.hidden)",
+        "const int units = p.hidden / kUnit",
+        (17, 2824, 18),
+    ),
+    "a barrier that one warp does not reach": (
+        "sm90_router_gemm_few_tokens.cu",
+        "  __syncthreads();  // every slice sum",
+        "  if (warp > 0) __syncthreads();  // every slice sum",
+        (17, 2880, 18),
+    ),
+}
+
+
+class Sources:
+    """The kernels' sources beside the emulation, compiled to objects that faulty copies can be linked with."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for path in build.source_files():
+            if path.name not in ("ffi.cc", "bench.cu"):
+                text = PLAIN_LAUNCH.sub(r"emulation::launch_plain(\2, \3, [=] { \1(\4); });", path.read_text())
+                (folder / path.name).write_text(text)
+        for path in EMULATION.iterdir():
+            shutil.copy(path, folder)
+        self.units = [*sorted(folder.glob("*.cu")), folder / "launch.cc"]
+        with ThreadPoolExecutor(2) as pool:
+            self.objects = dict(zip(self.units, pool.map(self.compile, self.units), strict=True))
+
+    def compile(self, unit: Path) -> Path:
+        made = unit.with_suffix(".o")
+        self._run(*FLAGS, "-I", str(self.folder), "-x", "c++", "-c", str(unit), "-o", str(made))
+        return made
+
+    def library(self, name: str, **replaced: Path) -> Path:
+        objects = [str(replaced.get(unit.stem, made)) for unit, made in self.objects.items()]
+        self._run("-shared", "-pthread", *objects, "-o", str(self.folder / name))
+        return self.folder / name
+
+    def faulty(self, file: str, old: str, new: str) -> Path:
+        text = (self.folder / file).read_text()
+        assert text.count(old) == 1, f"the fault no longer applies to {file}"
+        unit = self.folder / f"faulty_{file}"
+        unit.write_text(text.replace(old, new))
+        return self.library("faulty.so", **{Path(file).stem: self.compile(unit)})
+
+    def _run(self, *arguments: str) -> None:
+        done = subprocess.run([str(shutil.which("g++")), *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> Sources:
+    if shutil.which("g++") is None:
+        pytest.skip("the emulation needs g++")
+    return Sources(tmp_path_factory.mktemp("emulation"))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins at a multiple of 16 bytes, as JAX's buffers do."""
+    buffer = np.zeros(array.nbytes + 16, np.uint8)
+    start = -buffer.ctypes.data % 16
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def call(library: ctypes.CDLL, x, weight, bias, out_dtype, config: int | None) -> np.ndarray | None:
+    """Logits by one configuration, by the naive kernel for None; None if it does not take the problem."""
+    out = aligned(np.full((len(x), len(weight)), np.nan, out_dtype))
+    workspace = aligned(np.full(WORKSPACE_BYTES // 4, np.nan, np.float32))
+    bias_dtype = None if bias is None else bias.dtype.name
+    problem = Problem(*x.shape, len(weight), x.dtype.name, None, bias_dtype, out.dtype.name)
+    arguments = RouterGemmArgs.of(
+        problem,
+        x=x.ctypes.data,
+        weight=weight.ctypes.data,
+        bias=None if bias is None else bias.ctypes.data,
+        out=out.ctypes.data,
+        workspace=workspace.ctypes.data,
+        workspace_bytes=WORKSPACE_BYTES,
+        config=-1 if config is None else config,
+    )
+    if config is not None and config >= 0 and not library.jr_router_gemm_config_fits(config, ctypes.byref(arguments)):
+        return None
+    function = library.jr_router_gemm_naive if config is None else library.jr_router_gemm
+    message = ctypes.create_string_buffer(512)
+    status = function(ctypes.byref(arguments), None, message, ctypes.c_size_t(len(message)))
+    assert status == 0, message.value.decode()
+    return out
+
+
+def examine(path: str, tokens: int, hidden: int, experts: int) -> dict[str, str]:
+    """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
+    library = ctypes.CDLL(path)
+    library.jr_router_gemm_config_name.restype = ctypes.c_char_p
+    dtype = (ml_dtypes.bfloat16, np.float16)[experts % 2]
+    kinds = ((np.float32, np.float32), (np.float32, dtype), (np.float32, None), (dtype, np.float32))
+    out_dtype, bias_dtype = kinds[tokens % 4]
+    random = np.random.default_rng(0)
+    x, weight = (aligned(random.standard_normal((rows, hidden)).astype(dtype)) for rows in (tokens, experts))
+    bias = None if bias_dtype is None else aligned(random.standard_normal(experts).astype(bias_dtype))
+    naive = call(library, x, weight, bias, out_dtype, None)
+    truth = x.astype(np.float64) @ weight.astype(np.float64).T + (0 if bias is None else bias.astype(np.float64))
+    # Each operation of the tree rounds once, here also those of the tensor core; then one rounding to out_dtype.
+    magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T + 4
+    tree = parity.slice_tree(hidden)
+    bound = (tree.rounded + tree.truncated) * 2.0**-24 * magnitude
+    bound += np.abs(truth) * float(ml_dtypes.finfo(out_dtype).eps) / 2
+    found = {"naive": "" if np.all(np.abs(naive.astype(np.float64) - truth) <= bound) else "wrong logits"}
+    for config in range(library.jr_router_gemm_num_configs()):
+        logits = call(library, x, weight, bias, out_dtype, config)
+        if logits is not None:
+            found[library.jr_router_gemm_config_name(config).decode()] = (
+                "" if logits.tobytes() == naive.tobytes() else "other bits than the naive kernel"
+            )
+    alone = [call(library, x[row : row + 1], weight, bias, out_dtype, -1) for row in {0, tokens - 1}]
+    same = all(
+        logits.tobytes() == naive[row : row + 1].tobytes() for row, logits in zip({0, tokens - 1}, alone, strict=True)
+    )
+    return found | {"a row alone": "" if same else "other bits than in the batch"}
+
+
+def in_a_process(library: Path, problem: tuple[int, int, int]) -> tuple[dict[str, str], str]:
+    """What `examine` finds, and what the emulation says if it ends the process."""
+    command = [sys.executable, __file__, str(library), *map(str, problem)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return (json.loads(done.stdout) if done.returncode == 0 else {}), done.stderr[-2000:]
+
+
+def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None:
+    library = sources.library("kernels.so")
+    examined = set()
+    for problem in PROBLEMS:
+        found, said = in_a_process(library, problem)
+        assert found, f"{problem}: {said}"
+        assert not any(found.values()), f"{problem}: {found}"
+        examined |= {name for name in found if "_" in name}
+    assert len(examined) == ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
+
+
+def test_broken_kernels_are_seen(sources) -> None:
+    for fault, (file, old, new, problem) in FAULTS.items():
+        found, said = in_a_process(sources.faulty(file, old, new), problem)
+        assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(examine(sys.argv[1], *map(int, sys.argv[2:]))))
