@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def router_gemm(
         return jnp.zeros((*leading, experts), out_dtype)
     named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     operands = x.reshape(tokens, hidden), weight, bias
-    operation = _operation(_decide(*operands, _Request(named, _device(x, weight), out_dtype)))
+    operation = _operation(_decide(*operands, _Request.now(named, _device(x, weight), out_dtype)))
     return operation(*operands).reshape(*leading, experts)
 
 
@@ -82,6 +83,12 @@ class _Request:
     implementation: str | tuple[str, ...] | None
     device: dispatch.Device
     out_dtype: str
+    environment: tuple[str | None, ...]  # the dispatcher's variables: with others, what was traced is traced again
+
+    @classmethod
+    def now(cls, implementation: str | tuple[str, ...] | None, device: dispatch.Device, out_dtype: str) -> _Request:
+        variables = (dispatch.PREFER_VARIABLE, dispatch.DISABLE_VARIABLE)
+        return cls(implementation, device, out_dtype, tuple(map(os.environ.get, variables)))
 
 
 @dataclass(frozen=True)
@@ -119,11 +126,12 @@ def _with_types(kernel: Operation) -> Operation:
     def typed(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
         of_x, of_weight = jax.typeof(x), jax.typeof(weight)
         mesh = of_x.sharding.mesh
-        if not mesh.empty and mesh.are_all_axes_explicit:
+        run = kernel
+        if not mesh.empty and mesh.explicit_axes:
             spec = jax.sharding.PartitionSpec(of_x.sharding.spec[0], of_weight.sharding.spec[0])
             sharding = jax.sharding.NamedSharding(mesh, spec)
-            return jax.sharding.auto_axes(kernel, out_sharding=sharding)(x, weight, bias)
-        logits = kernel(x, weight, bias)
+            run = jax.sharding.auto_axes(kernel, axes=mesh.explicit_axes, out_sharding=sharding)
+        logits = run(x, weight, bias)
         varying = of_x.manual_axis_type.varying | of_weight.manual_axis_type.varying
         missing = tuple(varying - jax.typeof(logits).manual_axis_type.varying)
         return jax.lax.pcast(logits, missing, to="varying") if missing else logits

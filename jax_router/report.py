@@ -38,7 +38,7 @@ def report(
     try:
         source = rows or only_rows_file(results)
         if (results == RECORD or readme == README) and not any(
-            row["provenance"].get("gpu") for row in read_rows(source)
+            row["provenance"].get("gpu") for row in comparable(read_rows(source))[0]
         ):
             raise ValueError(
                 f"rows file {source} was measured without a GPU. Expected a GPU, as for {RECORD} and {README}. The "

@@ -169,10 +169,10 @@ def _write_results(console: Console, rows: Sequence[Row], path: Path, write_tabl
 
     paths: list[Path] = []
     try:
-        if any("samples_us" in row for row in rows):
-            paths += [plot for pair in write_plots(rows, path.parent, path.stem).values() for plot in pair]
         if write_table:
             paths.append(sweep_table.write_table(rows))
+        if any("samples_us" in row for row in rows):
+            paths += [plot for pair in write_plots(rows, path.parent, path.stem).values() for plot in pair]
     except (OSError, ImportError, ValueError) as error:
         console.print(
             f"not everything could be written: {error}. The rows are complete; mend that and go on with --resume.",

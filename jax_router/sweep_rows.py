@@ -28,8 +28,8 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def identity(provenance: Row) -> tuple[Any, ...]:
-    """Rows are comparable when they have the same sources, the same GPU and driver, and the same jax and torch."""
-    return tuple(provenance.get(name) for name in ("source_hash", "gpu", "driver", "jax", "jaxlib", "torch"))
+    """Rows are comparable when they have the same sources, GPU, driver, nvcc, jax and torch."""
+    return tuple(provenance.get(name) for name in ("source_hash", "gpu", "driver", "nvcc", "jax", "jaxlib", "torch"))
 
 
 class RowsWriter:

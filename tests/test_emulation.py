@@ -2,7 +2,8 @@
 
 tests/emulation puts CUDA's runtime and the two headers with PTX on fibers; everything else is compiled from csrc. That
 shows wrong indices, barriers, phases and sizes, and reads before the copies have come. It cannot show what depends on
-memory order or on time: for that there is the GPU.
+memory order or on time (order within a warp, wgmma in flight, proxy fences, launch overlap), nor accesses outside
+global memory: for that there is the GPU.
 """
 
 from __future__ import annotations

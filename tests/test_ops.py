@@ -279,7 +279,7 @@ def test_inf_and_nan_stay_in_their_rows() -> None:
 def test_a_repeated_call_does_not_trace_again() -> None:
     operands = arrays(3)
     jr.router_gemm(*operands)
-    request = ops._Request(None, dispatch.Device.default(), "float32")
+    request = ops._Request.now(None, dispatch.Device.default(), "float32")
     function = ops._operation(ops._decide(*operands, request))
     before = function._cache_size()
     assert before > 0
@@ -362,6 +362,18 @@ def test_vmap_decides_for_all_tokens_together(kernel, examples, tokens, folded) 
     assert chosen(jax.grad(lambda *a: jax.vmap(jr.router_gemm, (0, None))(*a).sum()), x) == "xla"  # needs no logits
 
 
+def test_a_kill_switch_reaches_a_call_under_vmap_that_was_traced_before(kernel, monkeypatch) -> None:
+    x, weight, _ = arrays(64, 1, hidden=8, x=BF16, weight=BF16)
+
+    def lowered() -> str:
+        vmapped = jax.vmap(lambda *a: jr.router_gemm(*a), (0, None))
+        return jax.jit(lambda *a: vmapped(*a)).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "cosine" in lowered()
+    monkeypatch.setenv(dispatch.DISABLE_VARIABLE, "cuda")
+    assert "cosine" not in lowered()
+
+
 def test_vmap_refuses_more_tokens_than_a_named_kernel_takes(kernel, monkeypatch) -> None:
     monkeypatch.setattr(implementations.load("cuda"), "MAX_TOKENS", 8)
     x, weight, _ = arrays(3, 3, hidden=8, x=BF16, weight=BF16)
@@ -377,8 +389,10 @@ def test_an_open_number_of_tokens_is_exported_with_xla(kernel) -> None:
         function = jax.jit(functools.partial(jr.router_gemm, implementation=name))
         export = jax.export.export(function, platforms=("cpu", "cuda"))
         exported = export(jax.ShapeDtypeStruct((tokens, 8), BF16), *others)
-        for some in (x, x[:1]):
-            np.testing.assert_array_equal(exported.call(some, *others), function(some, *others))
+        with jax.default_device(jax.devices("cpu")[0]):  # on a GPU the function takes the kernel
+            cpu = [jax.device_put(operand, jax.devices("cpu")[0]) for operand in (x, *others)]
+            for some in (cpu[0], cpu[0][:1]):
+                np.testing.assert_array_equal(exported.call(some, *cpu[1:]), function(some, *cpu[1:]))
     named = jax.jit(functools.partial(jr.router_gemm, implementation="cuda"))
     with pytest.raises(NotImplementedError, match="needs a fixed number of tokens, it is the symbolic tokens"):
         jax.export.export(named, platforms=("cuda",))(jax.ShapeDtypeStruct((tokens, 8), BF16), *others)

@@ -29,7 +29,7 @@ extern thread_local uint8_t shared[], dynamic_shared[];
 inline uint32_t shared_address(const void* pointer) {
   for (uint8_t* base : {shared, dynamic_shared}) {
     const ptrdiff_t offset = static_cast<const uint8_t*>(pointer) - base;
-    if (offset < 0 || size_t(offset) > emulation::kSharedBytes) continue;
+    if (offset < 0 || size_t(offset) >= emulation::kSharedBytes) continue;
     block->shared = base;
     return uint32_t(offset) | uint32_t(block->rank) << kRankShift;
   }
