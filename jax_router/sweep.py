@@ -74,7 +74,6 @@ def run(
     import jax
 
     from jax_router import provenance as provenance_module
-    from jax_router.implementations.pallas import FIRST_JAX
 
     device = jax.local_devices()[0]
     gpu = device.platform == "gpu"
@@ -108,9 +107,8 @@ def run(
         soft_wrap=True,
     )
     if not gpu:
-        interpreted = any(point.candidate == "pallas" for point in points) and jax.__version_info__ >= FIRST_JAX
-        pallas = ", and interpreted pallas on tiny shapes" if interpreted else ""
-        console.print(f"No GPU: running xla{pallas}. These times say nothing about a GPU.")
+        console.print("No GPU: running xla, and interpreted pallas on tiny shapes where jax has its interpreter.")
+        console.print("These times say nothing about a GPU.")
     elif torch is None:
         console.print("PyTorch does not have the GPU here: cuBLAS is not measured.")
     if resume is not None:

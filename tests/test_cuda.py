@@ -32,7 +32,7 @@ class FakeLibrary:
 
 
 def test_library_with_other_ffi_headers_is_not_registered(fresh_cuda, monkeypatch):
-    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(version=99))
+    monkeypatch.setattr(cuda, "shared_library", lambda: FakeLibrary(version=99))
     monkeypatch.setattr(jax, "local_devices", lambda backend: ["a GPU"])
     assert "built for FFI version 0.99 and this jaxlib has 0." in cuda.unavailable()
     assert fresh_cuda == []
@@ -42,14 +42,14 @@ def test_nothing_is_registered_without_a_cuda_backend(fresh_cuda, monkeypatch):
     def no_backend(backend):
         raise RuntimeError(f"Unknown backend: {backend}")
 
-    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(build.ffi_version()))
+    monkeypatch.setattr(cuda, "shared_library", lambda: FakeLibrary(build.ffi_version()))
     monkeypatch.setattr(jax, "local_devices", no_backend)
     assert "Unknown backend: cuda" in cuda.unavailable()
     assert fresh_cuda == []
 
 
 def test_custom_call_is_registered_once(fresh_cuda, monkeypatch):
-    monkeypatch.setattr(cuda, "library", lambda: FakeLibrary(build.ffi_version()))
+    monkeypatch.setattr(cuda, "shared_library", lambda: FakeLibrary(build.ffi_version()))
     monkeypatch.setattr(jax, "local_devices", lambda backend: ["a GPU"])
     assert cuda.unavailable() is None
     assert cuda.unavailable() is None
@@ -107,7 +107,7 @@ def test_unsupported_problem_or_device_is_refused_with_the_reason(change, device
 
 
 def test_lowering_for_cuda_needs_no_library(monkeypatch):
-    monkeypatch.setattr(cuda, "library", lambda: pytest.fail("lowering asked for the library"))
+    monkeypatch.setattr(cuda, "shared_library", lambda: pytest.fail("lowering asked for the library"))
     x, weight, bias = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 2880), (128, 2880), (128,)))
     for operands in ((x, weight), (x, weight, bias)):
 

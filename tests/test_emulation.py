@@ -91,7 +91,7 @@ class Sources:
         self._run(*FLAGS, "-I", str(self.folder), "-x", "c++", "-c", str(unit), "-o", str(made))
         return made
 
-    def library(self, name: str, **replaced: Path) -> Path:
+    def link(self, name: str, **replaced: Path) -> Path:
         objects = [str(replaced.get(unit.stem, made)) for unit, made in self.objects.items()]
         self._run("-shared", "-pthread", *objects, "-o", str(self.folder / name))
         return self.folder / name
@@ -101,7 +101,7 @@ class Sources:
         assert text.count(old) == 1, f"the fault no longer applies to {file}"
         unit = self.folder / f"faulty_{file}"
         unit.write_text(text.replace(old, new))
-        return self.library("faulty.so", **{Path(file).stem: self.compile(unit)})
+        return self.link("faulty.so", **{Path(file).stem: self.compile(unit)})
 
     def _run(self, *arguments: str) -> None:
         done = subprocess.run([str(shutil.which("g++")), *arguments], capture_output=True, text=True, check=False)
@@ -188,7 +188,7 @@ def in_a_process(library: Path, problem: tuple[int, int, int]) -> tuple[dict[str
 
 
 def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None:
-    library = sources.library("kernels.so")
+    library = sources.link("kernels.so")
     examined = set()
     for problem in PROBLEMS:
         found, said = in_a_process(library, problem)

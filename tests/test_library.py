@@ -50,7 +50,7 @@ def test_library_exports_the_c_interface_and_nothing_else(real_build):
 def library(real_build, monkeypatch):
     monkeypatch.setenv("JAX_ROUTER_LIBRARY", str(real_build))
     monkeypatch.setattr(cuda, "_library", None)
-    return cuda.library()
+    return cuda.shared_library()
 
 
 def config_names(library) -> list[str]:

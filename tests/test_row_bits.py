@@ -118,7 +118,7 @@ def test_row_bits_of_pallas_do_not_depend_on_the_batch(shape: tuple) -> None:
 @pytest.mark.gpu
 def test_every_configuration_gives_the_bits_of_the_naive_kernel() -> None:
     assert cuda.unavailable() is None
-    library = cuda.library()
+    library = cuda.shared_library()
     names = [
         library.jr_router_gemm_config_name(config).decode() for config in range(library.jr_router_gemm_num_configs())
     ]
@@ -145,9 +145,9 @@ def test_configurations_have_the_same_bits_through_the_custom_call(shape: tuple)
     problem = dispatch.Problem(65, hidden, experts, dtype, None, bias_dtype, out_dtype)
     operands = tuple(map(jax.device_put, arrays(65, hidden, experts, dtype, bias_dtype)))
     expected = launch("jr_router_gemm_naive", problem, operands)
-    for config in (None, *range(cuda.library().jr_router_gemm_num_configs())):
+    for config in (None, *range(cuda.shared_library().jr_router_gemm_num_configs())):
         args = launch_args(problem, operands, config)
-        if config is None or cuda.library().jr_router_gemm_config_fits(config, ctypes.byref(args)):
+        if config is None or cuda.shared_library().jr_router_gemm_config_fits(config, ctypes.byref(args)):
             compute = jax.jit(functools.partial(cuda.router_gemm, out_dtype=dtype_of(out_dtype), config=config))
             assert parity.differing_rows(np.asarray(compute(*operands)), expected).size == 0, config
 

@@ -136,7 +136,7 @@ def unavailable() -> str | None:
     with _lock:
         if not _asked:
             try:
-                _register(library())
+                _register(shared_library())
                 _unavailable = None
             except Exception as error:  # whatever it is, the library goes on without this implementation
                 _unavailable = f"could not be built or loaded: {error}"
@@ -144,7 +144,7 @@ def unavailable() -> str | None:
         return _unavailable
 
 
-def library() -> ctypes.CDLL:
+def shared_library() -> ctypes.CDLL:
     """The compiled library with its C interface declared (csrc/router_gemm.h), for timing and tests. Loaded once.
 
     Raises:
@@ -167,7 +167,7 @@ def call(name: str, *arguments: object) -> None:
       RuntimeError: a CUDA call failed, or the library could not be built.
     """
     message = ctypes.create_string_buffer(512)
-    status = getattr(library(), name)(*arguments, message, len(message))
+    status = getattr(shared_library(), name)(*arguments, message, len(message))
     if status != 0:
         text = f"{name}: {message.value.decode(errors='replace')}"
         raise NotImplementedError(text) if status == 1 else RuntimeError(text)

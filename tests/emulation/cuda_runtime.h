@@ -24,8 +24,7 @@
 #include <type_traits>
 #include <vector>
 
-// ---- The language
-// ----------------------------------------------------------------------------------------------------
+// ---- The language --------------------------------------------------------------------------------------------------
 
 #define __host__
 #define __device__
@@ -89,8 +88,7 @@ inline __half __float2half_rn(float v) {
   return result;
 }
 
-// ---- Blocks and fibers
-// -------------------------------------------------------------------------------------------------
+// ---- Blocks and fibers ---------------------------------------------------------------------------------------------
 
 namespace emulation {
 
@@ -285,8 +283,7 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, int(emulation::lane()) ^ bits);
 }
-// ---- The runtime, for the launcher
-// -------------------------------------------------------------------------------------
+// ---- The runtime, for the launcher ---------------------------------------------------------------------------------
 
 using cudaError_t = int;
 using cudaStream_t = void*;

@@ -19,8 +19,7 @@ inline void grid_dependency_wait() {}
 inline int uniform_warp() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
-// ---- Shared memory: offset, and the block's rank in the bits above
-// -----------------------------------------------------
+// ---- Shared memory: offset, and the block's rank in the bits above -------------------------------------------------
 
 constexpr int kRankShift = 24;
 
@@ -55,8 +54,7 @@ inline uint32_t remote_address(uint32_t address, uint32_t rank) {
   return (address & ((1u << kRankShift) - 1)) | rank << kRankShift;
 }
 
-// ---- Barriers in shared memory
-// -----------------------------------------------------------------------------------------
+// ---- Barriers in shared memory -------------------------------------------------------------------------------------
 
 template <typename Change>
 inline void change_barrier(uint32_t address, const Change& change) {
@@ -116,8 +114,7 @@ inline emulation::Barrier& named(int index, int threads) {
 inline void named_barrier(int index, int threads) { emulation::meet(named(index, threads)); }
 inline void named_barrier_arrive(int index, int threads) { named(index, threads).arrive(); }
 
-// ---- Loads and copies
-// --------------------------------------------------------------------------------------------------
+// ---- Loads and copies ----------------------------------------------------------------------------------------------
 
 inline void copy_chunk(uint32_t destination, const void* source, bool exists) {
   if (destination % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async is not aligned");
@@ -154,8 +151,7 @@ inline void copy_box(uint32_t destination, const CUtensorMap& map, int element, 
   });
 }
 
-// ---- Tensor cores: exact sums of 16 products, rounded once
-// -------------------------------------------------------------
+// ---- Tensor cores: exact sums of 16 products, rounded once ---------------------------------------------------------
 
 inline void load_matrices(uint32_t (&d)[4], uint32_t row_address) {
   emulation::exchange(&row_address, 4, [&](const auto& rows) {
