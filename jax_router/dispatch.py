@@ -43,7 +43,7 @@ class Problem:
     @property
     def symbolic(self) -> bool:
         """Whether the number of tokens is open: a dimension variable of `jax.export`."""
-        return not isinstance(self.tokens, int)
+        return not isinstance(self.tokens, int | np.integer)
 
 
 @dataclass(frozen=True)

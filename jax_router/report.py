@@ -37,7 +37,7 @@ def report(
     console = Console()
     try:
         source = rows or only_rows_file(results)
-        if (results == RECORD or readme == README) and not any(
+        if (results.resolve() == RECORD.resolve() or readme.resolve() == README.resolve()) and not any(
             row["provenance"].get("gpu") for row in comparable(read_rows(source))[0]
         ):
             raise ValueError(

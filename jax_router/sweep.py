@@ -133,6 +133,7 @@ def run(
         ) from error
     try:
         runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
+        return _finish(console, runner, path, gpu, write_table)
     except (KeyboardInterrupt, DeviceLost) as stop:
         lost = isinstance(stop, DeviceLost)
         console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
@@ -142,6 +143,15 @@ def run(
     finally:
         writer.close()
 
+
+def _own_command() -> list[str]:
+    """How this process was called, up to its options."""
+    command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
+
+
+def _finish(console: Console, runner: Any, path: Path, gpu: bool, write_table: bool) -> int:
+    """Print the summary and write plots and table; returns the exit status."""
     rows, _ = comparable(read_rows(path))
     _print_summary(console, rows, gpu)
     for place, reason in runner.skipped.items():
@@ -152,12 +162,6 @@ def run(
     written = _write_results(console, rows, path, write_table)
     console.print(f"{runner.written} rows written, {len(runner.failed)} failed, in {path}", soft_wrap=True)
     return FAILED if runner.failed or not written else 0
-
-
-def _own_command() -> list[str]:
-    """How this process was called, up to its options."""
-    command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
 
 
 def _write_results(console: Console, rows: Sequence[Row], path: Path, write_table: bool) -> bool:

@@ -79,6 +79,8 @@ def test_an_open_number_of_tokens_is_left_to_xla() -> None:
     choice = choose(problem, H200, environment={}, table=tables.Table.parse(DOCUMENT))
     assert choice.implementation == "xla"
     assert dict(choice.rejected)["cuda"] == "needs a fixed number of tokens, it is the symbolic tokens"
+    problem = dataclasses.replace(PROBLEM, tokens=np.int64(8))
+    assert choose(problem, H200, environment={}).implementation == choose(PROBLEM, H200, environment={}).implementation
 
 
 def test_the_table_beats_the_heuristic() -> None:

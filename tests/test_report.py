@@ -126,7 +126,7 @@ def test_rows_of_a_machine_without_a_gpu_do_not_replace_the_record(tmp_path: Pat
     readme = readme_with(tmp_path / "README.md", "provenance")
     before = readme.read_text()
     monkeypatch.chdir(tmp_path)
-    for options in ([], ["--results", "elsewhere"]):
+    for options in ([], ["--results", "elsewhere"], ["--results", "elsewhere", "--readme", str(readme)]):
         result = CliRunner().invoke(cli.application(), ["report", str(source), *options])
         assert result.exit_code == 2
         assert "measured without a GPU" in " ".join(result.output.split())

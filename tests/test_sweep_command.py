@@ -187,3 +187,15 @@ def test_what_cannot_be_written_loses_no_row_and_no_summary(tmp_path: Path, monk
     assert "OLMoE-1B-7B" in flat
     (path,) = tmp_path.iterdir()
     assert len(read_rows(path)) > 2
+
+
+def test_ctrl_c_while_the_plots_are_drawn_is_an_interruption_too(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report_plots, "write_plots", interrupted)
+    result = small_sweep(tmp_path, "--implementation", "xla")
+    assert result.exit_code == 130
+    (path,) = tmp_path.iterdir()
+    assert f"--resume {path}" in " ".join(result.output.split())
+    assert len(read_rows(path)) > 2
