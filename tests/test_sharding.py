@@ -57,9 +57,9 @@ def test_sharded_logits_and_gradients_are_those_of_one_device(axis_type, how) ->
 NAMES = (None, "cuda", "pallas") if jax.__version_info__ >= pallas.FIRST_JAX else (None, "cuda")
 
 
-def on_a_mesh_of_one(device: jax.Device, axis_type: AxisType, how: str, implementation: str | None):
+def on_a_mesh_of_one(device: jax.Device, axis_types: tuple[AxisType, AxisType], how: str, implementation: str | None):
     """`router_gemm` and its gradients, operands on a mesh of one device, and the mesh."""
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,), devices=[device])
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=axis_types, devices=[device])
     keys, shapes = jax.random.split(jax.random.key(0), 3), ((8, 64), (4, 64), (4,))
     operands = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
     specs = (P("data"), P(), P())
@@ -73,7 +73,8 @@ def on_a_mesh_of_one(device: jax.Device, axis_type: AxisType, how: str, implemen
     return lambda *operands: (sharded(*operands), *gradients(*operands)), router, operands, placed, mesh
 
 
-meshes = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+meshes = pytest.mark.parametrize("axis_types", [(AUTO, AUTO), (EXPLICIT, EXPLICIT), (EXPLICIT, AUTO)], ids=str)
 ways = pytest.mark.parametrize("how", ["jit", "shard_map"])
 names = pytest.mark.parametrize("implementation", NAMES)
 
@@ -81,10 +82,10 @@ names = pytest.mark.parametrize("implementation", NAMES)
 @meshes
 @ways
 @names
-def test_kernels_lower_on_a_mesh(axis_type, how, implementation, monkeypatch) -> None:
+def test_kernels_lower_on_a_mesh(axis_types, how, implementation, monkeypatch) -> None:
     monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    function, _, _, placed, mesh = on_a_mesh_of_one(jax.devices("cpu")[0], axis_type, how, implementation)
+    function, _, _, placed, mesh = on_a_mesh_of_one(jax.devices("cpu")[0], axis_types, how, implementation)
     with jax.set_mesh(mesh):
         lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" if implementation == "pallas" else cuda.TARGET) in lowered
@@ -94,8 +95,8 @@ def test_kernels_lower_on_a_mesh(axis_type, how, implementation, monkeypatch) ->
 @meshes
 @ways
 @names
-def test_kernels_give_the_same_bits_on_a_mesh(gpu, axis_type, how, implementation) -> None:
-    function, router, operands, placed, mesh = on_a_mesh_of_one(gpu, axis_type, how, implementation)
+def test_kernels_give_the_same_bits_on_a_mesh(gpu, axis_types, how, implementation) -> None:
+    function, router, operands, placed, mesh = on_a_mesh_of_one(gpu, axis_types, how, implementation)
     expected = router(*operands)
     with jax.set_mesh(mesh):
         logits, *_ = jax.jit(function)(*placed)
