@@ -5,8 +5,8 @@
 //   operands   x [T, H], weight [E, H] and, if there is one, bias [E]
 //   results    out [T, E] and, if there is one, a workspace of any dtype and shape: scratch, its contents mean nothing
 //   attribute  config (int32), -1: the launcher picks
-// The handler is command-buffer compatible: XLA calls it once to record a CUDA graph and may replay that graph for ever.
-// So it launches on the stream it is given and does nothing else: no allocation, no synchronisation, no state.
+// The handler is command-buffer compatible: XLA calls it once to record a CUDA graph and may replay that graph for
+// ever. So it launches on the stream it is given and does nothing else: no allocation, no synchronisation, no state.
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -21,10 +21,14 @@ namespace ffi = xla::ffi;
 
 int32_t dtype_of(const ffi::AnyBuffer& array) {
   switch (array.element_type()) {
-    case ffi::DataType::BF16: return JR_BFLOAT16;
-    case ffi::DataType::F16: return JR_FLOAT16;
-    case ffi::DataType::F32: return JR_FLOAT32;
-    default: return JR_NONE;
+    case ffi::DataType::BF16:
+      return JR_BFLOAT16;
+    case ffi::DataType::F16:
+      return JR_FLOAT16;
+    case ffi::DataType::F32:
+      return JR_FLOAT32;
+    default:
+      return JR_NONE;
   }
 }
 
@@ -32,10 +36,17 @@ int32_t dtype_of(const ffi::AnyBuffer& array) {
 std::string describe(const ffi::AnyBuffer& array) {
   std::ostringstream text;
   switch (dtype_of(array)) {
-    case JR_BFLOAT16: text << "bf16"; break;
-    case JR_FLOAT16: text << "f16"; break;
-    case JR_FLOAT32: text << "f32"; break;
-    default: text << "dtype" << static_cast<int>(array.element_type());
+    case JR_BFLOAT16:
+      text << "bf16";
+      break;
+    case JR_FLOAT16:
+      text << "f16";
+      break;
+    case JR_FLOAT32:
+      text << "f32";
+      break;
+    default:
+      text << "dtype" << static_cast<int>(array.element_type());
   }
   const char* separator = "[";
   for (const int64_t size : array.dimensions()) {

@@ -129,7 +129,7 @@ struct Launch {
     shape.dynamicSmemBytes = size_t(shared_bytes);
     shape.stream = stream;
     shape.attrs = attributes;
-    shape.numAttrs = 2;
+    shape.numAttrs = cluster > 1 ? 2 : 1;  // a cluster of one is launched as a cluster too
   }
   Launch(const Launch&) = delete;
 };

@@ -19,12 +19,18 @@ struct ClusterSum {
   static constexpr int kQuads = kBlockTokens / kTileTokens * kTilesPerRow * 32;
   static constexpr int kOwnedQuads = kQuads / kCluster;
   static constexpr bool kPushed = kQuads <= 512;
-  static constexpr int kReceivedBytes = (kPushed ? kCluster : kCluster - 1) * kOwnedQuads * 16;  // send skips its own
+  static constexpr int kReceived = kPushed ? kCluster : kCluster - 1;  // send skips its own
+  static constexpr int kReceivedBytes = kReceived * kOwnedQuads * 16;
   static_assert(kQuads % kCluster == 0, "every block of the cluster owns the same number of quads");
 
-  float4 received[kCluster][kOwnedQuads];
+  float4 received[kReceived > 0 ? kReceived : 1][kOwnedQuads];
   float bias[kBlockExperts];
   uint64_t barrier;
+
+  // Where in `received` an owner finds what block `sender` sent.
+  static __device__ __forceinline__ int slot_of(int sender, int owner) {
+    return kPushed || sender < owner ? sender : sender - 1;
+  }
 
   // Thread 0, before anything else and before a barrier_init_fence() of its own.
   __device__ __forceinline__ void init() { barrier_init(shared_address(&barrier), 1); }
@@ -63,24 +69,28 @@ struct ClusterSum {
   // barrier that follows the writers' fence_for_copies(). The block must not end before finish().
   __device__ __forceinline__ void send(int rank, const float4* sums) {
     static_assert(!kPushed, "small tiles use push");
-    const int owner = threadIdx.x;
-    if (owner >= kCluster || owner == rank) return;
-    copy_to_remote(remote_address(shared_address(received[rank]), owner), shared_address(sums + owner * kOwnedQuads),
-                   kOwnedQuads * 16, remote_address(shared_address(&barrier), owner));
+    if constexpr (kCluster > 1) {  // outside of a cluster even forming a remote address is an illegal instruction
+      const int owner = threadIdx.x;
+      if (owner >= kCluster || owner == rank) return;
+      copy_to_remote(remote_address(shared_address(received[slot_of(rank, owner)]), owner),
+                     shared_address(sums + owner * kOwnedQuads), kOwnedQuads * 16,
+                     remote_address(shared_address(&barrier), owner));
+    }
   }
 
   // Adds up the quads this block owns, in the order of the tree, and stores their logits. Threads [0, threads). `sums`
   // are what was sent; null where it was pushed.
-  __device__ __forceinline__ void store_owned(const Problem& p, int rank, int64_t block_token, int block_expert,
-                                              int threads, const float4* sums) {
-    for (int owned = threadIdx.x; owned < kOwnedQuads; owned += threads) {
-      const int quad = rank * kOwnedQuads + owned, tile = quad / 32, tile_expert = tile % kTilesPerRow * kTileExperts;
+  __device__ __forceinline__ void store_owned(const Problem& p, int rank, unsigned block_token, unsigned block_expert,
+                                              unsigned threads, const float4* sums) {
+    for (unsigned owned = threadIdx.x; owned < kOwnedQuads; owned += threads) {
+      const unsigned quad = rank * kOwnedQuads + owned, tile = quad / 32,
+                     tile_expert = tile % kTilesPerRow * kTileExperts;
       const QuadPlace place =
           place_quad(p, block_token + tile / kTilesPerRow * kTileTokens, block_expert + tile_expert, quad % 32,
                      *reinterpret_cast<const float2*>(&bias[tile_expert + quad % 4 * 2]));
-      if (owned == threadIdx.x) barrier_wait(shared_address(&barrier), 0);
+      if (owned == threadIdx.x) barrier_wait_for_cluster(shared_address(&barrier), 0);
       store_quad<Element>(p, place, tree_sum<kCluster>(0, [&](int sender) {
-                            return !kPushed && sender == rank ? sums[quad] : received[sender][owned];
+                            return !kPushed && sender == rank ? sums[quad] : received[slot_of(sender, rank)][owned];
                           }));
     }
   }

@@ -21,7 +21,15 @@ __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepco
 // ---- Warps ---------------------------------------------------------------------------------------------------------
 
 // This thread's warp in the block, in a form the compiler knows to be the same for all lanes.
-__device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xFFFFFFFFu, int(threadIdx.x) / 32, 0); }
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0); }
+
+// The same value in all lanes, in a form the compiler knows to be uniform and does not work out again.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+// The same value in every lane: worked out here, and not once it is needed.
+__device__ __forceinline__ uint32_t settled(uint32_t value) {
+  return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
+}
 
 // True in one lane of a converged warp. The compiler then issues copies without a loop over lanes.
 __device__ __forceinline__ bool elect_one() {
@@ -67,9 +75,25 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Waits until phase `phase` (0, 1, 2, ...) of `barrier` is complete, and sees every byte that completed it, from any
-// block of the cluster. The phase must be the current one or the one before it.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
+// Waits until phase `phase` (0, 1, 2, ...) of `barrier` is complete, and sees what this block and its copies did to
+// complete it. The phase must be the current one or the one before it.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase & 1)
+        : "memory");
+  } while (done == 0);
+}
+
+// The same, and sees what any block of the cluster did. Empties the multiprocessor's L1 cache.
+__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t phase) {
   uint32_t done;
   do {
     asm volatile(
@@ -126,16 +150,16 @@ __device__ __forceinline__ uint4 load_streamed(const void* pointer) {
   return v;
 }
 
-// Copies 16 bytes from L2 to shared memory, or writes zeros; a commit groups the copies of a thread so far.
-__device__ __forceinline__ void copy_chunk(uint32_t destination, const void* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(exists ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void commit_chunks() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for all but the last kPending commits of this thread.
-template <int kPending>
-__device__ __forceinline__ void wait_chunks() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// 16 bytes, or zeros. Not through the read-only path, as above.
+__device__ __forceinline__ uint4 load_16_bytes(const void* pointer, bool exists) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(pointer), "r"(int(exists))
+      : "memory");
+  return v;
 }
 
 // The copy engine's description of a matrix; a kernel parameter, so no predecessor writes it.

@@ -1,6 +1,6 @@
 // Router GEMM for many tokens: the same tree with wgmma. Blocks that share one output tile split K, as a cluster of 1
-// to 8 (sm90_cluster_sum.cuh) or 4 or 8 that leave their sums to a second launch (sm90_split_sum.cuh); inside a block
-// one warpgroup feeds the copy engine and two multiply, walking groups slice by slice and keeping running totals. With
+// to 8 (sm90_cluster_sum.cuh) or 4 that leave their sums to a second launch (sm90_split_sum.cuh); inside a block one
+// warpgroup feeds the copy engine and two multiply, walking groups slice by slice and keeping running totals. With
 // tiles of 128 tokens each of the two takes 64 tokens; with tiles of 64 each takes half of the block's K.
 //
 // What limits it: the bytes one multiprocessor can pull, so tiles are large, each byte of a tile is read once per
@@ -9,6 +9,8 @@
 // Work: grid.x = parts * token tiles, grid.y = expert tiles. Memory: x and weight through tensor maps
 // (sm90_tile.cuh). Shared memory: a ring of kStages x (tokens + experts) x 128 bytes, in two rings where the warpgroups
 // split K, reused for the block's sums; the cluster's exchange buffer; two barriers per stage.
+#include <stddef.h>
+
 #include <type_traits>
 
 #include "sm90_cluster_sum.cuh"
@@ -24,7 +26,7 @@ constexpr int kConsumers = 256;             // threads of the two warpgroups tha
 constexpr int kThreads = kConsumers + 128;  // and of the one that copies
 constexpr int kProducerWarp = kConsumers / 32;
 constexpr int kWarpgroupTokens = 64;
-constexpr int kConsumersMet = 1, kBarriersExist = 2;  // named barriers
+constexpr int kConsumersMet = 1, kFirstStages = 2, kOtherStages = 3;  // named barriers
 
 }  // namespace
 
@@ -33,11 +35,20 @@ template <typename Element, int kBlockTokens, int kBlockExperts, int kParts, boo
 struct ManyTokens {
   static constexpr int kRings = kBlockTokens == kWarpgroupTokens ? 2 : 1;  // warpgroups that split K
   static constexpr int kRingStages = kStages / kRings;
+  // Warps that copy. With tiles of 32 experts one is too slow for two rings. With larger ones the rings stay in step,
+  // and so do the blocks, which ask for the same bytes at the same time: the L2 serves that faster.
+  static constexpr int kCopiers = kBlockExperts <= 32 ? kRings : 1;
   static constexpr int kRingGroups = kGroups / kParts / kRings;
   static constexpr int kLevels = log2_of(kRingGroups);  // of the tree above the groups of a ring
-  static constexpr int kSums = kBlockExperts / 2;       // accumulators per thread
+  static constexpr int kXBytes = kBlockTokens * kRowBytes, kWeightBytes = kBlockExperts * kRowBytes;  // of a stage
+  static constexpr int kSums = kBlockExperts / 2;  // accumulators per thread
+  // Left halves of the top level wait in shared memory where registers hold no more than these.
+  static constexpr int kRegisterSums = 208;
+  static constexpr bool kParked = kSums * (2 + kLevels) > kRegisterSums;
+  static constexpr int kRegisterLevels = kLevels - kParked;
+  static_assert(kSums * (2 + kRegisterLevels) <= kRegisterSums, "one level is parked");
   // Small tiles leave room for two blocks on a multiprocessor: a second wave, or the launch after this one.
-  static constexpr int kResident = kSums <= 16 ? 2 : 1;
+  static constexpr int kResident = kSums <= 16 && kStages <= 8 ? 2 : 1;
   static constexpr int kConsumerRegisters = kResident == 2 ? 104 : 232, kProducerRegisters = kResident == 2 ? 32 : 40;
   static constexpr int kLaunchRegisters =
       kRegisters / kThreads / kResident / 8 * 8;  // per thread, until the roles part
@@ -51,34 +62,48 @@ struct ManyTokens {
   struct alignas(kSwizzleAlignment) Shared {
     union {
       struct {
-        uint8_t x[kStages][kBlockTokens * kRowBytes];
-        uint8_t weight[kStages][kBlockExperts * kRowBytes];
+        uint8_t x[kStages][kXBytes];
+        uint8_t weight[kStages][kWeightBytes];
       };
       float4 sums[Cluster::kQuads];  // of the block, once every unit has been multiplied
     };
+    std::conditional_t<kParked, float4[kSums / 4][kConsumers], Nothing> parked;
     std::conditional_t<kSplit, Nothing, Cluster> cluster_sum;
     uint64_t filled[kStages], emptied[kStages];
   };
 };
 
 // Leaves in `sum` the node of the binary tree over the 2^kLevel groups from `first` on. `levels` holds the left halves
-// while their right halves are computed; add_group(group) leaves one group's sum in `sum`. Loops, so that there is one
-// copy of the main loop, and branches that all threads take alike.
-template <int kLevel, int kLevels, int kSums, typename AddGroup>
-__device__ __forceinline__ void sum_node(float (&levels)[kLevels][kSums], float (&sum)[kSums], int first,
-                                         const AddGroup& add_group) {
+// while their right halves are computed, `parked` those of level kRegisterLevels; add_group(group) leaves one group's
+// sum in `sum`. Loops, so that there is one copy of the main loop, and branches that all threads take alike.
+template <int kLevel, int kRegisterLevels, int kSums, typename AddGroup>
+__device__ __forceinline__ void sum_node(float (&levels)[kRegisterLevels + 1][kSums], float (&sum)[kSums],
+                                         float4 (*parked)[kConsumers], int first, const AddGroup& add_group) {
   if constexpr (kLevel == 0) {
     add_group(first);
   } else {
+    float (&left)[kSums] = levels[kLevel - 1 < kRegisterLevels ? kLevel - 1 : kRegisterLevels];
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      sum_node<kLevel - 1>(levels, sum, first + half * (1 << (kLevel - 1)), add_group);
-      if (half == 0) {
+      sum_node<kLevel - 1, kRegisterLevels>(levels, sum, parked, first + half * (1 << (kLevel - 1)), add_group);
+      if constexpr (kLevel > kRegisterLevels) {
 #pragma unroll
-        for (int j = 0; j < kSums; ++j) levels[kLevel - 1][j] = sum[j];
+        for (int j = 0; j < kSums; j += 4) {
+          float4& mine = parked[j / 4][threadIdx.x];
+          const float4 right = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
+          if (half == 0) {
+            mine = right;
+          } else {
+            const float4 both = mine + right;
+            sum[j] = both.x, sum[j + 1] = both.y, sum[j + 2] = both.z, sum[j + 3] = both.w;
+          }
+        }
+      } else if (half == 0) {
+#pragma unroll
+        for (int j = 0; j < kSums; ++j) left[j] = sum[j];
       } else {
 #pragma unroll
-        for (int j = 0; j < kSums; ++j) sum[j] = levels[kLevel - 1][j] + sum[j];
+        for (int j = 0; j < kSums; ++j) sum[j] = left[j] + sum[j];
       }
     }
   }
@@ -90,42 +115,46 @@ __global__ void __launch_bounds__(
     sm90_router_gemm_many_tokens(const __grid_constant__ TiledProblem tiled) {
   using M = ManyTokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>;
   constexpr int kTilesPerRow = kBlockExperts / kTileExperts;
+  using Shared = typename M::Shared;
   extern __shared__ __align__(kSwizzleAlignment) uint8_t dynamic_shared[];
-  typename M::Shared& shared = *reinterpret_cast<typename M::Shared*>(dynamic_shared);
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
   const Problem& p = tiled.problem;
 
   const int lane = threadIdx.x % 32, warp = uniform_warp(), rank = blockIdx.x % kParts;
-  const int64_t block_token = int64_t(blockIdx.x / kParts) * kBlockTokens;
-  const int block_expert = blockIdx.y * kBlockExperts;
-  const int units = units_of(p.hidden);
+  const uint32_t base = uniform(shared_address(dynamic_shared));
+  const unsigned block_token = blockIdx.x / kParts * kBlockTokens;
+  const unsigned block_expert = blockIdx.y * kBlockExperts;
+  const unsigned units = units_of(p.hidden);
   // Groups of ring r are [ring_group(r), ring_group(r + 1)), its units [ring_unit(r), ring_unit(r + 1)). Unit i of a
   // ring goes to stage i % kRingStages of the ring.
   const auto ring_group = [&](int ring) { return (rank * M::kRings + ring) * M::kRingGroups; };
-  const auto ring_unit = [&](int ring) { return group_begin(units, ring_group(ring)); };
-  const auto stage_of = [&](int ring, int i) { return ring * M::kRingStages + i % M::kRingStages; };
+  const auto ring_unit = [&](int ring) -> unsigned { return group_begin(units, ring_group(ring)); };
+  const auto stage_of = [&](int ring, unsigned i) { return ring * M::kRingStages + i % M::kRingStages; };
+  const auto filled_of = [&](unsigned stage) -> uint32_t { return base + offsetof(Shared, filled) + stage * 8; };
+  const auto emptied_of = [&](unsigned stage) -> uint32_t { return base + offsetof(Shared, emptied) + stage * 8; };
 
-  const int most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
-  const auto copy_unit = [&](int ring, int i) {
-    const int unit = ring_unit(ring) + i, stage = stage_of(ring, i);
-    if (unit >= ring_unit(ring + 1)) return;
-    const uint32_t filled = shared_address(&shared.filled[stage]);
-    if (i >= M::kRingStages) barrier_wait(shared_address(&shared.emptied[stage]), i / M::kRingStages - 1);
-    barrier_arrive_expect_bytes(filled, (p.box_tokens + kBlockExperts) * kRowBytes);
-    copy_box(shared_address(shared.weight[stage]), tiled.weight, unit * kUnit, block_expert, filled);
-    copy_box(shared_address(shared.x[stage]), tiled.x, unit * kUnit, int(block_token), filled);
+  // The copying warps set up only the barriers of the first stages and begin to copy; the consumers set up the others.
+  const int copier = warp - kProducerWarp;
+  const bool copies = copier >= 0 && copier < M::kCopiers;
+  const auto init_stage = [&](unsigned stage) {
+    barrier_init(filled_of(stage), 1);
+    barrier_init(emptied_of(stage), kConsumers / 32 / M::kRings);
+    barrier_init_fence();
   };
-
-  if (warp == kProducerWarp) {
+  if (copies) {
     if (elect_one()) {
-      prefetch_tensor_map(tiled.weight);
-      prefetch_tensor_map(tiled.x);
-      for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(shared_address(&shared.filled[stage]), 1);
-        barrier_init(shared_address(&shared.emptied[stage]), kConsumers / 32 / M::kRings);
-      }
-      barrier_init_fence();
+      for (int ring = copier; ring < M::kRings; ring += M::kCopiers) init_stage(stage_of(ring, 0));
     }
     __syncwarp();
+    named_barrier_arrive(kFirstStages, kConsumers + 32 * M::kCopiers);
+  } else if (warp < kProducerWarp) {
+    if (elect_one()) {
+      for (unsigned stage = warp; stage < kStages; stage += kProducerWarp) {
+        if (stage % M::kRingStages != 0) init_stage(stage);
+      }
+    }
+    __syncwarp();
+    named_barrier_arrive(kOtherStages, kConsumers + 32 * M::kCopiers);
   }
   if constexpr (!kSplit) {
     if (threadIdx.x == 0) {
@@ -133,39 +162,51 @@ __global__ void __launch_bounds__(
       barrier_init_fence();
     }
   }
-  if (M::kResident > 1 && warp == kProducerWarp + 1 && elect_one()) {
+  if (warp == kProducerWarp + 3 && elect_one()) {
+    prefetch_tensor_map(tiled.weight);
+    prefetch_tensor_map(tiled.x);
+  }
+  if (M::kResident > 1 && warp == kProducerWarp + 2 && elect_one()) {
     // Half a multiprocessor's rings are too short for the latency of HBM: units past the first round come through L2.
-    for (int i = M::kRingStages; i < most_units; ++i) {
-      for (int ring = 0; ring < M::kRings; ++ring) {
-        const int unit = ring_unit(ring) + i;
-        if (unit < ring_unit(ring + 1)) prefetch_box(tiled.weight, unit * kUnit, block_expert);
-      }
+    for (int ring = 0; ring < M::kRings; ++ring) {
+      for (unsigned unit = ring_unit(ring) + M::kRingStages; unit < ring_unit(ring + 1); ++unit)
+        prefetch_box(tiled.weight, unit * kUnit, block_expert);
     }
   }
   grid_dependency_wait();
-  if (warp == kProducerWarp) {
-    named_barrier_arrive(kBarriersExist, kThreads);  // and goes on
-  } else {
-    named_barrier(kBarriersExist, kThreads);
-  }
 
   if (warp >= kProducerWarp) {
     // Producer: a unit is copied once the unit before it in its stage has been multiplied.
-    const auto copy_units = [&](int first, int end) {
-      if (warp != kProducerWarp || !elect_one()) return;
-      for (int i = first; i < end; ++i) {
+    const uint32_t stage_bytes = uniform((p.box_tokens + kBlockExperts) * kRowBytes);
+    const auto copy_unit = [&](int ring, unsigned i) {
+      const unsigned unit = ring_unit(ring) + i, stage = stage_of(ring, i);
+      if (unit >= ring_unit(ring + 1)) return;
+      if (i >= M::kRingStages) barrier_wait(emptied_of(stage), i / M::kRingStages - 1);
+      barrier_arrive_expect_bytes(filled_of(stage), stage_bytes);
+      copy_box(base + offsetof(Shared, x) + stage * M::kXBytes, tiled.x, unit * kUnit, int(block_token),
+               filled_of(stage));
+      copy_box(base + offsetof(Shared, weight) + stage * M::kWeightBytes, tiled.weight, unit * kUnit, block_expert,
+               filled_of(stage));
+    };
+    const auto copy_units = [&](unsigned first, unsigned end) {
+      for (unsigned i = first; i < end; ++i) {
 #pragma unroll
-        for (int ring = 0; ring < M::kRings; ++ring) copy_unit(ring, i);
+        for (int ring = 0; ring < M::kRings; ring += M::kCopiers) copy_unit(ring + (M::kCopiers > 1 ? copier : 0), i);
       }
     };
-    copy_units(0, 1);
+    const unsigned most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
+    decrease_registers<M::kProducerRegisters>();  // the consumers wait for them
+    if (copies && elect_one()) copy_units(0, 1);
     __syncwarp();
-    decrease_registers<M::kProducerRegisters>();
     if constexpr (!kSplit) shared.cluster_sum.arrive();
-    copy_units(1, most_units);
+    if (copies) {
+      named_barrier(kOtherStages, kConsumers + 32 * M::kCopiers);
+      if (elect_one()) copy_units(1, most_units);
+    }
     __syncwarp();
     if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
   } else {
+    named_barrier(kFirstStages, kConsumers + 32 * M::kCopiers);
     increase_registers<M::kConsumerRegisters>();
     if constexpr (!kSplit) {
       shared.cluster_sum.fetch_bias(p, block_expert);
@@ -174,29 +215,33 @@ __global__ void __launch_bounds__(
     const int warpgroup = warp / 4, ring = M::kRings == 2 ? warpgroup : 0;
     const int token_tile = M::kRings == 2 ? warp % 4 : warp;
     const uint32_t token_offset = M::kRings == 2 ? 0 : warpgroup * kWarpgroupTokens * kRowBytes;
-    const auto multiply_unit = [&](float (&sum)[M::kSums], int i, bool first) {
-      const int stage = stage_of(ring, i);
-      const uint64_t a = swizzled_tile_descriptor(shared_address(shared.x[stage]) + token_offset);
-      const uint64_t b = swizzled_tile_descriptor(shared_address(shared.weight[stage]));
-      barrier_wait(shared_address(&shared.filled[stage]), i / M::kRingStages);
+    const uint32_t x_word = tile_descriptor_word(base + offsetof(Shared, x) + token_offset);
+    const uint32_t weight_word = tile_descriptor_word(base + offsetof(Shared, weight));
+    const auto multiply_unit = [&](float (&sum)[M::kSums], unsigned i, bool first) {
+      const unsigned stage = stage_of(ring, i);
+      const uint32_t a = x_word + stage * (M::kXBytes / 16), b = weight_word + stage * (M::kWeightBytes / 16);
+      barrier_wait(filled_of(stage), i / M::kRingStages);
       wgmma_arrive();
 #pragma unroll
       for (int k16 = 0; k16 < kUnit / 16; ++k16) {
-        Wgmma<Element, kBlockExperts>::multiply(sum, a + k16 * 2, b + k16 * 2, !first || k16 > 0);
+        Wgmma<Element, kBlockExperts>::multiply(sum, tile_descriptor(a + k16 * 2), tile_descriptor(b + k16 * 2),
+                                                !first || k16 > 0);
       }
       wgmma_commit();
     };
-    const auto release_unit = [&](int i) {
-      if (lane == 0) barrier_arrive(shared_address(&shared.emptied[stage_of(ring, i)]));
+    const auto release_unit = [&](unsigned i) {
+      if (lane == 0) barrier_arrive(emptied_of(stage_of(ring, i)));
     };
 
     if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
-    float slice_sum[M::kSums], sum[M::kSums], levels[M::kLevels + 1][M::kSums];
-    sum_node<M::kLevels>(levels, sum, ring_group(ring), [&](int group) {
+    float slice_sum[M::kSums], sum[M::kSums], levels[M::kRegisterLevels + 1][M::kSums];
+    float4(*parked)[kConsumers] = nullptr;
+    if constexpr (M::kParked) parked = shared.parked;
+    sum_node<M::kLevels, M::kRegisterLevels>(levels, sum, parked, ring_group(ring), [&](int group) {
 #pragma unroll
       for (int j = 0; j < M::kSums; ++j) sum[j] = 0.f;
-      const int end = group_begin(units, group + 1) - ring_unit(ring);
-      for (int i = group_begin(units, group) - ring_unit(ring); i < end; i += kUnitsPerSlice) {
+      const unsigned end = group_begin(units, group + 1) - ring_unit(ring);
+      for (unsigned i = group_begin(units, group) - ring_unit(ring); i < end; i += kUnitsPerSlice) {
         multiply_unit(slice_sum, i, true);
         if (i + 1 < end) {
           multiply_unit(slice_sum, i + 1, false);
@@ -256,6 +301,8 @@ constexpr Config config(const char* name, Cost cost) {
       .name = name,
       .block_tokens = kBlockTokens,
       .block_experts = kBlockExperts,
+      .cluster = kSplit ? 1 : kParts,
+      .splits = kSplit ? kParts : 1,
       .registers = M::kLaunchRegisters,
       .tiled = true,
       .kernel = {reinterpret_cast<const void*>(
@@ -266,13 +313,10 @@ constexpr Config config(const char* name, Cost cost) {
       .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
       .cost = cost};
   if constexpr (kSplit) {
-    config.splits = kParts;
     config.sum_splits[JR_BFLOAT16] =
         reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<bfloat16, kBlockTokens, kBlockExperts, kParts>);
     config.sum_splits[JR_FLOAT16] =
         reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<float16, kBlockTokens, kBlockExperts, kParts>);
-  } else {
-    config.cluster = kParts;
   }
   return config;
 }
@@ -289,18 +333,19 @@ constexpr Config split(const char* name, Cost cost) {
 }  // namespace
 
 const Config many_tokens_configs[kManyTokensConfigs] = {
-    cluster<64, 32, 8, 8>("many_64x32_c8", {2.422, 2.054, 0.00104, 0.1248}),
-    cluster<64, 64, 8, 8>("many_64x64_c8", {2.733, 2.373, 0.00682, 0.0431}),
-    cluster<64, 128, 8, 8>("many_64x128_c8", {3.716, 3.443, 0.00561, 0.0515}),
-    cluster<64, 32, 4, 8>("many_64x32_c4", {2.439, 1.791, 0.00505, 0.094}),
-    cluster<64, 64, 4, 8>("many_64x64_c4", {2.831, 2.579, 0.00739, 0.0256}),
-    cluster<64, 128, 4, 8>("many_64x128_c4", {5.132, 3.889, 0.00532, 0.0441}),
-    cluster<128, 64, 4, 8>("many_128x64_c4", {3.941, 4.097, 0.00655, 0.0552}),
-    cluster<128, 64, 2, 8>("many_128x64_c2", {3.837, 5.359, 0.00856, 0.0435}),
-    cluster<128, 64, 1, 8>("many_128x64_c1", {6.464, 9.084, 0.005, 0.0519}),
-    split<64, 128, 8, 8>("many_64x128_s8", {4.461, 2.629, 0.00268, 0.0799}),
-    split<64, 128, 4, 8>("many_64x128_s4", {4.947, 4.225, 0.00441, 0.0524}),
-    split<128, 96, 4, 8>("many_128x96_s4", {6.3, 7.588, 0.00544, 0.0623}),
+    cluster<64, 32, 8, 8>("many_64x32_c8", {2.356, 1.32, 0.002041, 0.1623}),
+    cluster<64, 32, 8, 16>("many_64x32_c8_16", {2.589, 1.408, 0.0005786, 0.1342}),
+    cluster<64, 64, 8, 8>("many_64x64_c8", {3.186, 1.315, 0.0008499, 0.1549}),
+    cluster<64, 32, 4, 8>("many_64x32_c4", {2.335, 0.07159, 0.0025, 0.1417}),
+    cluster<64, 64, 4, 8>("many_64x64_c4", {2.626, 1.735, 0.007211, 0.06484}),
+    cluster<64, 80, 4, 8>("many_64x80_c4", {3.05, 2.755, 0.004597, 0.09645}),
+    cluster<64, 128, 4, 8>("many_64x128_c4", {3.528, 2.572, 0.004292, 0.09405}),
+    cluster<64, 64, 2, 12>("many_64x64_c2", {2.715, 2.396, 0.006002, 0.06754}),
+    cluster<64, 80, 2, 10>("many_64x80_c2", {3.25, 2.891, 0.008121, 0.05926}),
+    cluster<64, 128, 2, 6>("many_64x128_c2", {4.049, 6.162, 0.00898, 0.01933}),
+    cluster<128, 64, 1, 8>("many_128x64_c1", {7.991, 28.64, 0.006646, 0.04369}),
+    split<64, 80, 4, 10>("many_64x80_s4", {3.947, 1.557, 0.004376, 0.09572}),
+    split<64, 128, 4, 8>("many_64x128_s4", {4.207, 2.81, 0.005775, 0.06805}),
 };
 
 }  // namespace jax_router

@@ -16,7 +16,7 @@ template <typename Element>
 __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
   grid_dependency_wait();
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-  const int64_t token = int64_t(blockIdx.x) / p.expert_tiles * kTileTokens;
+  const unsigned token = blockIdx.x / unsigned(p.expert_tiles) * kTileTokens;
   const int expert = blockIdx.x % p.expert_tiles * kTileExperts;
   const int units = units_of(p.hidden);
 

@@ -1,159 +1,151 @@
-// Router GEMM for one token, a matrix-vector product: a block computes two or four logits alone, so nothing is
-// exchanged between blocks. Up to eight tokens get blocks of
-// their own.
+// Router GEMM for one token, a matrix-vector product: a block computes one to four logits alone, so nothing is
+// exchanged between blocks. Up to eight tokens get blocks of their own.
 //
-// What limits it: latency. Every warp copies its share of K at once, 128 neighbouring bytes per eight lanes (a quarter
-// of a row per four lanes takes half as long again), then come the eight steps of a slice, one barrier and a short
-// tree.
+// What limits it: latency. So every thread has all of its loads in flight at once, straight into the registers that
+// the tensor core reads, without shared memory between; then come the eight steps of a slice, one barrier and a short
+// tree. The tail is one basic block, so that the compiler works out addresses while it waits.
 //
 // The tensor core multiplies slices instead of tokens: one k16 step of eight slices of two experts (rows 0-7 and 8-15
 // of A) by the same slices of x (columns of B). The diagonal is what the tree needs; it costs nothing that the
-// rest is computed too. A warp takes slice `i` of eight neighbouring groups.
+// rest is computed too. A warp takes the same slice of eight neighbouring groups.
 //
-// Work: grid.x = tokens, grid.y = expert tiles. Bytes: (experts + 1) * hidden * 2 per block. Shared memory: per warp,
-// for every expert and for x, eight rows of one slice each, 16-byte chunk c of a unit of row r at c ^ r.
+// Which of a step's 16 elements meet in which of its 16 places does not matter to the sum. So a thread loads 16 bytes,
+// half of a step, and swaps a quarter of two steps with the thread that has the other half.
+//
+// Work: grid.x = tokens, grid.y = expert tiles. Bytes: (experts + 1) * hidden * 2 per block. Shared memory: slice sums
+// [slice][expert][group].
 #include "sm90_router_gemm.cuh"
 
 namespace jax_router {
 
 namespace {
 
-constexpr int kMaxSlices = 8;  // of a group: hidden up to 16384
-constexpr int kMaxWarps = 2 * kMaxSlices;
-constexpr int kSliceBytes = kUnitsPerSlice * kRowBytes;
-constexpr int kOperandBytes = 8 * kSliceBytes;  // of a warp
+constexpr int kWarpGroups = 8;  // groups of a warp: rows of an MMA
+constexpr int kHalves = kGroups / kWarpGroups;
+constexpr int kLoads = kUnitsPerSlice * kRowBytes / 64, kLoadBytes = 64;  // of a row; four threads load 64 bytes
 
-constexpr int warps(int hidden) { return 2 * slices_per_group(hidden); }
+template <int kExperts, int kMaxSlices>  // kMaxSlices of a group
+struct OneToken {
+  static constexpr int kMaxHidden = kMaxSlices * kUnitsPerSlice * kGroups * kUnit;
+  static constexpr int kPairs = (kExperts + 1) / 2;  // of experts
+  static constexpr int kSharedBytes = kMaxSlices * kExperts * kGroups * 4;
+  static constexpr int threads(int hidden) { return 32 * kHalves * slices_per_group(hidden); }
+};
 
 }  // namespace
 
-template <typename Element, int kExperts>
-__global__ void __launch_bounds__(32 * kMaxWarps) sm90_router_gemm_one_token(const Problem p) {
-  constexpr int kPairs = kExperts / 2;
-  static_assert(kExperts % 2 == 0, "the tensor core takes two experts at a time");
-  extern __shared__ __align__(kSwizzleAlignment) uint8_t shared[];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int slice = warp / 2, first_group = warp % 2 * 8, slices = blockDim.x / 64;
-  const int block_expert = blockIdx.y * kExperts;
-  constexpr int kWarpBytes = (kExperts + 1) * kOperandBytes;
-  const uint32_t stage = shared_address(shared) + warp * kWarpBytes;
+template <typename Element, int kExperts, int kMaxSlices>
+__global__ void __launch_bounds__((OneToken<kExperts, kMaxSlices>::threads(OneToken<kExperts, kMaxSlices>::kMaxHidden)))
+    sm90_router_gemm_one_token(const Problem p) {
+  using O = OneToken<kExperts, kMaxSlices>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  float* const slice_sums = reinterpret_cast<float*>(shared);
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const unsigned slice = warp / kHalves, group = warp % kHalves * kWarpGroups + g;
+  const unsigned block_expert = blockIdx.y * kExperts;
 
-  // Copy the warp's slices, zeros where they end early: unit by unit, four rows of one unit at a time.
-  const unsigned units = units_of(p.hidden), row_bytes = p.hidden * 2, chunk = lane % 8;
-  const uint8_t* sources[2]
-                        [kExperts + 1];  // in the weight's rows and, last, in x; experts past the end repeat the last
-  uint32_t destinations[2];
-  int left[2];  // bytes of the slice from there on
+  // Where this thread's loads begin in a row, and how many bytes of its slice lie from there on.
+  const unsigned units = units_of(p.hidden), row_bytes = p.hidden * 2;
+  const unsigned scaled = units * group;  // kGroups times the group's first unit
+  const unsigned start = (scaled / kGroups + slice * kUnitsPerSlice) * kRowBytes, offset = start + t * 16;
+  const int slice_bytes = int(min((scaled + units) / kGroups * kRowBytes, row_bytes) - start);
+  const int left = slice_bytes - int(t * 16);
+  const uint8_t* sources[kExperts + 1];  // x, then the weight's rows; experts past the end repeat the last
+  sources[0] = static_cast<const uint8_t*>(p.x) + uint64_t(blockIdx.x) * row_bytes + offset;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const unsigned row = half * 4 + lane / 8, group = first_group + row;
-    const unsigned byte = (group_begin(units, group) + slice * kUnitsPerSlice) * kRowBytes + chunk * 16;
-    left[half] = min(unsigned(group_begin(units, group + 1) * kRowBytes), row_bytes) - byte;
-    destinations[half] = stage + row * kSliceBytes + (chunk ^ row) * 16;
-#pragma unroll
-    for (int e = 0; e < kExperts; ++e) {
-      const uint64_t expert_row = min(unsigned(block_expert + e), unsigned(p.experts - 1));
-      sources[half][e] = static_cast<const uint8_t*>(p.weight) + expert_row * row_bytes + byte;
-    }
-    sources[half][kExperts] = static_cast<const uint8_t*>(p.x) + uint64_t(blockIdx.x) * row_bytes + byte;
+  for (unsigned e = 0; e < kExperts; ++e) {
+    const unsigned expert = kExperts == 1 ? block_expert : min(block_expert + e, p.experts - 1u);
+    sources[e + 1] = static_cast<const uint8_t*>(p.weight) + uint64_t(expert) * row_bytes + offset;
   }
   grid_dependency_wait();
+  uint4 rows[kLoads][kExperts + 1];
 #pragma unroll
-  for (int unit = 0; unit < kUnitsPerSlice; ++unit) {
+  for (int i = 0; i < kLoads; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int operand = 0; operand <= kExperts; ++operand)
-        copy_chunk(destinations[half] + operand * kOperandBytes + unit * kRowBytes,
-                   sources[half][operand] + unit * kRowBytes, left[half] > unit * kRowBytes);
-    }
-    commit_chunks();
+    for (int operand = 0; operand <= kExperts; ++operand)
+      rows[i][operand] = load_16_bytes(sources[operand] + i * kLoadBytes, left > i * kLoadBytes);
   }
   // Four threads per expert will sum up its groups.
-  const int expert = threadIdx.x / 4, quarter = threadIdx.x % 4;
-  const float bias = expert < kExperts ? load_bias<Element>(p, block_expert + expert) : 0.f;
+  const float bias = threadIdx.x < 4 * kExperts ? load_bias<Element>(p, block_expert + lane / 4) : 0.f;
 
-  // Multiply.
-  const int matrix = lane / 8, matrix_row = lane % 8;
-  const auto chunk_address = [&](int operand, int unit, int chunk) {
-    return stage + operand * kOperandBytes + matrix_row * kSliceBytes + unit * kRowBytes + (chunk ^ matrix_row) * 16;
-  };
-  float4 sums[kPairs] = {}, first_unit[kPairs];
+  float4 sums[O::kPairs] = {}, first_unit[O::kPairs];
 #pragma unroll
-  for (int unit = 0; unit < kUnitsPerSlice; ++unit) {
-    if (unit == 0) {
-      wait_chunks<1>();
-    } else {
-      wait_chunks<0>();
-    }
-    __syncwarp();
-    uint32_t b[2][4], a[kPairs][4][4];  // of four k16 steps
+  for (int i = 0; i < kLoads; ++i) {
+    // Threads 0 and 1 of a quad loaded the halves of one step, 2 and 3 those of the next.
+    uint2 steps[2][kExperts + 1];
 #pragma unroll
-    for (int k32 = 0; k32 < 2; ++k32) load_matrices(b[k32], chunk_address(kExperts, unit, k32 * 4 + matrix));
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-#pragma unroll
-      for (int k16 = 0; k16 < 4; ++k16)
-        load_matrices(a[pair][k16], chunk_address(2 * pair + matrix % 2, unit, k16 * 2 + matrix / 2));
+    for (int operand = 0; operand <= kExperts; ++operand) {
+      const uint4 v = rows[i][operand];
+      const uint2 mine = make_uint2(v.x, v.y);
+      const uint2 other = make_uint2(__shfl_xor_sync(~0u, v.z, 2), __shfl_xor_sync(~0u, v.w, 2));
+      steps[0][operand] = t < 2 ? mine : other;
+      steps[1][operand] = t < 2 ? other : mine;
     }
 #pragma unroll
-    for (int k16 = 0; k16 < 4; ++k16) {
+    for (int step = 0; step < 2; ++step) {
+      const uint2 x = steps[step][0];
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair)
-        mma_m16n8k16(sums[pair], a[pair][k16], b[k16 / 2][k16 % 2 * 2], b[k16 / 2][k16 % 2 * 2 + 1], Element());
+      for (int pair = 0; pair < O::kPairs; ++pair) {
+        const uint2 upper = steps[step][2 * pair + 1];
+        const uint2 lower = steps[step][2 * pair + 1 < kExperts ? 2 * pair + 2 : 2 * pair + 1];
+        mma_m16n8k16(sums[pair], {upper.x, lower.x, upper.y, lower.y}, x.x, x.y, Element());
+      }
     }
-    if (unit == 0) {
+    if (i + 1 == kLoads / kUnitsPerSlice) {
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) first_unit[pair] = sums[pair];
+      for (int pair = 0; pair < O::kPairs; ++pair) first_unit[pair] = sums[pair];
     }
   }
 
-  // Sum up: one of four threads adds the slices of four neighbouring groups, then they walk the binary tree. A warp
-  // leaves its sums, [expert][group], where its first rows were.
-  const auto sums_of = [&](int warp, int expert) {
-    return reinterpret_cast<float*>(shared + warp * kWarpBytes) + expert * 8;
-  };
-  __syncwarp();
-  if (t == g / 2) {  // the diagonal is column g, of the quad's columns 2t and 2t + 1
-    // A slice of one unit ends there: the other kernels do not add the zeros behind it either.
-    const int group = first_group + g;
-    const bool one_unit = group_begin(units, group + 1) - group_begin(units, group) - slice * kUnitsPerSlice < 2;
+  // The diagonal is column g of row g: one of the columns 2t and 2t + 1 of the thread with t = g / 2.
+  if (t == g / 2) {
+    // A slice without a second unit ends with the first, as in the other kernels, which add no zeros behind it.
+    const bool whole = slice_bytes > kRowBytes;
+    float* const mine = slice_sums + slice * kExperts * kGroups + group;
 #pragma unroll
     for (int e = 0; e < kExperts; ++e) {
-      const float4 sum = one_unit ? first_unit[e / 2] : sums[e / 2];
-      sums_of(warp, e)[g] = e % 2 == 0 ? (g % 2 ? sum.y : sum.x) : (g % 2 ? sum.w : sum.z);
+      const float4 pair = whole ? sums[e / 2] : first_unit[e / 2];
+      mine[e * kGroups] = e % 2 == 0 ? (g % 2 ? pair.y : pair.x) : (g % 2 ? pair.w : pair.z);
     }
   }
   __syncthreads();
   if (warp > 0) return;
-  float4 groups = make_float4(0.f, 0.f, 0.f, 0.f);
+
+  // One thread adds up the slices of four neighbouring groups, then four walk the binary tree.
+  const float4* const quarters = reinterpret_cast<const float4*>(slice_sums) + lane % (4 * kExperts);
+  float4 groups = quarters[0];
 #pragma unroll
-  for (int i = 0; i < kMaxSlices; ++i) {
-    if (i < slices)
-      groups = groups +
-               reinterpret_cast<const float4*>(sums_of(2 * i + quarter / 2, min(expert, kExperts - 1)))[quarter % 2];
+  for (unsigned i = 1; i < kMaxSlices; ++i) {
+    if (i * kUnitsPerSlice * kGroups < units) groups = groups + quarters[i * kExperts * (kGroups / 4)];
   }
   float sum = (groups.x + groups.y) + (groups.z + groups.w);
 #pragma unroll
   for (int neighbour = 1; neighbour < 4; neighbour *= 2) sum += __shfl_xor_sync(~0u, sum, neighbour);
-  if (p.bias_dtype != JR_NONE) sum += bias;
-  if (expert < kExperts && quarter == 0 && block_expert + expert < p.experts)
-    store_one<Element>(p, int64_t(blockIdx.x) * p.experts + block_expert + expert, sum);
+  sum = (sum + 0.f) + bias;  // the other kernels start from +0
+  const bool stores = lane / 4 < kExperts && t == 0 && block_expert + lane / 4 < unsigned(p.experts);
+  const bool wide = p.out_dtype == JR_FLOAT32;
+  uint8_t* const out = static_cast<uint8_t*>(p.out) +
+                       uint64_t(blockIdx.x * p.experts + block_expert + lane / 4) * (wide ? 4 : sizeof(Element));
+  if (stores && wide) *reinterpret_cast<float*>(out) = sum;
+  if (stores && !wide) *reinterpret_cast<Element*>(out) = from_float<Element>(sum);
 }
 
 namespace {
 
-template <int kExperts>
+constexpr int kMostRegisters = 128;  // of a thread; the compiler uses fewer
+
+template <int kExperts, int kMaxSlices>
 constexpr Config config(const char* name, Cost cost) {
+  using O = OneToken<kExperts, kMaxSlices>;
   return {.name = name,
           .block_tokens = 1,
           .block_experts = kExperts,
-          .registers = kRegisters / (32 * kMaxWarps),
-          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_one_token<bfloat16, kExperts>),
-                     reinterpret_cast<const void*>(&sm90_router_gemm_one_token<float16, kExperts>)},
-          .threads = [](int hidden) { return 32 * warps(hidden); },
-          .shared_bytes = [](int hidden) { return warps(hidden) * (kExperts + 1) * kOperandBytes; },
-          .max_hidden = kMaxSlices * kUnitsPerSlice * kGroups * kUnit,
+          .registers = kMostRegisters,
+          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_one_token<bfloat16, kExperts, kMaxSlices>),
+                     reinterpret_cast<const void*>(&sm90_router_gemm_one_token<float16, kExperts, kMaxSlices>)},
+          .threads = &O::threads,
+          .shared_bytes = [](int) { return O::kSharedBytes; },
+          .max_hidden = O::kMaxHidden,
           .max_tokens = 8,  // beyond, x would be read too often
           .cost = cost};
 }
@@ -161,8 +153,10 @@ constexpr Config config(const char* name, Cost cost) {
 }  // namespace
 
 const Config one_token_configs[kOneTokenConfigs] = {
-    config<2>("one_1x2", {1.44, 0, 0, 0.1114}),
-    config<4>("one_1x4", {1.424, 0, 0.00419, 0.1069}),
+    config<1, 4>("one_1x1", {1.412, 0, 0.002798, 0.1683}),
+    config<2, 4>("one_1x2", {1.45, 0, 0.001485, 0.193}),
+    config<3, 4>("one_1x3", {1.5, 0.000463, 0.003916, 0.1556}),
+    config<4, 2>("one_1x4", {1.529, 0.6736, 0.00823, 0.1056}),
 };
 
 }  // namespace jax_router

@@ -28,11 +28,11 @@ struct SplitSum {
 template <typename Element, int kBlockTokens, int kBlockExperts, int kSplits>
 __global__ void __launch_bounds__(kSumSplitsThreads) sm90_router_gemm_sum_splits(const Problem p) {
   using Sum = SplitSum<Element, kBlockTokens, kBlockExperts, kSplits>;
-  const int64_t token_tile = blockIdx.x / Sum::kBlocksPerTile;
-  const int quad = blockIdx.x % Sum::kBlocksPerTile * kSumSplitsThreads + threadIdx.x, tile8 = quad / 32;
-  const int expert = blockIdx.y * kBlockExperts + tile8 % Sum::kTilesPerRow * kTileExperts, pair = quad % 4 * 2;
+  const unsigned token_tile = blockIdx.x / Sum::kBlocksPerTile;
+  const unsigned quad = blockIdx.x % Sum::kBlocksPerTile * kSumSplitsThreads + threadIdx.x, tile8 = quad / 32;
+  const unsigned expert = blockIdx.y * kBlockExperts + tile8 % Sum::kTilesPerRow * kTileExperts, pair = quad % 4 * 2;
   const int64_t tiles = int64_t(gridDim.x / Sum::kBlocksPerTile) * gridDim.y;
-  const float4* partial = p.workspace + (token_tile * gridDim.y + blockIdx.y) * Sum::kQuads + quad;
+  const float4* partial = p.workspace + (int64_t(token_tile) * gridDim.y + blockIdx.y) * Sum::kQuads + quad;
   QuadPlace place = place_quad(p, token_tile * kBlockTokens + tile8 / Sum::kTilesPerRow * kTileTokens, expert,
                                quad % 32, make_float2(0.f, 0.f));
   grid_dependency_wait();

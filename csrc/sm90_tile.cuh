@@ -57,7 +57,7 @@ __device__ __forceinline__ float load_bias(const Problem& p, int expert) {
 }
 
 template <typename Element>
-__device__ __forceinline__ void store_one(const Problem& p, int64_t index, float v) {
+__device__ __forceinline__ void store_one(const Problem& p, uint64_t index, float v) {
   if (p.out_dtype == JR_FLOAT32) {
     static_cast<float*>(p.out)[index] = v;
   } else {
@@ -67,43 +67,39 @@ __device__ __forceinline__ void store_one(const Problem& p, int64_t index, float
 
 // Where one quad's logits go and what bias they get: worked out before the quad's total is there.
 struct QuadPlace {
-  int64_t index;                 // of the first token's logit; the second token's lies 8 * experts further
+  uint64_t index;                // of the first token's logit; the second token's lies 8 * experts further
   bool both_experts, tokens[2];  // what exists
   float2 bias;
 };
 
-// `bias` is that of the quad's two experts.
-__device__ __forceinline__ QuadPlace place_quad(const Problem& p, int64_t tile_token, int tile_expert, int lane,
-                                                float2 bias) {
-  const int64_t token = tile_token + lane / 4;
-  const int expert = tile_expert + lane % 4 * 2;
-  const bool exists = expert < p.experts;
-  return {token * p.experts + expert,
-          expert + 1 < p.experts,
-          {exists && token < p.tokens, exists && token + 8 < p.tokens},
+// `bias` is that of the quad's two experts. Tokens and experts are far below 2^32.
+__device__ __forceinline__ QuadPlace place_quad(const Problem& p, unsigned tile_token, unsigned tile_expert,
+                                                unsigned lane, float2 bias) {
+  const unsigned token = tile_token + lane / 4, expert = tile_expert + lane % 4 * 2;
+  const unsigned tokens = unsigned(p.tokens), experts = unsigned(p.experts);
+  const bool exists = expert < experts;
+  return {uint64_t(token) * experts + expert,
+          expert + 1 < experts,
+          {exists && token < tokens, exists && token + 8 < tokens},
           bias};
 }
 
-// Logits of two neighbouring experts of one token. The first expert is even, so with an even row length the pair is
-// aligned.
-template <typename Element>
-__device__ __forceinline__ void store_pair(const Problem& p, int64_t index, bool both, float first, float second) {
-  if (p.out_dtype == JR_FLOAT32 && p.experts % 2 == 0) {
-    *reinterpret_cast<float2*>(static_cast<float*>(p.out) + index) = make_float2(first, second);
-    return;
-  }
-  store_one<Element>(p, index, first);
-  if (both) store_one<Element>(p, index + 1, second);
-}
-
-// Adds the bias to the totals of one quad and stores its logits.
+// Adds the bias to the totals of one quad and stores its logits. In pairs where pairs are aligned: the first expert is
+// even, so that takes an even row length.
 template <typename Element>
 __device__ __forceinline__ void store_quad(const Problem& p, const QuadPlace& place, float4 total) {
   if (p.bias_dtype != JR_NONE) total = total + make_float4(place.bias.x, place.bias.y, place.bias.x, place.bias.y);
-  if (place.tokens[0]) store_pair<Element>(p, place.index, place.both_experts, total.x, total.y);
-  if (place.tokens[1]) {
-    store_pair<Element>(p, place.index + 8 * int64_t(p.experts), place.both_experts, total.z, total.w);
+  const uint64_t second = place.index + 8 * unsigned(p.experts);
+  if (p.out_dtype == JR_FLOAT32 && p.experts % 2 == 0) {
+    float* const out = static_cast<float*>(p.out);
+    if (place.tokens[0]) *reinterpret_cast<float2*>(out + place.index) = make_float2(total.x, total.y);
+    if (place.tokens[1]) *reinterpret_cast<float2*>(out + second) = make_float2(total.z, total.w);
+    return;
   }
+  if (place.tokens[0]) store_one<Element>(p, place.index, total.x);
+  if (place.tokens[0] && place.both_experts) store_one<Element>(p, place.index + 1, total.y);
+  if (place.tokens[1]) store_one<Element>(p, second, total.z);
+  if (place.tokens[1] && place.both_experts) store_one<Element>(p, second + 1, total.w);
 }
 
 }  // namespace jax_router

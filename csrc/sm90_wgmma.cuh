@@ -32,11 +32,15 @@ __device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Describes rows of 128 bytes, eight rows to a swizzle atom of 1024 bytes, at a 1024-byte aligned shared address.
-__device__ __forceinline__ uint64_t swizzled_tile_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kAtomStride = uint64_t(1024 >> 4) << 32,
-                     kUnused = uint64_t(1) << 16;
-  return kSwizzle128 | kAtomStride | kUnused | ((address & 0x3FFFF) >> 4);
+// Describes rows of 128 bytes, eight rows to a swizzle atom of 1024 bytes, by the low word of tile_descriptor(): the
+// 1024-byte aligned shared address over 16. Adding bytes / 16 moves it; a k16 step is 32 bytes.
+__device__ __forceinline__ uint32_t tile_descriptor_word(uint32_t address) {
+  constexpr uint32_t kUnused = 1u << 16;
+  return kUnused | ((address & 0x3FFFF) >> 4);
+}
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t word) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kAtomStride = uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kAtomStride | word;
 }
 
 // d (+)= a[64, 16] @ b[N, 16].T; `accumulate` 0 starts from zero.
@@ -59,16 +63,18 @@ struct Wgmma;
 #define JR_R16B "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define JR_R16C "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JR_R16D "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define JR_WGMMA_ALL(ELEMENT, TYPE)                                                                              \
-  JR_WGMMA(ELEMENT, TYPE, 32, JR_R16A, "%16", "%17", "%18", JR_D16(d, 0))                                        \
-  JR_WGMMA(ELEMENT, TYPE, 64, JR_R16A "," JR_R16B, "%32", "%33", "%34", JR_D16(d, 0), JR_D16(d, 16))             \
-  JR_WGMMA(ELEMENT, TYPE, 96, JR_R16A "," JR_R16B "," JR_R16C, "%48", "%49", "%50", JR_D16(d, 0), JR_D16(d, 16), \
-           JR_D16(d, 32))                                                                                        \
-  JR_WGMMA(ELEMENT, TYPE, 128, JR_R16A "," JR_R16B "," JR_R16C "," JR_R16D, "%64", "%65", "%66", JR_D16(d, 0),   \
+#define JR_R8C "%32,%33,%34,%35,%36,%37,%38,%39"
+#define JR_WGMMA_ALL(ELEMENT, TYPE)                                                                             \
+  JR_WGMMA(ELEMENT, TYPE, 32, JR_R16A, "%16", "%17", "%18", JR_D16(d, 0))                                       \
+  JR_WGMMA(ELEMENT, TYPE, 64, JR_R16A "," JR_R16B, "%32", "%33", "%34", JR_D16(d, 0), JR_D16(d, 16))            \
+  JR_WGMMA(ELEMENT, TYPE, 80, JR_R16A "," JR_R16B "," JR_R8C, "%40", "%41", "%42", JR_D16(d, 0), JR_D16(d, 16), \
+           JR_D4(d, 32), JR_D4(d, 36))                                                                          \
+  JR_WGMMA(ELEMENT, TYPE, 128, JR_R16A "," JR_R16B "," JR_R16C "," JR_R16D, "%64", "%65", "%66", JR_D16(d, 0),  \
            JR_D16(d, 16), JR_D16(d, 32), JR_D16(d, 48))
 JR_WGMMA_ALL(bfloat16, "bf16")
 JR_WGMMA_ALL(float16, "f16")
 #undef JR_WGMMA_ALL
+#undef JR_R8C
 #undef JR_R16A
 #undef JR_R16B
 #undef JR_R16C

@@ -23,7 +23,7 @@ from jax_router.implementations import cuda
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = 36  # of gpt-oss-120b
 TOKENS, HIDDEN, EXPERTS = 8, 2880, 128
-TWO_LAUNCHES = 1024  # tokens for which one call is two launches and a workspace
+TWO_LAUNCHES = {"tokens": 1024, "hidden": 7168, "experts": 256}  # one call is two launches and a workspace
 
 
 def router_chain(x, weights, biases, implementation):
@@ -177,7 +177,7 @@ def run(implementation: str) -> dict[str, object]:
     facts["same_address"] = addresses == [address] * 3
     facts["changed_in_place"] = seen
 
-    one, other = inputs[1], make_inputs(7, tokens=TWO_LAUNCHES)
+    one, other = inputs[1], make_inputs(7, **TWO_LAUNCHES)
     wanted_one, wanted_other = expected[1], layer_by_layer(*other, implementation)
     pending = []
     for turn in range(20):

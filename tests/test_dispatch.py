@@ -277,6 +277,17 @@ def test_the_table_of_the_device_is_read_from_the_package(on_h200) -> None:
     assert jr.explain(tokens=8, hidden=2880, experts=128, bias=True, device=A100).implementation == "xla"
 
 
+def test_a_device_without_a_table_takes_that_of_its_twin(on_h200) -> None:
+    """An H200 is an H100 with other memory."""
+    (on_h200 / "nvidia_h100_80gb_hbm3.json").write_text(json.dumps(DOCUMENT))
+    choice = jr.explain(tokens=8, hidden=2880, experts=128, bias=True)
+    assert (choice.implementation, choice.reason) == ("pallas", "3.00 us at tokens=8 in nvidia_h100_80gb_hbm3.json")
+    (on_h200 / "nvidia_h200.json").write_text("{}")  # its own comes first, broken or not
+    tables.load_table.cache_clear()
+    with pytest.warns(RuntimeWarning, match="nvidia_h200.json is broken"):
+        assert "no measurements of this shape" in jr.explain(tokens=8, hidden=2880, experts=128, bias=True).reason
+
+
 def broken_documents() -> Iterator[tuple[str, str]]:
     yield "empty", ""
     yield "cut off", json.dumps(DOCUMENT)[:200]

@@ -33,21 +33,21 @@ WORKSPACE_BYTES = 16 << 20
 # tokens, hidden, experts: whole and partial tiles, units and slices; rings that go round; several passes of one block.
 PROBLEMS = (
     (1, 8, 1), (2, 4104, 9), (3, 720, 5), (8, 2880, 33), (17, 2824, 18), (70, 2824, 41), (129, 1000, 33),
-    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2),
+    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2), (3, 2048, 5), (2, 7168, 6),
 )  # fmt: skip
 
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
 FAULTS = {
     "waits on the first stage's barrier": (
         "sm90_router_gemm_many_tokens.cu",
-        "barrier_wait(shared_address(&shared.filled[stage]), i / M::kRingStages);",
-        "barrier_wait(shared_address(&shared.filled[stage_of(ring, 0)]), 0);",
+        "barrier_wait(filled_of(stage), i / M::kRingStages);",
+        "barrier_wait(filled_of(stage_of(ring, 0)), 0);",
         (70, 2824, 41),
     ),
     "multiplies before the copies have come": (
-        "sm90_router_gemm_one_token.cu",
-        "wait_chunks<0>();",
-        "wait_chunks<1>();",
+        "sm90_router_gemm_few_tokens.cu",
+        "    barrier_wait(arrived, pass);\n",
+        "",
         (2, 4104, 9),
     ),
     "adds groups in another order": (
@@ -58,14 +58,14 @@ FAULTS = {
     ),
     "drops the last partial unit": (
         "sm90_router_gemm_few_tokens.cu",
-        "const int units = units_of(p.hidden)",
-        "const int units = p.hidden / kUnit",
+        "const unsigned units = units_of(p.hidden)",
+        "const unsigned units = p.hidden / kUnit",
         (17, 2824, 18),
     ),
     "a barrier that one warp does not reach": (
         "sm90_router_gemm_few_tokens.cu",
         "  __syncthreads();  // every slice sum",
-        "  if (warp > 0) __syncthreads();  // every slice sum",
+        "  if (stage > 0) __syncthreads();  // every slice sum",
         (17, 2824, 18),
     ),
 }

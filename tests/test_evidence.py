@@ -14,13 +14,13 @@ RECORDS = sorted([*ROOT.glob("docs/results/**/*.json*"), *ROOT.glob("jax_router/
 
 def test_there_are_records():
     assert RECORDS, (
-        "no record in docs/results or jax_router/tables. Run the sweep on an H200 and commit what it writes: "
+        "no record in docs/results or jax_router/tables. Run the sweep on an H100 or H200 and commit what it writes: "
         "jax-router sweep --suite headline --write-table"
     )
 
 
 def test_every_record_was_measured_on_these_sources():
-    assert provenance.stale_records(RECORDS) == {}, "the kernels changed after the measurement: repeat it on an H200"
+    assert provenance.stale_records(RECORDS) == {}, "the kernels changed after the measurement: repeat it on a GPU"
 
 
 @pytest.mark.parametrize(

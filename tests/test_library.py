@@ -105,8 +105,11 @@ def test_every_configuration_is_the_pick_of_some_published_router(library):
 
 def test_the_graph_tests_cover_calls_of_one_and_of_two_launches(library):
     one, two = (
-        pick(library, tokens, test_cuda_graph.HIDDEN, test_cuda_graph.EXPERTS)
-        for tokens in (test_cuda_graph.TOKENS, test_cuda_graph.TWO_LAUNCHES)
+        pick(library, *sizes)
+        for sizes in (
+            (test_cuda_graph.TOKENS, test_cuda_graph.HIDDEN, test_cuda_graph.EXPERTS),
+            test_cuda_graph.TWO_LAUNCHES.values(),
+        )
     )
     assert re.search(r"_s\d$", one) is None
     assert re.search(r"_s\d$", two), "split K is what takes a second launch"

@@ -69,7 +69,7 @@ MAX_WORKSPACE_BYTES = 16 << 20
 
 
 def workspace_bytes(tokens: int, experts: int) -> int:
-    """How much scratch to lend the kernel: up to eight float32 partial sums of every logit, tiles rounded up.
+    """How much scratch to lend the kernel: four float32 partial sums of every logit, tiles rounded up.
 
     Only an offer. With none, or with less than a configuration needs, the launcher takes another one; the bits are the
     same. Up to 64 tokens no configuration that needs it is the fastest, and where four partial sums are too large there
@@ -77,7 +77,7 @@ def workspace_bytes(tokens: int, experts: int) -> int:
     """
     if tokens <= 64:
         return 0
-    sums = 8 * 4 * (-(-tokens // 128) * 128) * (-(-experts // 32) * 32 + 96)
+    sums = 4 * 4 * (-(-tokens // 64) * 64) * (-(-experts // 32) * 32 + 96)
     return min(sums, MAX_WORKSPACE_BYTES) if sums <= 2 * MAX_WORKSPACE_BYTES else 0
 
 

@@ -14,6 +14,7 @@ import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any
 
 from jax_router.implementations import NAMES
@@ -62,6 +63,10 @@ class Table:
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
 
 
+# The same processor beside other memory: while one has no table, that of the other is nearer than a heuristic.
+TWINS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+
+
 def file_name(kind: str) -> str:
     """The file that holds the table of a kind of device: "NVIDIA H200" is in `nvidia_h200.json`."""
     return kind.lower().replace(" ", "_") + ".json"
@@ -69,11 +74,15 @@ def file_name(kind: str) -> str:
 
 @functools.cache
 def load_table(kind: str) -> Table | None:
-    """The checked-in table of a kind of device; None if there is none, or it is broken, which is warned of once."""
-    name = file_name(kind)
-    path = importlib.resources.files(__name__) / name
-    if not kind or not path.is_file():
-        return None
+    """The checked-in table of a kind of device, or of its twin; None if there is none or it is broken (warns once)."""
+    folder = importlib.resources.files(__name__)
+    for name in map(file_name, filter(None, (kind, TWINS.get(kind)))):
+        if (folder / name).is_file():
+            return _read(folder / name, name)
+    return None
+
+
+def _read(path: Traversable, name: str) -> Table | None:
     try:
         return Table.parse(json.loads(path.read_text(encoding="utf-8")), name)
     except (KeyError, TypeError, ValueError, AttributeError, OSError, RecursionError) as error:

@@ -41,6 +41,13 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct float4 {
   float x, y, z, w;
 };
@@ -283,6 +290,15 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, int(emulation::lane()) ^ bits);
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint64_t mine = vote;
+  return emulation::exchange(&mine, 8, [](const auto& slots) {
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= unsigned(slots[i][0]) << i;
+    return votes;
+  });
+}
+
 // ---- The runtime, for the launcher ---------------------------------------------------------------------------------
 
 using cudaError_t = int;

@@ -17,6 +17,8 @@ inline float widened(uint16_t bits, float16) { return __half2float({bits}); }
 inline void grid_dependency_wait() {}
 
 inline int uniform_warp() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
+inline uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+inline uint32_t settled(uint32_t value) { return __shfl_sync(~0u, value, int(threadIdx.x % 32)); }
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 // ---- Shared memory: offset, and the block's rank in the bits above -------------------------------------------------
@@ -92,6 +94,7 @@ inline void barrier_wait(uint32_t barrier, int phase) {
     return found->second.completed == phase + 1;
   });
 }
+inline void barrier_wait_for_cluster(uint32_t barrier, int phase) { barrier_wait(barrier, phase); }
 
 inline void store_remote_counted(uint32_t address, float4 value, uint32_t barrier) {
   memcpy(memory_at(address, 16), &value, 16);
@@ -116,23 +119,12 @@ inline void named_barrier_arrive(int index, int threads) { named(index, threads)
 
 // ---- Loads and copies ----------------------------------------------------------------------------------------------
 
-inline void copy_chunk(uint32_t destination, const void* source, bool exists) {
-  if (destination % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async is not aligned");
-  block->current->chunks.back().push_back([=] {
-    if (exists) {
-      memcpy(memory_at(destination, 16), source, 16);
-    } else {
-      memset(memory_at(destination, 16), 0, 16);
-    }
-  });
-}
-inline void commit_chunks() { block->current->chunks.emplace_back(); }
-template <int kPending>
-inline void wait_chunks() {
-  auto& groups = block->current->chunks;  // the last one is not committed yet
-  for (; groups.size() > kPending + 1; groups.pop_front()) {
-    for (const auto& copy : groups.front()) copy();
-  }
+inline uint4 load_16_bytes(const void* pointer, bool exists) {
+  uint4 v = {};
+  if (!exists) return v;
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) fail("a load is not aligned");
+  memcpy(&v, pointer, 16);
+  return v;
 }
 
 inline void prefetch_tensor_map(const CUtensorMap&) {}

@@ -21,14 +21,15 @@ inline void increase_registers() {}
 template <int kRegisters>
 inline void decrease_registers() {}
 
-constexpr uint64_t kDescriptor = uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;
-inline uint64_t swizzled_tile_descriptor(uint32_t address) { return kDescriptor | (address & 0x3FFFF) >> 4; }
+inline uint32_t tile_descriptor_word(uint32_t address) { return 1u << 16 | (address & 0x3FFFF) >> 4; }
+inline uint64_t tile_descriptor(uint32_t word) { return uint64_t(1) << 62 | uint64_t(64) << 32 | word; }
+inline uint64_t swizzled_tile_descriptor(uint32_t address) { return tile_descriptor(tile_descriptor_word(address)); }
 
 template <typename Element, int kExperts>
 struct Wgmma {
   static void multiply(float (&d)[kExperts / 2], uint64_t a, uint64_t b, uint32_t accumulate) {
-    if ((a & ~0x3FFFull) != kDescriptor || (b & ~0x3FFFull) != kDescriptor)
-      fail("not the descriptor of a swizzled tile");
+    constexpr uint64_t kFixed = uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;
+    if ((a & ~0x3FFFull) != kFixed || (b & ~0x3FFFull) != kFixed) fail("not the descriptor of a swizzled tile");
     const auto element = [](uint64_t descriptor, int row, int k) {
       const uint32_t start = uint32_t(descriptor & 0x3FFF) << 4, column = start % 1024 + k * 2;
       if (column >= 128) fail("a wgmma step beyond its unit");
