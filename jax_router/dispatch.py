@@ -1,7 +1,8 @@
 """Which implementation computes a problem: data, and one pure function.
 
 Order: the argument `implementation`, then the environment (`JAX_ROUTER_IMPLEMENTATION` names the one to use,
-`JAX_ROUTER_DISABLE` lists those that must not run), then the measured table of this GPU, then a heuristic, then `xla`.
+`JAX_ROUTER_DISABLE` lists those that must not run), then the measured table of this GPU or its twin, then a heuristic,
+then `xla`.
 Both variables are read while tracing: a function that is already compiled keeps what it was compiled with.
 """
 
@@ -112,7 +113,7 @@ def choose(
       device: where it runs.
       implementation: None to choose; a name, or a sequence of names tried in order, to use one of these or raise.
       environment: where the two variables are looked up.
-      table: times measured on this kind of device, from `load_table`; None for none.
+      table: times measured on this kind of device or its twin, from `load_table`; None for none.
       unavailable: implementations that this machine cannot run, and why.
 
     Returns:
@@ -260,11 +261,11 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     if device.platform != "gpu":
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
     # As on an H100: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
-    # about 2^18 logits on cuBLAS fills the GPU.
+    # about 2^20 logits on cuBLAS fills the GPU.
     ranking = {}
     fewest_tokens = 2 if problem.bias_dtype is None else 1
-    if fewest_tokens <= problem.tokens <= 2048 and problem.tokens * problem.experts <= 2**18:
-        ranking["cuda"] = (f"{guess}the CUDA kernel up to 2048 tokens and 2^18 logits", slower)
+    if fewest_tokens <= problem.tokens <= 4096 and problem.tokens * problem.experts <= 2**19:
+        ranking["cuda"] = (f"{guess}the CUDA kernel up to 4096 tokens and 2^19 logits", slower)
         if 16 <= problem.tokens <= 256:
             ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
     ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)

@@ -173,7 +173,8 @@ def _which_table(rows: Sequence[Row]) -> str:
     provenance = rows[-1]["provenance"]
     path = table_path(provenance["gpu"])
     if not path.exists():
-        return "; no table, by the heuristic"
+        twin = dispatch.load_table(provenance["gpu"])
+        return "; no table, by the heuristic" if twin is None else f"; by {twin.name}"
     measured = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("date")
     return "; table written from this run" if measured == provenance["date"] else f"; table of {measured}"
 

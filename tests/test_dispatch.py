@@ -158,9 +158,9 @@ def test_the_table_says_nothing_about_another_shape(other) -> None:
         (16, 128, None, "cuda", "pallas"),
         (256, 128, None, "cuda", "pallas"),
         (257, 128, None, "cuda", "xla"),
-        (2048, 128, None, "cuda", "xla"),
-        (2048, 129, None, "xla", "xla"),
-        (2049, 8, "bfloat16", "xla", "xla"),
+        (4096, 128, None, "cuda", "xla"),
+        (4096, 129, None, "xla", "xla"),
+        (4097, 8, "bfloat16", "xla", "xla"),
     ],
 )
 def test_the_heuristic_takes_the_kernels_between_a_bare_product_and_many_logits(

@@ -3,7 +3,8 @@
 tests/emulation puts CUDA's runtime and the two headers with PTX on fibers; everything else is compiled from csrc. That
 shows wrong indices, barriers, phases and sizes, and reads before the copies have come. It cannot show what depends on
 memory order or on time (order within a warp, wgmma in flight, proxy fences, launch overlap), nor accesses outside
-global memory: for that there is the GPU.
+global memory, nor how the tensor core rounds (here a step is exact and rounds once, whatever the order of its
+elements): for that there is the GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WORKSPACE_BYTES = 16 << 20
 # tokens, hidden, experts: whole and partial tiles, units and slices; rings that go round; several passes of one block.
 PROBLEMS = (
     (1, 8, 1), (2, 4104, 9), (3, 720, 5), (8, 2880, 33), (17, 2824, 18), (70, 2824, 41), (129, 1000, 33),
-    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2), (3, 2048, 5), (2, 7168, 6),
+    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2), (3, 2048, 5), (3, 4096, 5), (2, 7168, 6), (2, 8192, 6), (2, 8200, 3),
 )  # fmt: skip
 
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
@@ -49,6 +50,24 @@ FAULTS = {
         "    barrier_wait(arrived, pass);\n",
         "",
         (2, 4104, 9),
+    ),
+    "adds slices that no warp has": (
+        "sm90_router_gemm_one_token.cu",
+        "if (i * kUnitsPerSlice * kGroups < units) groups",
+        "if (true) groups",
+        (8, 2880, 33),
+    ),
+    "loads the other half of a step": (
+        "sm90_router_gemm_one_token.cu",
+        "steps[0][operand] = t < 2 ? mine : other;",
+        "steps[0][operand] = t < 2 || operand == 0 ? mine : other;",
+        (3, 2048, 5),
+    ),
+    "forgets the half of the tree that waits in shared memory": (
+        "sm90_router_gemm_many_tokens.cu",
+        "const float4 both = mine + right;",
+        "const float4 both = right;",
+        (70, 2824, 41),
     ),
     "adds groups in another order": (
         "sm90_router_gemm_few_tokens.cu",

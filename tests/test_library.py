@@ -115,6 +115,20 @@ def test_the_graph_tests_cover_calls_of_one_and_of_two_launches(library):
     assert re.search(r"_s\d$", two), "split K is what takes a second launch"
 
 
+@pytest.mark.parametrize("experts", [1, 8, 33, 97, 128, 160, 384, 896])
+def test_the_workspace_holds_the_partial_sums_of_every_split_up_to_its_limit(library, experts):
+    splits = [found for name in config_names(library) if (found := re.fullmatch(r"many_(\d+)x(\d+)_s(\d)", name))]
+    assert splits
+    for tokens in (65, 128, 1000, 4096, 2**27):
+        lent = cuda.workspace_bytes(tokens, experts)
+        assert lent <= cuda.MAX_WORKSPACE_BYTES
+        for tile_tokens, tile_experts, parts in (map(int, split.groups()) for split in splits):
+            tiles = -(-tokens // tile_tokens) * -(-experts // tile_experts)
+            sums = parts * tiles * tile_tokens * tile_experts * 4
+            assert sums <= lent or sums > cuda.MAX_WORKSPACE_BYTES // 2
+    assert cuda.workspace_bytes(2**27, experts) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import synthetic_rows
 
-from jax_router import dispatch
+from jax_router import dispatch, sweep_bars
 from jax_router.sweep_bars import Bar, evaluate
 from jax_router.sweep_points import (
     Point,
@@ -154,14 +154,19 @@ def test_a_failed_check_and_an_unmeasured_choice_miss_their_bars() -> None:
     assert one(bars(skipped), "every point passes").met is None
 
 
-def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(dispatch, "load_table", lambda kind: None)
+    monkeypatch.setattr(sweep_bars, "table_path", lambda gpu: tmp_path / "no table.json")
     monkeypatch.setenv("JAX_ROUTER_IMPLEMENTATION", "xla")  # of this process: not of the machine that was measured
     # Where the heuristic takes cuda and the synthetic cuda is the fastest, as it is everywhere.
     rows = synthetic_rows.headline_rows(only_tokens=[2, 16, 64])
     (bar,) = [bar for bar in evaluate(rows) if "dispatcher" in bar.claim]
     assert bar.met, bar
     assert "(cuda)" in bar.figures
+    assert bar.figures.endswith("; no table, by the heuristic")
+    monkeypatch.setattr(dispatch, "load_table", lambda kind: Table("the twin's table.json", {}))
+    (bar,) = [bar for bar in evaluate(rows) if "dispatcher" in bar.claim]
+    assert bar.figures.endswith("; by the twin's table.json")
 
 
 # What is printed -------------------------------------------------------------------------------------------------

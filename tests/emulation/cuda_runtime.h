@@ -127,7 +127,6 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   std::function<bool()> ready;                            // empty: it can run
-  std::deque<std::vector<std::function<void()>>> chunks;  // cp.async: groups in flight, the last one open
   int cluster_generation = 0;
   bool done = false;
 };
@@ -209,7 +208,6 @@ inline void run_block(Block& b) {
   b.warps.resize(threads / 32);
   b.fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : b.fibers) {
-    fiber.chunks.emplace_back();
     fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
     getcontext(&fiber.context);
     fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
@@ -289,14 +287,6 @@ inline T __shfl_sync(unsigned, T value, int source) {
 template <typename T>
 inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, int(emulation::lane()) ^ bits);
-}
-inline unsigned __ballot_sync(unsigned, bool vote) {
-  const uint64_t mine = vote;
-  return emulation::exchange(&mine, 8, [](const auto& slots) {
-    unsigned votes = 0;
-    for (int i = 0; i < 32; ++i) votes |= unsigned(slots[i][0]) << i;
-    return votes;
-  });
 }
 
 // ---- The runtime, for the launcher ---------------------------------------------------------------------------------

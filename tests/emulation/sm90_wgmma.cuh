@@ -23,7 +23,6 @@ inline void decrease_registers() {}
 
 inline uint32_t tile_descriptor_word(uint32_t address) { return 1u << 16 | (address & 0x3FFFF) >> 4; }
 inline uint64_t tile_descriptor(uint32_t word) { return uint64_t(1) << 62 | uint64_t(64) << 32 | word; }
-inline uint64_t swizzled_tile_descriptor(uint32_t address) { return tile_descriptor(tile_descriptor_word(address)); }
 
 template <typename Element, int kExperts>
 struct Wgmma {
