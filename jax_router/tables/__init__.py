@@ -90,7 +90,7 @@ def _read(path: Traversable, name: str) -> Table | None:
             f"The dispatch table {path} is broken ({type(error).__name__}: {error}). Expected what jax-router sweep "
             "--write-table writes; run that again, or reinstall jax-router. Until then a heuristic chooses.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 

@@ -13,13 +13,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -126,7 +124,7 @@ struct MBarrier {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  std::function<bool()> ready;                            // empty: it can run
+  std::function<bool()> ready;  // empty: it can run
   int cluster_generation = 0;
   bool done = false;
 };
