@@ -219,7 +219,8 @@ struct Checker {
 };
 
 int check_all(bool only_small) {
-  std::vector<std::array<int, 2>> shapes = {{1, 8}, {3, 72}, {8, 720}, {31, 2688}, {72, 1000}, {5, 2824}, {2, 17408}};
+  std::vector<std::array<int, 2>> shapes = {{1, 8},     {3, 72},   {8, 720},  {31, 2688},
+                                            {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}};
   if (!only_small) {
     shapes.insert(shapes.end(), {{33, 2880},
                                  {128, 2880},

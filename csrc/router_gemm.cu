@@ -87,7 +87,7 @@ bool fits(const Config& config, const jr_router_gemm_args& a) {
 // Estimated microseconds of a configuration: waves of clusters, each as long as its bytes. Ranks configurations; says
 // nothing about bits, which are equal.
 double estimate(const Config& config, const jr_router_gemm_args& a) {
-  // cudaOccupancyMaxActiveClusters of an H200, one block on a multiprocessor.
+  // cudaOccupancyMaxActiveClusters of an H200, one block on a multiprocessor. Not asked again on an H100.
   const int at_once = config.cluster == 8 ? 15 : config.cluster == 4 ? 30 : config.cluster == 2 ? 66 : 132;
   const int hidden = int(a.hidden), shared = config.shared_bytes(hidden) + kReservedSharedBytes;
   const int resident = max(1, min((kMaxSharedBytes + kReservedSharedBytes) / shared,
@@ -129,7 +129,7 @@ struct Launch {
     shape.dynamicSmemBytes = size_t(shared_bytes);
     shape.stream = stream;
     shape.attrs = attributes;
-    shape.numAttrs = cluster > 1 ? 2 : 1;  // a cluster of one is launched as a cluster too
+    shape.numAttrs = cluster > 1 ? 2 : 1;  // even a cluster of one costs a cluster launch
   }
   Launch(const Launch&) = delete;
 };
@@ -186,7 +186,7 @@ int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int6
       dtype == JR_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(matrix), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return JR_OK;
   return report.fail(JR_CUDA_ERROR, "cuTensorMapEncodeTiled for rows=%lld hidden=%lld box=%d at %p failed: CUresult %d",
                      static_cast<long long>(rows), static_cast<long long>(hidden), box_rows, matrix, int(result));

@@ -19,11 +19,12 @@ struct ClusterSum {
   static constexpr int kQuads = kBlockTokens / kTileTokens * kTilesPerRow * 32;
   static constexpr int kOwnedQuads = kQuads / kCluster;
   static constexpr bool kPushed = kQuads <= 512;
+  static constexpr int kTokenTiles = kBlockTokens / kTileTokens;
+  static constexpr int kOwnedOfTile = kOwnedQuads / kTokenTiles;       // of one token tile
   static constexpr int kReceived = kPushed ? kCluster : kCluster - 1;  // send skips its own
-  static constexpr int kReceivedBytes = kReceived * kOwnedQuads * 16;
   static_assert(kQuads % kCluster == 0, "every block of the cluster owns the same number of quads");
 
-  float4 received[kReceived > 0 ? kReceived : 1][kOwnedQuads];
+  float4 received[kReceived > 0 ? kReceived : 1][kReceived > 0 ? kOwnedQuads : 1];
   float bias[kBlockExperts];
   uint64_t barrier;
 
@@ -32,13 +33,30 @@ struct ClusterSum {
     return kPushed || sender < owner ? sender : sender - 1;
   }
 
-  // Thread 0, before anything else and before a barrier_init_fence() of its own.
+  // Token tiles whose quads travel, as a power of two: small tiles leave out those without tokens.
+  static __device__ __forceinline__ int log2_tiles(const Problem& p, unsigned block_token) {
+    constexpr int kMost = log2_of(kTokenTiles);
+    if constexpr (kPushed) {
+      const unsigned tokens = unsigned(p.tokens) - block_token;
+#pragma unroll
+      for (int tiles = 0; tiles < kMost; ++tiles) {
+        if (tokens <= unsigned(kTileTokens << tiles)) return tiles;
+      }
+    }
+    return kMost;
+  }
+  // Quads that a block owns, and that travel in all.
+  static __device__ __forceinline__ int owned_quads(int log2_tiles) { return kOwnedOfTile << log2_tiles; }
+  static __device__ __forceinline__ int quads(int log2_tiles) { return kCluster * owned_quads(log2_tiles); }
+
+  // One thread of the first warp, before anything else and before a barrier_init_fence() of its own.
   __device__ __forceinline__ void init() { barrier_init(shared_address(&barrier), 1); }
 
-  // Tells the cluster that this block runs and its barrier exists. All threads, thread 0 after init() and its fence.
-  // Costs some hundred cycles, so it comes once the block's first copies are on their way.
-  __device__ __forceinline__ void arrive() {
-    if (threadIdx.x == 0) barrier_arrive_expect_bytes(shared_address(&barrier), kReceivedBytes);
+  // Tells the cluster that this block runs and its barrier exists. All threads, the first warp after init() and its
+  // fence. Costs some hundred cycles, so it comes once the block's first copies are on their way.
+  __device__ __forceinline__ void arrive(int log2_tiles) {
+    if (threadIdx.x == 0)
+      barrier_arrive_expect_bytes(shared_address(&barrier), kReceived * 16 * owned_quads(log2_tiles));
     if constexpr (kCluster > 1) {
       __syncwarp();  // the cluster barrier wants whole warps
       cluster_arrive_relaxed();
@@ -57,11 +75,11 @@ struct ClusterSum {
     if constexpr (kCluster > 1) cluster_wait();
   }
 
-  // Small tiles: sends block `rank`'s sum of quad `quad` to its owner.
-  __device__ __forceinline__ void push(int rank, int quad, const float4& sum) {
+  // Small tiles: sends block `rank`'s sum of quad `quad`, one of those that travel, to its owner.
+  __device__ __forceinline__ void push(int rank, int log2_tiles, int quad, const float4& sum) {
     static_assert(kPushed, "large tiles use send");
-    const int owner = quad / kOwnedQuads;
-    store_remote_counted(remote_address(shared_address(&received[rank][quad % kOwnedQuads]), owner), sum,
+    const int owner = quad / kOwnedOfTile >> log2_tiles, owned = quad - owner * owned_quads(log2_tiles);
+    store_remote_counted(remote_address(shared_address(&received[rank][owned]), owner), sum,
                          remote_address(shared_address(&barrier), owner));
   }
 
@@ -81,10 +99,10 @@ struct ClusterSum {
   // Adds up the quads this block owns, in the order of the tree, and stores their logits. Threads [0, threads). `sums`
   // are what was sent; null where it was pushed.
   __device__ __forceinline__ void store_owned(const Problem& p, int rank, unsigned block_token, unsigned block_expert,
-                                              unsigned threads, const float4* sums) {
-    for (unsigned owned = threadIdx.x; owned < kOwnedQuads; owned += threads) {
-      const unsigned quad = rank * kOwnedQuads + owned, tile = quad / 32,
-                     tile_expert = tile % kTilesPerRow * kTileExperts;
+                                              unsigned threads, int log2_tiles, const float4* sums) {
+    const unsigned end = owned_quads(log2_tiles);
+    for (unsigned owned = threadIdx.x; owned < end; owned += threads) {
+      const unsigned quad = rank * end + owned, tile = quad / 32, tile_expert = tile % kTilesPerRow * kTileExperts;
       const QuadPlace place =
           place_quad(p, block_token + tile / kTilesPerRow * kTileTokens, block_expert + tile_expert, quad % 32,
                      *reinterpret_cast<const float2*>(&bias[tile_expert + quad % 4 * 2]));

@@ -75,38 +75,23 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Waits until phase `phase` (0, 1, 2, ...) of `barrier` is complete, and sees what this block and its copies did to
-// complete it. The phase must be the current one or the one before it.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(phase & 1)
-        : "memory");
-  } while (done == 0);
-}
-
-// The same, and sees what any block of the cluster did. Empties the multiprocessor's L1 cache.
-__device__ __forceinline__ void barrier_wait_for_cluster(uint32_t barrier, uint32_t phase) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(phase & 1)
-        : "memory");
-  } while (done == 0);
-}
+// Waits until phase `phase` (0, 1, 2, ...) of `barrier` is complete; the phase must be the current one or the one
+// before it. barrier_wait sees what this block and its copies did to complete it, barrier_wait_for_cluster what any
+// block of the cluster did, and empties the multiprocessor's L1 cache.
+#define JR_BARRIER_WAIT(NAME, SCOPE)                                           \
+  __device__ __forceinline__ void NAME(uint32_t barrier, uint32_t phase) {     \
+    uint32_t done;                                                             \
+    do {                                                                       \
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire." SCOPE \
+                   ".shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" \
+                   : "=r"(done)                                                \
+                   : "r"(barrier), "r"(phase & 1)                              \
+                   : "memory");                                                \
+    } while (done == 0);                                                       \
+  }
+JR_BARRIER_WAIT(barrier_wait, "cta")
+JR_BARRIER_WAIT(barrier_wait_for_cluster, "cluster")
+#undef JR_BARRIER_WAIT
 
 // Stores 16 bytes in another block's shared memory and counts them on that block's barrier.
 __device__ __forceinline__ void store_remote_counted(uint32_t address, float4 value, uint32_t barrier) {
@@ -150,16 +135,25 @@ __device__ __forceinline__ uint4 load_streamed(const void* pointer) {
   return v;
 }
 
-// 16 bytes, or zeros. Not through the read-only path, as above.
-__device__ __forceinline__ uint4 load_16_bytes(const void* pointer, bool exists) {
-  uint4 v;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(pointer), "r"(int(exists))
-      : "memory");
-  return v;
+// Copies the 16 bytes that lie kOffset behind `source` to shared memory past L1, or writes zeros. Of one thread's
+// copies, all but the last kPending commits have come when wait_for_copies returns.
+template <int kOffset>
+__device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1 + %3], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(exists ? 16 : 0), "n"(kOffset)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Stores a float in shared memory, or nothing: predicated, where the compiler would branch.
+__device__ __forceinline__ void store_shared(uint32_t address, float value, bool exists) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p st.shared.f32 [%0], %1;\n}\n" ::"r"(address), "f"(value),
+               "r"(int(exists))
+               : "memory");
 }
 
 // The copy engine's description of a matrix; a kernel parameter, so no predecessor writes it.
@@ -191,18 +185,19 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row_add
                : "memory");
 }
 
-// ---- mma.sync m16n8k16: 16 tokens x 8 experts, float32 accumulator ------------------------------------------------
+// ---- mma.sync m16n8k16: d = a[16, 16] @ b[8, 16].T + c in float32, e.g. 16 tokens x 8 experts -----------------------
 
-__device__ __forceinline__ void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d.x), "+f"(d.y), "+f"(d.z), "+f"(d.w)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+#define JR_MMA(ELEMENT, TYPE)                                                                                  \
+  __device__ __forceinline__ void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,    \
+                                               const float4& c, ELEMENT) {                                     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                        \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                              \
+                 : "=f"(d.x), "=f"(d.y), "=f"(d.z), "=f"(d.w)                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.x), "f"(c.y), "f"(c.z), \
+                   "f"(c.w));                                                                                  \
+  }
+JR_MMA(bfloat16, "bf16")
+JR_MMA(float16, "f16")
+#undef JR_MMA
 
 }  // namespace jax_router

@@ -13,8 +13,8 @@ constexpr int kReservedSharedBytes = 1024;  // of every block besides
 constexpr int kRegisters = 65536;
 constexpr int kSumSplitsThreads = 256;  // of the second launch of a configuration with splits, one per four logits
 
-// Fitted to kernel times (CUPTI) on an H100, the sweep's shapes with 1 to 16384 tokens, 2026-11-26, so that the picks
-// are 0.3% from the best on average; used only to rank configurations.
+// Fitted to kernel times (CUPTI) on an H200, the sweep's shapes with 1 to 16384 tokens, 2026-11-26, so that the picks
+// are 0.4% from the best on average; used only to rank configurations.
 struct Cost {
   double first, wave;         // microseconds of the first and every further wave of clusters, without the bytes
   double per_block_kilobyte;  // and wave, that a block reads
@@ -39,8 +39,8 @@ struct Config {
   Cost cost;
 };
 
-constexpr int kOneTokenConfigs = 4;
-constexpr int kFewTokensConfigs = 3;
+constexpr int kOneTokenConfigs = 2;
+constexpr int kFewTokensConfigs = 4;
 constexpr int kManyTokensConfigs = 13;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];

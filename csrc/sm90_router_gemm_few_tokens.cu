@@ -1,15 +1,15 @@
 // Router GEMM for few tokens: a cluster of 8 blocks shares one output tile and splits K; inside a block every slice of
-// K has a warp of its own, which waits for nothing but that slice before it multiplies with mma.sync.
+// K has a warp of its own, which waits for nothing but its own copies before it multiplies with mma.sync.
 //
 // What limits it: latency, and the bytes one multiprocessor can pull (about 60 per clock from L2). So the weights are
-// spread over the multiprocessors, the copy engine has every slice in flight at once (up to 16 per block), and each
-// byte of x and weight is read once per block.
+// spread over the multiprocessors, all slices are in flight at once (up to 16 per block), and each byte of x and weight
+// is read once per block. Plain asynchronous copies, because the copy engine's first data come some 400 cycles later:
+// it fetches its tensor maps first.
 //
 // Work: grid.x = cluster * token tiles, grid.y = expert tiles; blockIdx.x % cluster is the block's rank and its share
-// of K. Memory: x and weight through tensor maps (sm90_tile.cuh). Bytes: (tokens + experts) * hidden / cluster * 2 per
-// block. Shared memory: one stage per slice in flight (two units of weight and of x), the slice sums as quads
-// [slot][tile][lane], the cluster's exchange buffer, one barrier per stage. Alone: csrc/check.cu runs it without
-// Python.
+// of K. Bytes: (tokens + experts) * hidden / cluster * 2 per block. Shared memory: one stage per slice in flight (two
+// units of weight and of x, rows of 128 bytes, chunk c of row r at c ^ (r % 8)), the slice sums as quads
+// [slot][tile][lane], the cluster's exchange buffer. Alone: csrc/check.cu runs it without Python.
 #include "sm90_cluster_sum.cuh"
 #include "sm90_router_gemm.cuh"
 
@@ -19,43 +19,43 @@ namespace {
 
 constexpr int kMaxWarps = 16, kCluster = 8;
 
-template <typename Element, int kExpertTiles>
+template <typename Element, int kTokenTiles, int kExpertTiles>
 struct FewTokens {
-  static constexpr int kExperts = kExpertTiles * kTileExperts;
-  static constexpr int kStageBytes = kUnitsPerSlice * (kTileTokens + kExperts) * kRowBytes;
+  static constexpr int kTokens = kTokenTiles * kTileTokens, kExperts = kExpertTiles * kTileExperts;
+  static constexpr int kStageBytes = kUnitsPerSlice * (kTokens + kExperts) * kRowBytes;
   static constexpr int kGroupsPerBlock = kGroups / kCluster;
   static_assert(kGroupsPerBlock == 2, "slots are mapped to two groups");
   static_assert(kStageBytes % kSwizzleAlignment == 0, "every stage starts at a swizzle atom");
-  using Sum = ClusterSum<Element, kTileTokens, kExperts, kCluster>;
+  using Sum = ClusterSum<Element, kTokens, kExperts, kCluster>;
 
   // A slot is one slice of one of the block's groups.
   static constexpr int slots(int hidden) { return kGroupsPerBlock * slices_per_group(hidden); }
   static constexpr int stages(int hidden) { return slots(hidden) < kMaxWarps ? slots(hidden) : kMaxWarps; }
   static int shared_bytes(int hidden) {
-    return stages(hidden) * (kStageBytes + 8) + slots(hidden) * Sum::kQuads * 16 + static_cast<int>(sizeof(Sum));
+    return stages(hidden) * kStageBytes + slots(hidden) * Sum::kQuads * 16 + static_cast<int>(sizeof(Sum));
   }
 };
 
-// Multiplies the units of one slice: 16 tokens by all tiles of experts. `x_chunk` and `weight_chunk` are where this
-// lane's row of an 8x8 matrix begins in the first unit; another chunk of that row differs in bits of its number.
-template <typename Element, int kExpertTiles>
-__device__ __forceinline__ void multiply_slice(float4 (&sums)[kExpertTiles], uint32_t x_chunk, uint32_t weight_chunk,
-                                               int slice_units) {
+// Multiplies one unit: all tiles of tokens by all tiles of experts. `x_chunk` and `weight_chunk` are where this lane's
+// row of an 8x8 matrix begins in the unit; another chunk of that row differs in bits of its number.
+template <typename Element, int kTokenTiles, int kExpertTiles>
+__device__ __forceinline__ void multiply_unit(float4 (&sums)[kTokenTiles][kExpertTiles], uint32_t x_chunk,
+                                              uint32_t weight_chunk) {
 #pragma unroll
-  for (int i = 0; i < kUnitsPerSlice; ++i) {
-    if (i >= slice_units) break;
+  for (int k32 = 0; k32 < kUnit / 32; ++k32) {
+    uint32_t b[kExpertTiles][4];  // both k16 steps
 #pragma unroll
-    for (int k32 = 0; k32 < kUnit / 32; ++k32) {
-      uint32_t b[kExpertTiles][4];  // both k16 steps
+    for (int n = 0; n < kExpertTiles; ++n)
+      load_matrices(b[n], (weight_chunk ^ k32 * 64) + n * kTileExperts * kRowBytes);
 #pragma unroll
-      for (int n = 0; n < kExpertTiles; ++n)
-        load_matrices(b[n], (weight_chunk ^ k32 * 64) + (i * kExpertTiles + n) * kTileExperts * kRowBytes);
+    for (int k16 = 0; k16 < 2; ++k16) {
 #pragma unroll
-      for (int k16 = 0; k16 < 2; ++k16) {
+      for (int m = 0; m < kTokenTiles; ++m) {
         uint32_t a[4];
-        load_matrices(a, (x_chunk ^ (k32 * 64 + k16 * 32)) + i * kTileTokens * kRowBytes);
+        load_matrices(a, (x_chunk ^ (k32 * 64 + k16 * 32)) + m * kTileTokens * kRowBytes);
 #pragma unroll
-        for (int n = 0; n < kExpertTiles; ++n) mma_m16n8k16(sums[n], a, b[n][2 * k16], b[n][2 * k16 + 1], Element());
+        for (int n = 0; n < kExpertTiles; ++n)
+          mma_m16n8k16(sums[m][n], a, b[n][2 * k16], b[n][2 * k16 + 1], sums[m][n], Element());
       }
     }
   }
@@ -63,75 +63,88 @@ __device__ __forceinline__ void multiply_slice(float4 (&sums)[kExpertTiles], uin
 
 }  // namespace
 
-template <typename Element, int kExpertTiles>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1)
-    sm90_router_gemm_few_tokens(const __grid_constant__ TiledProblem tiled) {
-  using F = FewTokens<Element, kExpertTiles>;
+template <typename Element, int kTokenTiles, int kExpertTiles>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) sm90_router_gemm_few_tokens(const Problem p) {
+  using F = FewTokens<Element, kTokenTiles, kExpertTiles>;
   using Sum = typename F::Sum;
-  const Problem& p = tiled.problem;
-  const int lane = threadIdx.x % 32;
-  const unsigned stage = uniform_warp(), stages = blockDim.x / 32, rank = blockIdx.x % kCluster;
-  const unsigned block_token = blockIdx.x / kCluster * kTileTokens;
+  const unsigned lane = threadIdx.x % 32, stage = uniform_warp(), stages = blockDim.x / 32;
+  const unsigned rank = blockIdx.x % kCluster, block_token = blockIdx.x / kCluster * F::kTokens;
   const unsigned block_expert = blockIdx.y * F::kExperts;
+  const int log2_tiles = Sum::log2_tiles(p, block_token);
   const unsigned units = units_of(p.hidden), slices = slices_per_group(p.hidden), slots = F::kGroupsPerBlock * slices;
 
   extern __shared__ __align__(kSwizzleAlignment) uint8_t shared[];
   float4* slice_sums = reinterpret_cast<float4*>(shared + stages * F::kStageBytes);
   Sum& cluster_sum = *reinterpret_cast<Sum*>(slice_sums + slots * Sum::kQuads);
-  const uint32_t arrived = shared_address(&cluster_sum + 1) + stage * 8;  // the stage's barrier
-  const uint32_t weight_stage = shared_address(shared) + stage * F::kStageBytes;
+  const uint32_t weight_stage = uniform(shared_address(shared) + stage * F::kStageBytes);
   const uint32_t x_stage = weight_stage + kUnitsPerSlice * F::kExperts * kRowBytes;
 
-  if (lane == 0) {
-    barrier_init(arrived, 1);
-    if (threadIdx.x == 0) cluster_sum.init();
-    barrier_init_fence();
-  }
-  if (stage == 1 && elect_one()) {
-    prefetch_tensor_map(tiled.weight);
-    prefetch_tensor_map(tiled.x);
-  }
+  // Lane i copies chunk i % 8 of rows i / 8, i / 8 + 4, ... of x and of the weight. Rows of tokens that do not exist
+  // are left as they are: they have logits of their own, which nobody stores.
+  const unsigned row = lane / 8, chunk = lane % 8, row_bytes = p.hidden * 2;
+  const uint32_t place = row * kRowBytes + (chunk ^ row) * 16;  // of the first row; 4 rows on, the chunk is another
+  const uint8_t* const x = static_cast<const uint8_t*>(p.x) + uint64_t(block_token + row) * row_bytes;
+  const uint8_t* const weight = static_cast<const uint8_t*>(p.weight) + uint64_t(block_expert + row) * row_bytes;
+  const unsigned x_rows = min(unsigned(p.tokens) - block_token, unsigned(F::kTokens));
+  const int weight_rows = p.experts - int(block_expert + row);
   grid_dependency_wait();
 
   // Slots past the end of a group are +0.
-  uint32_t x_chunk = 0, weight_chunk = 0;
-  for (unsigned pass = 0;; ++pass) {
-    const unsigned slot = pass * stages + stage;
-    if (slot >= slots) break;
+  for (unsigned slot = stage; slot < slots; slot += stages) {
     const unsigned block_group = slot >= slices, group = rank * F::kGroupsPerBlock + block_group;
     const int unit = group_begin(units, group) + (slot - block_group * slices) * kUnitsPerSlice;
     const int slice_units = max(min(group_begin(units, group + 1) - unit, kUnitsPerSlice), 0);
-    __syncwarp();  // the barrier exists, and the slice before this one has been read
-    if (elect_one()) {
-      barrier_arrive_expect_bytes(arrived, slice_units * (p.box_tokens + F::kExperts) * kRowBytes);
+    __syncwarp();  // the slice before this one has been read
 #pragma unroll
-      for (int i = 0; i < kUnitsPerSlice; ++i) {
-        if (i >= slice_units) break;
-        copy_box(weight_stage + i * F::kExperts * kRowBytes, tiled.weight, (unit + i) * kUnit, block_expert, arrived);
-        copy_box(x_stage + i * kTileTokens * kRowBytes, tiled.x, (unit + i) * kUnit, int(block_token), arrived);
+    for (int i = 0; i < kUnitsPerSlice; ++i) {
+      const unsigned offset = (unit + i) * kRowBytes + chunk * 16;
+      const bool exists = offset < row_bytes;
+      if (i < slice_units) {
+#pragma unroll
+        for (int rows = 0; rows < F::kExperts; rows += 4)
+          copy_16_bytes<0>(weight_stage + (i * F::kExperts + rows) * kRowBytes + (place ^ rows % 8 * 16),
+                           weight + rows * row_bytes + offset, exists && rows < weight_rows);
+#pragma unroll
+        for (int rows = 0; rows < F::kTokens; rows += 4) {
+          if (unsigned(rows) < x_rows)
+            copy_16_bytes<0>(x_stage + (i * F::kTokens + rows) * kRowBytes + (place ^ rows % 8 * 16),
+                             x + rows * row_bytes + offset, exists && rows + row < x_rows);
+        }
       }
+      commit_copies();
     }
-    if (pass == 0) {
-      // Lane i addresses row i % 8 of matrix i / 8: experts and chunks of weight, tokens (in eights) and chunks of x.
-      const uint32_t row = lane % 8, matrix = lane / 8;
-      weight_chunk = settled(weight_stage + row * kRowBytes + (matrix ^ row) * 16);
-      x_chunk = settled(x_stage + (matrix % 2 * 8 + row) * kRowBytes + (matrix / 2 ^ row) * 16);
+    if (slot == stage) {
+      if (threadIdx.x == 0) {
+        cluster_sum.init();
+        barrier_init_fence();
+      }
       cluster_sum.fetch_bias(p, block_expert);
-      cluster_sum.arrive();
-      cluster_sum.wait_for_owners();
+      cluster_sum.arrive(log2_tiles);
     }
-
-    barrier_wait(arrived, pass);
+    // Lane i addresses row i % 8 of matrix i / 8: experts and chunks of weight, tokens (in eights) and chunks of x.
+    const uint32_t matrix = lane / 8, matrix_row = lane % 8, x_row = matrix % 2 * 8 + matrix_row;
+    const uint32_t weight_chunk = settled(weight_stage + matrix_row * kRowBytes + (matrix ^ matrix_row) * 16);
+    const uint32_t x_chunk = settled(x_stage + x_row * kRowBytes + (matrix / 2 ^ matrix_row) * 16);
     float4* slot_sums = slice_sums + slot * Sum::kQuads + lane;
-    float4 sums[kExpertTiles] = {};
-    multiply_slice<Element, kExpertTiles>(sums, x_chunk, weight_chunk, slice_units);
+    float4 sums[kTokenTiles][kExpertTiles] = {};
+    wait_for_copies<1>();
+    __syncwarp();
+    if (slice_units > 0) multiply_unit<Element>(sums, x_chunk, weight_chunk);
+    wait_for_copies<0>();
+    __syncwarp();
+    if (slice_units > 1)
+      multiply_unit<Element>(sums, x_chunk + F::kTokens * kRowBytes, weight_chunk + F::kExperts * kRowBytes);
 #pragma unroll
-    for (int n = 0; n < kExpertTiles; ++n) slot_sums[n * 32] = sums[n];
+    for (int m = 0; m < kTokenTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kExpertTiles; ++n) slot_sums[(m * kExpertTiles + n) * 32] = sums[m][n];
+    }
   }
+  cluster_sum.wait_for_owners();
   __syncthreads();  // every slice sum of the block, and the bias, are in shared memory
 
   // Groups: add up slices in ascending order, then the block's part of the tree, and send it to the owner.
-  for (int quad = threadIdx.x; quad < Sum::kQuads; quad += blockDim.x) {
+  for (int quad = threadIdx.x; quad < Sum::quads(log2_tiles); quad += blockDim.x) {
     float4 groups[F::kGroupsPerBlock] = {};
 #pragma unroll 1
     for (unsigned first = 0; first < slices; first += 4) {
@@ -149,35 +162,36 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
         for (int i = 0; i < 4; ++i) groups[group] = groups[group] + four[group][i];
       }
     }
-    cluster_sum.push(rank, quad, groups[0] + groups[1]);
+    cluster_sum.push(rank, log2_tiles, quad, groups[0] + groups[1]);
   }
-  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x, nullptr);
+  cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x, log2_tiles, nullptr);
 }
 
 namespace {
 
-template <int kExpertTiles>
+template <int kTokenTiles, int kExpertTiles>
 constexpr Config config(const char* name, Cost cost) {
-  using F = FewTokens<bfloat16, kExpertTiles>;
+  using F = FewTokens<bfloat16, kTokenTiles, kExpertTiles>;
   return {.name = name,
-          .block_tokens = kTileTokens,
+          .block_tokens = F::kTokens,
           .block_experts = F::kExperts,
           .cluster = kCluster,
           .registers = kRegisters / (32 * kMaxWarps),
-          .tiled = true,
-          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kExpertTiles>),
-                     reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kExpertTiles>)},
+          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<bfloat16, kTokenTiles, kExpertTiles>),
+                     reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
           .threads = [](int hidden) { return 32 * F::stages(hidden); },
           .shared_bytes = &F::shared_bytes,
+          .max_tokens = 1024,
           .cost = cost};
 }
 
 }  // namespace
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
-    config<1>("few_16x8_c8", {2.182, 0.3201, 0, 0.1254}),
-    config<2>("few_16x16_c8", {2, 0, 0, 0.2194}),
-    config<4>("few_16x32_c8", {2.405, 1.771, 0, 0.1274}),
+    config<1, 2>("few_16x16_c8", {1.875, 3.47e-06, 0, 0.1863}),
+    config<1, 3>("few_16x24_c8", {2.124, 0.4717, 0.006243, 0.08339}),
+    config<1, 4>("few_16x32_c8", {2.095, 0.3696, 9.61e-06, 0.1414}),
+    config<2, 3>("few_32x24_c8", {2.214, 0.1437, 0.003574, 0.08919}),
 };
 
 }  // namespace jax_router

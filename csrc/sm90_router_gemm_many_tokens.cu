@@ -26,6 +26,7 @@ constexpr int kConsumers = 256;             // threads of the two warpgroups tha
 constexpr int kThreads = kConsumers + 128;  // and of the one that copies
 constexpr int kProducerWarp = kConsumers / 32;
 constexpr int kWarpgroupTokens = 64;
+constexpr unsigned kUnitsAhead = 3;  // of a ring, copied before the block arrives at the cluster's barrier
 constexpr int kConsumersMet = 1, kFirstStages = 2, kOtherStages = 3;  // named barriers
 
 }  // namespace
@@ -52,9 +53,12 @@ struct ManyTokens {
   static constexpr int kConsumerRegisters = kResident == 2 ? 104 : 232, kProducerRegisters = kResident == 2 ? 32 : 40;
   static constexpr int kLaunchRegisters =
       kRegisters / kThreads / kResident / 8 * 8;  // per thread, until the roles part
+  // Large tiles need more, and the copying warps give it; but the consumers wait until they do.
+  static constexpr bool kMovesRegisters = kSums * (2 + kRegisterLevels) + 40 > kLaunchRegisters;
   static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= kThreads * kLaunchRegisters,
                 "what one role takes the other gave back");
   static_assert(kBlockTokens == 2 * kWarpgroupTokens / kRings && kStages % kRings == 0, "two warpgroups");
+  static_assert(kRingStages >= kUnitsAhead, "the first copies wait for nothing");
 
   struct Nothing {};
   using Cluster = ClusterSum<Element, kBlockTokens, kBlockExperts, kParts>;
@@ -133,84 +137,96 @@ __global__ void __launch_bounds__(
   const auto filled_of = [&](unsigned stage) -> uint32_t { return base + offsetof(Shared, filled) + stage * 8; };
   const auto emptied_of = [&](unsigned stage) -> uint32_t { return base + offsetof(Shared, emptied) + stage * 8; };
 
-  // The copying warps set up only the barriers of the first stages and begin to copy; the consumers set up the others.
+  [[maybe_unused]] const int log2_tiles = M::Cluster::log2_tiles(p, block_token);
   const int copier = warp - kProducerWarp;
   const bool copies = copier >= 0 && copier < M::kCopiers;
+  // Copies unit i of a ring, once the unit before it in its stage has been multiplied. One thread.
+  const auto copy_unit = [&](int ring, unsigned i) {
+    const unsigned unit = ring_unit(ring) + i, stage = stage_of(ring, i);
+    if (unit >= ring_unit(ring + 1)) return;
+    if (i >= M::kRingStages) barrier_wait(emptied_of(stage), i / M::kRingStages - 1);
+    barrier_arrive_expect_bytes(filled_of(stage), (p.box_tokens + kBlockExperts) * kRowBytes);
+    copy_box(base + offsetof(Shared, x) + stage * M::kXBytes, tiled.x, unit * kUnit, int(block_token),
+             filled_of(stage));
+    copy_box(base + offsetof(Shared, weight) + stage * M::kWeightBytes, tiled.weight, unit * kUnit, block_expert,
+             filled_of(stage));
+  };
+  const auto copy_units = [&](unsigned first, unsigned end) {
+    for (unsigned i = first; i < end; ++i) {
+#pragma unroll
+      for (int ring = 0; ring < M::kRings; ring += M::kCopiers) copy_unit(ring + (M::kCopiers > 1 ? copier : 0), i);
+    }
+  };
   const auto init_stage = [&](unsigned stage) {
     barrier_init(filled_of(stage), 1);
     barrier_init(emptied_of(stage), kConsumers / 32 / M::kRings);
-    barrier_init_fence();
   };
-  if (copies) {
+
+  // The copying warps set up only the barriers of the first stages and begin to copy, in the code that comes first; the
+  // consumers set up the others.
+  if (__builtin_expect(copies, true)) {
     if (elect_one()) {
-      for (int ring = copier; ring < M::kRings; ring += M::kCopiers) init_stage(stage_of(ring, 0));
+#pragma unroll
+      for (int ring = 0; ring < M::kRings; ring += M::kCopiers)
+        init_stage(stage_of(ring + (M::kCopiers > 1 ? copier : 0), 0));
+      barrier_init_fence();
     }
     __syncwarp();
     named_barrier_arrive(kFirstStages, kConsumers + 32 * M::kCopiers);
-  } else if (warp < kProducerWarp) {
-    if (elect_one()) {
-      for (unsigned stage = warp; stage < kStages; stage += kProducerWarp) {
-        if (stage % M::kRingStages != 0) init_stage(stage);
+    grid_dependency_wait();
+    if (elect_one()) copy_units(0, 1);
+    __syncwarp();
+  } else {
+    if (warp == kProducerWarp + 3 && elect_one()) {
+      prefetch_tensor_map(tiled.x);
+      prefetch_tensor_map(tiled.weight);
+    }
+    if (M::kResident > 1 && warp == kProducerWarp + 2 && elect_one()) {
+      // Half a multiprocessor's rings are too short for the latency of HBM: units past the first round come through L2.
+      for (int ring = 0; ring < M::kRings; ++ring) {
+        for (unsigned unit = ring_unit(ring) + M::kRingStages; unit < ring_unit(ring + 1); ++unit)
+          prefetch_box(tiled.weight, unit * kUnit, block_expert);
       }
     }
-    __syncwarp();
-    named_barrier_arrive(kOtherStages, kConsumers + 32 * M::kCopiers);
-  }
-  if constexpr (!kSplit) {
-    if (threadIdx.x == 0) {
-      shared.cluster_sum.init();
-      barrier_init_fence();
+    if (warp < kProducerWarp) {
+      if (elect_one()) {
+#pragma unroll
+        for (int first = 0; first < kStages; first += kProducerWarp) {
+          const int stage = first + warp;
+          if (stage < kStages && stage % M::kRingStages != 0) init_stage(stage);
+        }
+        if constexpr (!kSplit) {
+          if (warp == 0) shared.cluster_sum.init();
+        }
+        barrier_init_fence();
+      }
+      __syncwarp();
+      named_barrier_arrive(kOtherStages, kConsumers + 32 * M::kCopiers);
     }
+    grid_dependency_wait();
   }
-  if (warp == kProducerWarp + 3 && elect_one()) {
-    prefetch_tensor_map(tiled.weight);
-    prefetch_tensor_map(tiled.x);
-  }
-  if (M::kResident > 1 && warp == kProducerWarp + 2 && elect_one()) {
-    // Half a multiprocessor's rings are too short for the latency of HBM: units past the first round come through L2.
-    for (int ring = 0; ring < M::kRings; ++ring) {
-      for (unsigned unit = ring_unit(ring) + M::kRingStages; unit < ring_unit(ring + 1); ++unit)
-        prefetch_box(tiled.weight, unit * kUnit, block_expert);
-    }
-  }
-  grid_dependency_wait();
 
   if (warp >= kProducerWarp) {
-    // Producer: a unit is copied once the unit before it in its stage has been multiplied.
-    const uint32_t stage_bytes = uniform((p.box_tokens + kBlockExperts) * kRowBytes);
-    const auto copy_unit = [&](int ring, unsigned i) {
-      const unsigned unit = ring_unit(ring) + i, stage = stage_of(ring, i);
-      if (unit >= ring_unit(ring + 1)) return;
-      if (i >= M::kRingStages) barrier_wait(emptied_of(stage), i / M::kRingStages - 1);
-      barrier_arrive_expect_bytes(filled_of(stage), stage_bytes);
-      copy_box(base + offsetof(Shared, x) + stage * M::kXBytes, tiled.x, unit * kUnit, int(block_token),
-               filled_of(stage));
-      copy_box(base + offsetof(Shared, weight) + stage * M::kWeightBytes, tiled.weight, unit * kUnit, block_expert,
-               filled_of(stage));
-    };
-    const auto copy_units = [&](unsigned first, unsigned end) {
-      for (unsigned i = first; i < end; ++i) {
-#pragma unroll
-        for (int ring = 0; ring < M::kRings; ring += M::kCopiers) copy_unit(ring + (M::kCopiers > 1 ? copier : 0), i);
-      }
-    };
-    const unsigned most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
-    decrease_registers<M::kProducerRegisters>();  // the consumers wait for them
-    if (copies && elect_one()) copy_units(0, 1);
-    __syncwarp();
-    if constexpr (!kSplit) shared.cluster_sum.arrive();
+    if constexpr (M::kMovesRegisters) decrease_registers<M::kProducerRegisters>();  // the consumers wait for them
     if (copies) {
+      const unsigned most_units = max(ring_unit(1) - ring_unit(0), ring_unit(M::kRings) - ring_unit(M::kRings - 1));
       named_barrier(kOtherStages, kConsumers + 32 * M::kCopiers);
-      if (elect_one()) copy_units(1, most_units);
+      // Arriving costs some hundred cycles, so it comes when the copy engine has work for them.
+      if (elect_one()) copy_units(1, kUnitsAhead);
+      __syncwarp();
+      if constexpr (!kSplit) shared.cluster_sum.arrive(log2_tiles);
+      if (elect_one()) copy_units(kUnitsAhead, most_units);
+      __syncwarp();
+    } else if constexpr (!kSplit) {
+      shared.cluster_sum.arrive(log2_tiles);
     }
-    __syncwarp();
     if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
   } else {
     named_barrier(kFirstStages, kConsumers + 32 * M::kCopiers);
-    increase_registers<M::kConsumerRegisters>();
+    if constexpr (M::kMovesRegisters) increase_registers<M::kConsumerRegisters>();
     if constexpr (!kSplit) {
       shared.cluster_sum.fetch_bias(p, block_expert);
-      shared.cluster_sum.arrive();
+      shared.cluster_sum.arrive(log2_tiles);
     }
     const int warpgroup = warp / 4, ring = M::kRings == 2 ? warpgroup : 0;
     const int token_tile = M::kRings == 2 ? warp % 4 : warp;
@@ -275,7 +291,7 @@ __global__ void __launch_bounds__(
       if constexpr (kSplit) {
         M::Split::leave(p, rank, quad, total);
       } else if constexpr (M::Cluster::kPushed) {
-        shared.cluster_sum.push(rank, quad, total);
+        if (quad < M::Cluster::quads(log2_tiles)) shared.cluster_sum.push(rank, log2_tiles, quad, total);
       } else {
         shared.sums[quad] = total;
       }
@@ -286,7 +302,7 @@ __global__ void __launch_bounds__(
         named_barrier(kConsumersMet, kConsumers);
         shared.cluster_sum.send(rank, shared.sums);
       }
-      shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, shared.sums);
+      shared.cluster_sum.store_owned(p, rank, block_token, block_expert, kConsumers, log2_tiles, shared.sums);
     }
   }
   if constexpr (!kSplit) shared.cluster_sum.finish();
@@ -333,19 +349,19 @@ constexpr Config split(const char* name, Cost cost) {
 }  // namespace
 
 const Config many_tokens_configs[kManyTokensConfigs] = {
-    cluster<64, 32, 8, 8>("many_64x32_c8", {2.356, 1.32, 0.002041, 0.1623}),
-    cluster<64, 32, 8, 16>("many_64x32_c8_16", {2.589, 1.408, 0.0005786, 0.1342}),
-    cluster<64, 64, 8, 8>("many_64x64_c8", {3.186, 1.315, 0.0008499, 0.1549}),
-    cluster<64, 32, 4, 8>("many_64x32_c4", {2.335, 0.07159, 0.0025, 0.1417}),
-    cluster<64, 64, 4, 8>("many_64x64_c4", {2.626, 1.735, 0.007211, 0.06484}),
-    cluster<64, 80, 4, 8>("many_64x80_c4", {3.05, 2.755, 0.004597, 0.09645}),
-    cluster<64, 128, 4, 8>("many_64x128_c4", {3.528, 2.572, 0.004292, 0.09405}),
-    cluster<64, 64, 2, 12>("many_64x64_c2", {2.715, 2.396, 0.006002, 0.06754}),
-    cluster<64, 80, 2, 10>("many_64x80_c2", {3.25, 2.891, 0.008121, 0.05926}),
-    cluster<64, 128, 2, 6>("many_64x128_c2", {4.049, 6.162, 0.00898, 0.01933}),
-    cluster<128, 64, 1, 8>("many_128x64_c1", {7.991, 28.64, 0.006646, 0.04369}),
-    split<64, 80, 4, 10>("many_64x80_s4", {3.947, 1.557, 0.004376, 0.09572}),
-    split<64, 128, 4, 8>("many_64x128_s4", {4.207, 2.81, 0.005775, 0.06805}),
+    cluster<64, 32, 8, 8>("many_64x32_c8", {2.779, 0.5349, 0, 0.1091}),
+    cluster<64, 32, 8, 16>("many_64x32_c8_16", {2.207, 1.54, 0.004799, 0.0823}),
+    cluster<64, 64, 8, 8>("many_64x64_c8", {3.362, 2.612, 0.001698, 0.08144}),
+    cluster<64, 32, 4, 8>("many_64x32_c4", {2.216, 1.438, 0.005239, 0.07207}),
+    cluster<64, 64, 4, 8>("many_64x64_c4", {2.271, 2.446, 0.007631, 0.04365}),
+    cluster<64, 80, 4, 8>("many_64x80_c4", {2.939, 2.781, 0.006081, 0.04074}),
+    cluster<64, 128, 4, 8>("many_64x128_c4", {4.891, 2.725, 0.002431, 0.08899}),
+    cluster<64, 64, 2, 12>("many_64x64_c2", {2.981, 2.364, 0.005387, 0.05706}),
+    cluster<64, 80, 2, 10>("many_64x80_c2", {3.938, 2.192, 0.003032, 0.08224}),
+    cluster<64, 128, 2, 6>("many_64x128_c2", {4.081, 4.047, 0.005897, 0.04771}),
+    cluster<128, 64, 1, 8>("many_128x64_c1", {3.086, 10.27, 0.006914, 0.05402}),
+    split<64, 80, 4, 10>("many_64x80_s4", {3.904, 1.849, 0.002674, 0.08498}),
+    split<64, 128, 4, 8>("many_64x128_s4", {3.967, 2.387, 0.006426, 0.05592}),
 };
 
 }  // namespace jax_router

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
                                load_two<Element>(p.x, token + g + 8, p.tokens, k + 8, p.hidden)};
         const uint32_t b0 = load_two<Element>(p.weight, expert + g, p.experts, k, p.hidden);
         const uint32_t b1 = load_two<Element>(p.weight, expert + g, p.experts, k + 8, p.hidden);
-        mma_m16n8k16(slice_sum, a, b0, b1, Element());
+        mma_m16n8k16(slice_sum, a, b0, b1, slice_sum, Element());
       }
       sum = sum + slice_sum;
     }

@@ -47,7 +47,7 @@ FAULTS = {
     ),
     "multiplies before the copies have come": (
         "sm90_router_gemm_few_tokens.cu",
-        "    barrier_wait(arrived, pass);\n",
+        "    wait_for_copies<0>();\n",
         "",
         (2, 4104, 9),
     ),
@@ -57,11 +57,17 @@ FAULTS = {
         "if (true) groups",
         (8, 2880, 33),
     ),
-    "loads the other half of a step": (
+    "multiplies a step by its neighbour": (
         "sm90_router_gemm_one_token.cu",
-        "steps[0][operand] = t < 2 ? mine : other;",
-        "steps[0][operand] = t < 2 || operand == 0 ? mine : other;",
+        "load_matrices(a, (weight_chunk ^ step * 32)",
+        "load_matrices(a, (weight_chunk ^ step / 2 * 64)",
         (3, 2048, 5),
+    ),
+    "sends sums of tokens that do not exist": (
+        "sm90_router_gemm_many_tokens.cu",
+        "if (quad < M::Cluster::quads(log2_tiles)) ",
+        "",
+        (17, 2824, 18),
     ),
     "forgets the half of the tree that waits in shared memory": (
         "sm90_router_gemm_many_tokens.cu",
@@ -71,8 +77,8 @@ FAULTS = {
     ),
     "adds groups in another order": (
         "sm90_router_gemm_few_tokens.cu",
-        "cluster_sum.push(rank, quad, groups[0] + groups[1]);",
-        "cluster_sum.push((rank + 1) % kCluster, quad, groups[0] + groups[1]);",
+        "cluster_sum.push(rank, log2_tiles, quad, groups[0] + groups[1]);",
+        "cluster_sum.push((rank + 1) % kCluster, log2_tiles, quad, groups[0] + groups[1]);",
         (17, 2824, 18),
     ),
     "drops the last partial unit": (

@@ -126,6 +126,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   std::function<bool()> ready;  // empty: it can run
   int cluster_generation = 0;
+  std::vector<std::function<void()>> copies;  // cp.async, not yet committed
+  std::deque<std::vector<std::function<void()>>> committed;
   bool done = false;
 };
 
@@ -296,7 +298,7 @@ using cuuint64_t = uint64_t;
 using CUresult = int;
 constexpr int cudaSuccess = 0, CUDA_SUCCESS = 0, cudaEnableDefault = 0;
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
-constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 2,
               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
 struct CUtensorMap {
   const uint16_t* matrix;

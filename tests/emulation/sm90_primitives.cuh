@@ -36,7 +36,10 @@ inline uint32_t shared_address(const void* pointer) {
   }
   fail("no shared memory there");
 }
-inline emulation::Block& owner_of(uint32_t address) { return (*emulation::grid->running)[address >> kRankShift]; }
+inline emulation::Block& owner_of(uint32_t address) {
+  if (address >> kRankShift >= emulation::grid->cluster) fail("a block that the cluster does not have");
+  return (*emulation::grid->running)[address >> kRankShift];
+}
 inline uint8_t* memory_at(uint32_t address, size_t bytes) {
   const uint32_t offset = address & ((1u << kRankShift) - 1);
   if (offset + bytes > emulation::grid->shared_bytes) fail("access outside the shared memory that was asked for");
@@ -119,12 +122,34 @@ inline void named_barrier_arrive(int index, int threads) { named(index, threads)
 
 // ---- Loads and copies ----------------------------------------------------------------------------------------------
 
-inline uint4 load_16_bytes(const void* pointer, bool exists) {
-  uint4 v = {};
-  if (!exists) return v;
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) fail("a load is not aligned");
-  memcpy(&v, pointer, 16);
-  return v;
+// A thread's own copies come when it waits for them, and no sooner.
+template <int kOffset>
+inline void copy_16_bytes(uint32_t destination, const void* before, bool exists) {
+  const void* const source = static_cast<const uint8_t*>(before) + kOffset;
+  if (exists && reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("a copy is not aligned");
+  block->current->copies.emplace_back([=] {
+    if (exists) {
+      memcpy(memory_at(destination, 16), source, 16);
+    } else {
+      memset(memory_at(destination, 16), 0, 16);
+    }
+  });
+}
+inline void commit_copies() {
+  auto& thread = *block->current;
+  thread.committed.push_back(std::move(thread.copies));
+  thread.copies.clear();
+}
+template <int kPending>
+inline void wait_for_copies() {
+  auto& committed = block->current->committed;
+  for (; committed.size() > kPending; committed.pop_front()) {
+    for (const auto& copy : committed.front()) copy();
+  }
+}
+
+inline void store_shared(uint32_t address, float value, bool exists) {
+  if (exists) memcpy(memory_at(address, 4), &value, 4);
 }
 
 inline void prefetch_tensor_map(const CUtensorMap&) {}
@@ -155,7 +180,8 @@ inline void load_matrices(uint32_t (&d)[4], uint32_t row_address) {
 }
 
 template <typename Element>
-inline void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Element element) {
+inline void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float4& c,
+                         Element element) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   emulation::exchange(mine, sizeof(mine), [&](const auto& lanes) {
     const auto value = [&](int lane, int word, int half) {
@@ -163,10 +189,11 @@ inline void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_
       memcpy(&bits, reinterpret_cast<const uint8_t*>(lanes[lane]) + word * 4 + half * 2, 2);
       return double(widened(bits, element));
     };
+    const float start[4] = {c.x, c.y, c.z, c.w};
     float* const sums[4] = {&d.x, &d.y, &d.z, &d.w};
     for (int i = 0; i < 4; ++i) {
       const int row = emulation::lane() / 4 + i / 2 * 8, column = emulation::lane() % 4 * 2 + i % 2;
-      double sum = *sums[i];
+      double sum = start[i];
       for (int k = 0; k < 16; ++k)
         sum += value(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) *
                value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
