@@ -260,7 +260,7 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     slower = f"{guess}assumed slower"
     if device.platform != "gpu":
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
-    # As on an H100: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
+    # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
     # about 2^20 logits on cuBLAS fills the GPU.
     ranking = {}
     fewest_tokens = 2 if problem.bias_dtype is None else 1
