@@ -1,8 +1,7 @@
 // The one statement of the order in which every kernel adds up K. A token's bits depend on nothing but the token
 // because all kernels, for any number of tokens, walk this tree, which depends on the hidden size alone:
 //
-//   unit    64 elements of K, four MMA steps of k16 in ascending K. A step adds its 16 products at once, so the order
-//           inside it is free.
+//   unit    64 elements of K, four MMA steps of k16 in ascending K.
 //   slice   up to two units, accumulated by the tensor core from zero. Short, because the tensor core truncates: eight
 //           steps lose at most a few ulps of the slice, a chain of hundreds drifts.
 //   group   one of 16 runs of units; group sum = ((0 + slice 0) + slice 1) + ... in float32, round to nearest.

@@ -1,6 +1,6 @@
 // The top of the reduction tree across a cluster: every block holds the sum of its own groups for one output tile;
-// every block owns an equal share of the tile's quads, receives that share from all blocks, adds it up and stores the
-// logits.
+// every block owns an equal share of the tile's quads that have tokens, receives that share from all blocks, adds it up
+// and stores the logits.
 //
 // No global flags: partial sums travel through distributed shared memory into a buffer that is used once per launch,
 // and one barrier per owner counts their bytes, so an owner waits for nothing else. Small tiles are pushed quad by quad

@@ -26,7 +26,7 @@ __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xFFFFFFFFu, 
 // The same value in all lanes, in a form the compiler knows to be uniform and does not work out again.
 __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
 
-// The same value in every lane: worked out here, and not once it is needed.
+// Each lane's own value: worked out here, and not once it is needed.
 __device__ __forceinline__ uint32_t settled(uint32_t value) {
   return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32);
 }

@@ -25,7 +25,6 @@ struct FewTokens {
   static constexpr int kStageBytes = kUnitsPerSlice * (kTokens + kExperts) * kRowBytes;
   static constexpr int kGroupsPerBlock = kGroups / kCluster;
   static_assert(kGroupsPerBlock == 2, "slots are mapped to two groups");
-  static_assert(kStageBytes % kSwizzleAlignment == 0, "every stage starts at a swizzle atom");
   using Sum = ClusterSum<Element, kTokens, kExperts, kCluster>;
 
   // A slot is one slice of one of the block's groups.
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sm90_router_gemm_few_tokens
   const uint32_t x_stage = weight_stage + kUnitsPerSlice * F::kExperts * kRowBytes;
 
   // Lane i copies chunk i % 8 of rows i / 8, i / 8 + 4, ... of x and of the weight. Rows of tokens that do not exist
-  // are left as they are: they have logits of their own, which nobody stores.
+  // are zeros or left as they are: they have logits of their own, which nobody stores.
   const unsigned row = lane / 8, chunk = lane % 8, row_bytes = p.hidden * 2;
   const uint32_t place = row * kRowBytes + (chunk ^ row) * 16;  // of the first row; 4 rows on, the chunk is another
   const uint8_t* const x = static_cast<const uint8_t*>(p.x) + uint64_t(block_token + row) * row_bytes;
@@ -181,7 +180,7 @@ constexpr Config config(const char* name, Cost cost) {
                      reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
           .threads = [](int hidden) { return 32 * F::stages(hidden); },
           .shared_bytes = &F::shared_bytes,
-          .max_tokens = 1024,
+          .max_tokens = 1024,  // beyond, weights would be read too often
           .cost = cost};
 }
 

@@ -1,4 +1,4 @@
-// Router GEMM for one token, a matrix-vector product: a block computes one to four logits alone, so nothing is
+// Router GEMM for one token, a matrix-vector product: a block computes two or four logits alone, so nothing is
 // exchanged between blocks. Up to eight tokens get blocks of their own.
 //
 // What limits it: latency, and how many lines of memory a multiprocessor can ask for. So every thread has all of its
@@ -28,7 +28,8 @@ constexpr int kUnitBytes = kWarpGroups * kRowBytes, kOperandBytes = kUnitsPerSli
 
 template <int kExperts>
 struct OneToken {
-  static constexpr int kPairs = (kExperts + 1) / 2;  // of experts
+  static_assert(kExperts % 2 == 0, "an MMA takes two");
+  static constexpr int kPairs = kExperts / 2;  // of experts
   static constexpr int kWarpBytes = (kExperts + 1) * kOperandBytes, kSumBytes = kMaxSlices * kExperts * kGroups * 4;
   static constexpr int warps(int hidden) { return kHalves * slices_per_group(hidden); }
 };
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(32 * kHalves * kMaxSlices) sm90_router_gemm_on
   sources[0] = static_cast<const uint8_t*>(p.x) + uint64_t(blockIdx.x) * row_bytes + chunk * 16;
 #pragma unroll
   for (unsigned e = 0; e < kExperts; ++e) {
-    const unsigned expert = kExperts == 1 ? block_expert : min(block_expert + e, p.experts - 1u);
+    const unsigned expert = min(block_expert + e, p.experts - 1u);
     sources[e + 1] = static_cast<const uint8_t*>(p.weight) + uint64_t(expert) * row_bytes + chunk * 16;
   }
   unsigned starts[kCopies];  // of the slices in a row, and how many bytes they have from the chunk on
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(32 * kHalves * kMaxSlices) sm90_router_gemm_on
       load_matrices(b, (x_chunk ^ step / 2 * 64) + unit * kUnitBytes);
 #pragma unroll
       for (int pair = 0; pair < O::kPairs; ++pair) {
-        const unsigned operand = 2 * pair + 1 + (2 * pair + 1 < kExperts ? matrix % 2 : 0);
+        const unsigned operand = 1 + 2 * pair + matrix % 2;
         uint32_t a[4];
         load_matrices(a, (weight_chunk ^ step * 32) + operand * kOperandBytes + unit * kUnitBytes);
         mma_m16n8k16(sums[pair], a, b[step % 2 * 2], b[step % 2 * 2 + 1], step == 0 ? start[pair] : sums[pair],
@@ -128,6 +129,7 @@ __global__ void __launch_bounds__(32 * kHalves * kMaxSlices) sm90_router_gemm_on
     multiply_unit(1, both, first);
     store_diagonal(both);
   } else {
+    wait_for_copies<0>();  // zeros
     store_diagonal(first);
   }
   __syncthreads();

@@ -278,7 +278,7 @@ def test_the_table_of_the_device_is_read_from_the_package(on_h200) -> None:
 
 
 def test_a_device_without_a_table_takes_that_of_its_twin(on_h200) -> None:
-    """An H200 is an H100 with other memory."""
+    """An H100 and an H200 are one processor with different memory."""
     (on_h200 / "nvidia_h100_80gb_hbm3.json").write_text(json.dumps(DOCUMENT))
     choice = jr.explain(tokens=8, hidden=2880, experts=128, bias=True)
     assert (choice.implementation, choice.reason) == ("pallas", "3.00 us at tokens=8 in nvidia_h100_80gb_hbm3.json")

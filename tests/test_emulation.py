@@ -1,10 +1,10 @@
 """The CUDA kernels as they are, run on the CPU: every configuration gives the bits of the naive kernel, in any batch.
 
 tests/emulation puts CUDA's runtime and the two headers with PTX on fibers; everything else is compiled from csrc. That
-shows wrong indices, barriers, phases and sizes, and reads before the copies have come. It cannot show what depends on
-memory order or on time (order within a warp, wgmma in flight, proxy fences, launch overlap), nor accesses outside
-global memory, nor how the tensor core rounds (here a step is exact and rounds once, whatever the order of its
-elements): for that there is the GPU.
+shows wrong indices, phases and sizes, most wrong barriers, reads before the copies have come and copies from beyond x
+and weight. It cannot show what depends on memory order or on time (order within a warp, wgmma in flight, proxy fences,
+launch overlap), nor other accesses outside global memory, nor how the tensor core rounds (here a step is exact and
+rounds once): for that there is the GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ WORKSPACE_BYTES = 16 << 20
 # tokens, hidden, experts: whole and partial tiles, units and slices; rings that go round; several passes of one block.
 PROBLEMS = (
     (1, 8, 1), (2, 4104, 9), (3, 720, 5), (8, 2880, 33), (17, 2824, 18), (70, 2824, 41), (129, 1000, 33),
-    (65, 4096, 34), (1, 16384, 1), (4, 17408, 2), (3, 2048, 5), (3, 4096, 5), (2, 7168, 6), (2, 8192, 6), (2, 8200, 3),
+    (33, 720, 18), (48, 720, 9), (65, 4096, 34), (1, 16384, 1), (4, 17408, 2),
+    (3, 2048, 5), (3, 4096, 5), (2, 7168, 6), (2, 8192, 6), (2, 8200, 3),
 )  # fmt: skip
 
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
@@ -62,6 +63,24 @@ FAULTS = {
         "load_matrices(a, (weight_chunk ^ step * 32)",
         "load_matrices(a, (weight_chunk ^ step / 2 * 64)",
         (3, 2048, 5),
+    ),
+    "reads tokens that do not exist": (
+        "sm90_router_gemm_few_tokens.cu",
+        "exists && rows + row < x_rows",
+        "exists",
+        (17, 2824, 18),
+    ),
+    "reads experts that do not exist": (
+        "sm90_router_gemm_few_tokens.cu",
+        "exists && rows < weight_rows",
+        "exists",
+        (17, 2824, 18),
+    ),
+    "leaves while copies are under way": (
+        "sm90_router_gemm_one_token.cu",
+        "    wait_for_copies<0>();  // zeros\n",
+        "",
+        (8, 2880, 33),
     ),
     "sends sums of tokens that do not exist": (
         "sm90_router_gemm_many_tokens.cu",

@@ -39,13 +39,6 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
-struct uint2 {
-  unsigned x, y;
-};
-struct uint4 {
-  unsigned x, y, z, w;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 struct float4 {
   float x, y, z, w;
 };
@@ -157,6 +150,16 @@ struct Grid {
   std::function<void()> kernel;
   std::vector<Block>* running;  // the cluster
   std::atomic<unsigned> arrived = 0, generation = 0;
+  struct Matrix {
+    const uint8_t* data;
+    int64_t bytes;
+  };
+  Matrix x, weight;  // what copies may read
+
+  bool reads(const uint8_t* from, int64_t bytes) const {
+    const auto holds = [=](const Matrix& m) { return from >= m.data && from + bytes <= m.data + m.bytes; };
+    return holds(x) || holds(weight);
+  }
 };
 
 inline Grid* grid = nullptr;
@@ -197,6 +200,7 @@ inline auto exchange(const void* value, size_t bytes, const Use& use) {
 
 inline void fiber_main() {
   grid->kernel();
+  if (!block->current->copies.empty() || !block->current->committed.empty()) fail("copies that nobody waited for");
   block->current->done = true;
   swapcontext(&block->current->context, &block->scheduler);
 }
@@ -216,7 +220,8 @@ inline void run_block(Block& b) {
   }
   for (unsigned left = threads, idle = 0; left > 0;) {
     bool progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
+    for (unsigned turn = 0; turn < threads; ++turn) {
+      const unsigned i = (blockIdx.x + blockIdx.y) % 2 == 0 ? turn : threads - 1 - turn;  // both orders are legal
       Fiber& fiber = b.fibers[i];
       if (fiber.done || (fiber.ready && !fiber.ready())) continue;
       fiber.ready = nullptr;

@@ -25,11 +25,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
   }
   bool tiled = false;
-  const auto look = [&](const Config& c) {
-    tiled = tiled || (c.tiled && (c.kernel[0] == kernel || c.kernel[1] == kernel));
-  };
-  for (const Config& c : few_tokens_configs) look(c);
-  for (const Config& c : many_tokens_configs) look(c);
+  for (const Config& c : many_tokens_configs) tiled = tiled || c.kernel[0] == kernel || c.kernel[1] == kernel;
+  const Problem& p = tiled ? static_cast<const TiledProblem*>(arguments[0])->problem
+                           : *static_cast<const Problem*>(arguments[0]);
+  grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
+  grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * 2};
   if (tiled) {
     const auto run = reinterpret_cast<void (*)(TiledProblem)>(const_cast<void*>(kernel));
     grid.kernel = [=] { run(*static_cast<const TiledProblem*>(arguments[0])); };

@@ -127,6 +127,7 @@ template <int kOffset>
 inline void copy_16_bytes(uint32_t destination, const void* before, bool exists) {
   const void* const source = static_cast<const uint8_t*>(before) + kOffset;
   if (exists && reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("a copy is not aligned");
+  if (exists && !emulation::grid->reads(static_cast<const uint8_t*>(source), 16)) fail("a copy from beyond x and weight");
   block->current->copies.emplace_back([=] {
     if (exists) {
       memcpy(memory_at(destination, 16), source, 16);
