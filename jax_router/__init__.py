@@ -3,7 +3,18 @@
 from jax_router.dispatch import Choice, Device, Problem, explain
 from jax_router.models import models
 from jax_router.ops import router_gemm
+from jax_router.routing import Routing, RoutingSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["Choice", "Device", "Problem", "__version__", "explain", "models", "router_gemm"]
+__all__ = [
+    "Choice",
+    "Device",
+    "Problem",
+    "Routing",
+    "RoutingSpec",
+    "__version__",
+    "explain",
+    "models",
+    "router_gemm",
+]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_router.implementations import NAMES
+
+if TYPE_CHECKING:
+    from jax_router.routing import RoutingSpec
 
 INPUT_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -191,6 +195,103 @@ def input_dtype(name: str, value: Any) -> str:
         found = _describe(value) if dtype is None else dtype
         raise ValueError(f"{name} is {found}. Expected {_one_of(INPUT_DTYPES)}; pass its name or the jnp dtype.")
     return dtype
+
+
+def routing_spec(spec: RoutingSpec) -> None:
+    """Check that the fields of a `RoutingSpec` make sense, alone and together.
+
+    Raises:
+      TypeError: an integer field is no integer, a flag no bool, a number no number.
+      ValueError: a value that is not taken, or that the other fields rule out.
+    """
+    from jax_router import routing
+
+    size("top_k", spec.top_k)
+    _choice("score_function", spec.score_function, routing.SCORE_FUNCTIONS)
+    _choice("group_score", spec.group_score, routing.GROUP_SCORES)
+    _choice("select_on", spec.select_on, routing.SELECT_ON)
+    for name in ("renormalize", "round_logits"):
+        if not isinstance(getattr(spec, name), bool):
+            raise TypeError(f"{name} is {_describe(getattr(spec, name))}. Expected True or False; pass one of them.")
+    for name in ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice"):
+        value = getattr(spec, name)
+        if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
+            raise TypeError(f"{name} is {_describe(value)}. Expected a number; pass a Python float.")
+    for name in ("renormalize_epsilon", "renormalize_min"):
+        value = getattr(spec, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}. Expected a finite number of at least 0; pass the model's.")
+        if value != 0 and not spec.renormalize:
+            raise ValueError(
+                f"{name} is {value} but renormalize is False. Expected 0, because nothing is divided; set "
+                f"renormalize=True or leave {name} out."
+            )
+    if not math.isfinite(spec.scaling_factor) or spec.scaling_factor == 0:
+        raise ValueError(f"scaling_factor is {spec.scaling_factor}. Expected a finite number other than 0; fix it.")
+    if spec.masked_choice not in (0.0, -math.inf):
+        raise ValueError(
+            f"masked_choice is {spec.masked_choice}. Expected -inf or 0.0; pass what the model fills the scores of the "
+            "other groups with."
+        )
+    if (spec.num_groups is None) != (spec.group_topk is None):
+        raise ValueError(
+            f"num_groups is {spec.num_groups} and group_topk is {spec.group_topk}. Expected both or neither; pass the "
+            "other one too, or None for both."
+        )
+    if spec.num_groups is not None:
+        groups = size("num_groups", spec.num_groups)
+        kept = size("group_topk", spec.group_topk)
+        if kept > groups:
+            raise ValueError(
+                f"group_topk is {kept} but num_groups is {groups}. Expected at most {groups}; fix one of them."
+            )
+
+
+def spec_fits(spec: Any, experts: int) -> None:
+    """Check that `spec` is a `RoutingSpec` and can select among this many experts.
+
+    Raises:
+      TypeError: it is no `RoutingSpec`.
+      ValueError: it selects more experts than there are or than its groups hold, or its groups do not divide them.
+    """
+    from jax_router import routing
+
+    if not isinstance(spec, routing.RoutingSpec):
+        raise TypeError(
+            f"spec is {_describe(spec)}. Expected a jax_router.RoutingSpec; make one, for example "
+            'RoutingSpec(top_k=4, score_function="softmax_topk").'
+        )
+    if spec.top_k > experts:
+        raise ValueError(
+            f"spec has top_k={spec.top_k} but weight has experts={experts}. Expected at most {experts}; fix the spec."
+        )
+    if spec.num_groups is None or spec.group_topk is None:
+        return
+    if experts % spec.num_groups != 0:
+        raise ValueError(
+            f"spec has num_groups={spec.num_groups} but weight has experts={experts}. Expected a number that divides "
+            "them; fix the spec."
+        )
+    group_experts = experts // spec.num_groups
+    if spec.group_score == "top2_sum" and group_experts < 2:
+        raise ValueError(
+            f'spec has group_score="top2_sum" but its groups have {group_experts} expert each. Expected at least 2; '
+            'use fewer groups or group_score="max".'
+        )
+    if spec.group_topk * group_experts < spec.top_k:
+        raise ValueError(
+            f"spec has top_k={spec.top_k} but group_topk={spec.group_topk} groups hold "
+            f"{spec.group_topk * group_experts} experts. Expected at most that; keep more groups."
+        )
+
+
+def _choice(name: str, value: Any, accepted: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {_describe(value)}. Expected {_one_of(accepted)}; pass its name.")
+    if value not in accepted:
+        close = difflib.get_close_matches(value.strip().lower(), accepted, 1)
+        remedy = f'did you mean "{close[0]}"?' if close else "pass one of these."
+        raise ValueError(f"{name} is {value!r}. Expected {_one_of(accepted)}; {remedy}")
 
 
 def _one_of(names: Iterable[str]) -> str:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from jax_router import checks, implementations
+from jax_router.routing import RoutingSpec
 from jax_router.tables import Table, load_table
 
 IMPLEMENTATIONS = implementations.NAMES
@@ -31,7 +32,10 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Problem:
-    """One router GEMM, x [tokens, hidden] @ weight [experts, hidden].T. Sizes in elements, dtypes by name."""
+    """One router GEMM, x [tokens, hidden] @ weight [experts, hidden].T. Sizes in elements, dtypes by name.
+
+    With a spec it is a `route`: the router GEMM to float32 logits, then scoring and selection.
+    """
 
     tokens: int
     hidden: int
@@ -40,6 +44,7 @@ class Problem:
     weight_dtype: str | None = None  # None means dtype
     bias_dtype: str | None = None  # None means no bias
     out_dtype: str = "float32"
+    spec: RoutingSpec | None = None  # None means the router GEMM alone
 
     @property
     def symbolic(self) -> bool:

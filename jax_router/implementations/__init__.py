@@ -1,9 +1,12 @@
-"""The implementations of the router GEMM: `xla`, `pallas` and `cuda`, three modules with one signature.
+"""The implementations: `xla`, `pallas` and `cuda`, three modules with one signature.
 
 Each module has
 
     router_gemm(x, weight, bias, *, out_dtype, config=None)
         x [T, H] with T >= 1, weight [E, H], bias [E] or None -> logits [T, E] in out_dtype; traceable
+    route(x, weight, bias, correction_bias, expert_scale, experts, *, spec, return_logits, config=None)
+        x, weight and bias as above, correction_bias [E] or None, expert_scale [E] or None, experts [T, k] (int32) to
+        replay or None to select, spec a RoutingSpec that fits E -> Routing; logits None unless return_logits
     why_unsupported(problem, device)
         what this implementation does not take, from static facts; None if it takes it
     unavailable()

@@ -100,6 +100,8 @@ def router_gemm(
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:
     """What the kernel does not take, from static facts; None if it takes the problem."""
+    if problem.spec is not None:
+        return "does not route yet"
     weight_dtype = problem.weight_dtype or problem.dtype
     if device.platform != "gpu" or device.compute_capability is None:
         return f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"

@@ -106,6 +106,8 @@ def router_gemm(
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:
     """What the kernel does not take, from static facts; None if it takes the problem."""
+    if problem.spec is not None:
+        return "does not route yet"
     weight_dtype = problem.weight_dtype or problem.dtype
     if jax.__version_info__[:2] < FIRST_JAX:
         return f"needs jax {'.'.join(map(str, FIRST_JAX))} or newer, this is jax {jax.__version__}"

@@ -1,4 +1,4 @@
-"""The specification: the router GEMM in plain JAX. The other implementations are tested against it and `torch_ref`."""
+"""The specification in plain JAX: the router GEMM, and routing behind it. The others are tested against it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from jax_router.routing import Routing, RoutingSpec, route_logits
 
 if TYPE_CHECKING:
     from jax_router.dispatch import Device, Problem
@@ -26,6 +28,24 @@ def router_gemm(
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     return logits.astype(out_dtype)
+
+
+def route(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    experts: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    return_logits: bool,
+    config: int | None = None,
+) -> Routing:
+    """The router GEMM, then scoring and selection: `routing.route_logits` of its float32 logits."""
+    logits = router_gemm(x, weight, bias, out_dtype=jnp.float32, config=config)
+    weights, selected = route_logits(logits, correction_bias, expert_scale, experts, spec=spec, dtype=x.dtype.name)
+    return Routing(weights, selected, logits if return_logits else None)
 
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:

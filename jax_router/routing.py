@@ -1,0 +1,166 @@
+"""The specification of routing: scoring and selection in plain JAX, behind the logits of the router GEMM.
+
+Everything else, the kernels and the PyTorch routers in the tests, is compared with these functions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_router import checks
+
+SCORE_FUNCTIONS = ("softmax", "softmax_topk", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("top2_sum", "max")
+SELECT_ON = ("scores", "logits")
+
+
+@dataclass(frozen=True)
+class RoutingSpec:
+    """How logits become experts and weights. Hashable: static under jit.
+
+    With logits `l[E]`, scores `s = score_function(l)`, a correction bias `c[E]` and a per-expert scale `a[E]`:
+
+        choice  = s + c                              what is compared; `select_on="logits"`: l + c
+        experts = top_k of choice, in the groups that group_topk keeps, ties to the lowest expert
+        weights = s[experts]
+        renormalize: weights / (max(sum(weights), renormalize_min) + renormalize_epsilon)
+        weights * scaling_factor * a[experts]
+
+    >>> RoutingSpec(top_k=4, score_function="softmax_topk")
+    RoutingSpec(top_k=4, score_function='softmax_topk')
+
+    Args:
+      top_k: experts per token, k.
+      score_function: "softmax" over all experts; "softmax_topk" over the selected logits, where `s = l` until then;
+        "sigmoid"; "sqrtsoftplus", the square root of log(1 + exp(l)).
+      renormalize: divide the weights by their sum.
+      renormalize_epsilon: added to that sum.
+      renormalize_min: the least that sum counts for.
+      scaling_factor: multiplies the weights.
+      num_groups: experts are in this many groups of neighbours, and only those of the best groups can be selected.
+        None for no groups.
+      group_topk: groups that are kept; ties to the lowest group.
+      group_score: of a group: "top2_sum", the sum of its two highest choices, or "max", its highest.
+      masked_choice: what experts of the other groups compete with: -inf, or 0.0 as some models have it.
+      select_on: what is compared, "scores" or "logits". Scores grow with logits, so this matters only with a correction
+        bias or with groups.
+      round_logits: round the logits to x's dtype before anything else, as models do whose router is a 16-bit linear
+        layer. It moves some per cent of tokens to other experts.
+
+    Raises:
+      TypeError, ValueError: an argument that makes no sense, alone or with the others.
+
+    Source: the names are those of TransformerEngine's fused router and of Tokamax where these have one.
+    """
+
+    top_k: int
+    score_function: str = "softmax"
+    renormalize: bool = False
+    renormalize_epsilon: float = 0.0
+    renormalize_min: float = 0.0
+    scaling_factor: float = 1.0
+    num_groups: int | None = None
+    group_topk: int | None = None
+    group_score: str = "top2_sum"
+    masked_choice: float = -math.inf
+    select_on: str = "scores"
+    round_logits: bool = False
+
+    def __post_init__(self) -> None:
+        checks.routing_spec(self)
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{name}={value!r}"
+            for name, field in self.__dataclass_fields__.items()
+            if (value := getattr(self, name)) != field.default
+        ]
+        return f"RoutingSpec({', '.join(changed)})"
+
+
+class Routing(NamedTuple):
+    """What `route` returns: for every token k experts, the best first, and their weights."""
+
+    weights: jax.Array  # float32 [..., k]
+    experts: jax.Array  # int32 [..., k]
+    logits: jax.Array | None = None  # float32 [..., E], if asked for
+
+
+def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
+    """Scores `[..., E]` of float32 logits `[..., E]` before selection: of "softmax_topk", the logits themselves."""
+    if spec.score_function == "softmax":
+        return jax.nn.softmax(logits, axis=-1)
+    if spec.score_function == "sigmoid":
+        return jax.nn.sigmoid(logits)
+    if spec.score_function == "sqrtsoftplus":
+        return jnp.sqrt(jax.nn.softplus(logits))
+    return logits
+
+
+def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:
+    """The experts `[..., k]` (int32) of float32 logits `[..., E]`, in exactly the order of `jax.lax.top_k`.
+
+    Where there are neither groups nor a correction bias the logits are compared: the same order, but of experts whose
+    scores round to the same float32 the one with the higher logit wins. NaN counts as the highest, whatever its sign.
+    """
+    by_score = spec.select_on == "scores" and (correction_bias is not None or spec.num_groups is not None)
+    choice = scores(logits, spec) if by_score else logits
+    if correction_bias is not None:
+        choice = choice + correction_bias.astype(jnp.float32)
+    choice = jnp.where(jnp.isnan(choice), jnp.nan, choice)
+    if spec.num_groups is not None and spec.group_topk is not None:
+        in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, -1)
+        best = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0].sum(-1)
+        kept = jax.lax.top_k(jnp.where(jnp.isnan(best), jnp.nan, best), spec.group_topk)[1]
+        is_kept = (kept[..., None] == jnp.arange(spec.num_groups)).any(-2)
+        choice = jnp.where(is_kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
+    return jax.lax.top_k(choice, spec.top_k)[1]
+
+
+def routing_weights(
+    logits: jax.Array, experts: jax.Array, expert_scale: jax.Array | None, spec: RoutingSpec
+) -> jax.Array:
+    """The weights `[..., k]` (float32) of given experts `[..., k]`; NaN for an expert that does not exist."""
+    index = jnp.where(experts < 0, logits.shape[-1], experts)  # JAX would count from the end
+    selected = jnp.take_along_axis(scores(logits, spec), index, axis=-1, mode="fill", fill_value=jnp.nan)
+    weights = jax.nn.softmax(selected, axis=-1) if spec.score_function == "softmax_topk" else selected
+    if spec.renormalize:
+        total = jnp.maximum(weights.sum(-1, keepdims=True), spec.renormalize_min)
+        weights = weights / (total + spec.renormalize_epsilon)
+    weights = weights * spec.scaling_factor
+    if expert_scale is not None:
+        weights = weights * expert_scale.astype(jnp.float32).at[index].get(mode="fill", fill_value=jnp.nan)
+    return weights
+
+
+def route_logits(
+    logits: jax.Array,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    experts: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    dtype: str = "float32",
+) -> tuple[jax.Array, jax.Array]:
+    """The specification behind the GEMM: (weights, experts) of float32 logits `[..., E]`.
+
+    Args:
+      logits: `[..., E]`.
+      correction_bias: `[E]` or None.
+      expert_scale: `[E]` or None.
+      experts: `[..., k]`, the selection as given, or None to select.
+      spec: the rule.
+      dtype: that of x, to which `spec.round_logits` rounds.
+    """
+    if spec.round_logits:
+        logits = logits.astype(dtype).astype(jnp.float32)
+    if experts is None:
+        experts = jax.lax.stop_gradient(select_experts(jax.lax.stop_gradient(logits), correction_bias, spec))
+    # The weights of one selection have the same bits whoever made it: XLA sees the same program behind the barrier.
+    logits, experts = jax.lax.optimization_barrier((logits, experts))
+    return routing_weights(logits, experts, expert_scale, spec), experts
