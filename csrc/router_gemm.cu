@@ -1,16 +1,11 @@
 // The launcher: checks a problem, picks a configuration of the one reduction tree, launches it.
-#include <atomic>
-#include <mutex>
-
-#include "router_gemm.h"
+#include "launch.cuh"
 #include "sm90_router_gemm.cuh"
-#include "status.h"
 
 namespace jax_router {
 namespace {
 
 constexpr int kConfigs = kOneTokenConfigs + kFewTokensConfigs + kManyTokensConfigs;
-constexpr int kMaxDevices = 64;
 
 const Config& config_at(int index) {
   if (index < kOneTokenConfigs) return one_token_configs[index];
@@ -113,58 +108,20 @@ int pick(const jr_router_gemm_args& a) {
 
 // ---- Launch --------------------------------------------------------------------------------------------------------
 
-// A launch with the attributes it points to. Programmatic: the grid may start while its predecessor on the stream
-// drains, which is safe because the kernels only prefetch into L2 before their dependency wait.
-struct Launch {
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t shape = {};
-
-  Launch(dim3 blocks, int threads, int shared_bytes, int cluster, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
-    shape.gridDim = blocks;
-    shape.blockDim = dim3(unsigned(threads));
-    shape.dynamicSmemBytes = size_t(shared_bytes);
-    shape.stream = stream;
-    shape.attrs = attributes;
-    shape.numAttrs = cluster > 1 ? 2 : 1;  // even a cluster of one costs a cluster launch
-  }
-  Launch(const Launch&) = delete;
-};
-
-struct DeviceState {
-  std::mutex mutex;
-  std::atomic<bool> ready = false;
-};
-
-// Sets the kernels' attributes, once per device and process; tries again after a failure.
 int prepare_current_device(const Report& report) {
-  static DeviceState states[kMaxDevices];
-  int device = 0;
-  if (const int status = report.check(cudaGetDevice(&device), "cudaGetDevice"); status != JR_OK) return status;
-  if (device >= kMaxDevices)
-    return report.fail(JR_UNSUPPORTED, "device is %d; expected less than %d", device, kMaxDevices);
-  DeviceState& state = states[device];
-  if (state.ready) return JR_OK;
-  const std::lock_guard<std::mutex> lock(state.mutex);
-  for (int i = 0; i < kConfigs; ++i) {
-    for (const void* kernel : config_at(i).kernel) {
-      JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+  static OncePerDevice once;
+  return once.run(report, [&](int) -> int {
+    for (int i = 0; i < kConfigs; ++i) {
+      for (const void* kernel : config_at(i).kernel) {
+        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+      }
+      for (const void* kernel : config_at(i).sum_splits) {
+        cudaFuncAttributes loaded;  // now, and not during a capture
+        if (kernel != nullptr) JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
+      }
     }
-    for (const void* kernel : config_at(i).sum_splits) {
-      cudaFuncAttributes loaded;  // now, and not during a capture
-      if (kernel != nullptr) JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
-    }
-  }
-  state.ready = true;
-  return JR_OK;
-}
-
-Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
-  return {a.x,           a.weight,       a.bias,       a.out,       static_cast<float4*>(a.workspace),       a.tokens,
-          int(a.hidden), int(a.experts), a.bias_dtype, a.out_dtype, ceil_div(int(a.experts), block_experts), 0};
+    return JR_OK;
+  });
 }
 
 // Describes a row-major [rows, hidden] matrix to the copy engine in boxes of one unit by `box_rows`.
@@ -203,27 +160,30 @@ int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stre
       status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
     if (status != JR_OK) return status;
   }
-  const auto enqueue = [&](const void* kernel, void* parameter, const Launch& launch) {
-    const cudaError_t error = cudaLaunchKernelExC(&launch.shape, kernel, &parameter);
-    if (error == cudaSuccess) return int(JR_OK);
-    cudaGetLastError();  // reported here, not by whoever asks next
-    return report.fail(JR_CUDA_ERROR, "launch of %s for tokens=%lld hidden=%d experts=%d failed: %s (%s)", config.name,
-                       static_cast<long long>(a.tokens), problem.hidden, problem.experts, cudaGetErrorName(error),
-                       cudaGetErrorString(error));
-  };
   const unsigned tiles = unsigned(token_tiles(config, a)), parts = unsigned(config.cluster * config.splits);
   const dim3 blocks(tiles * parts, unsigned(problem.expert_tiles));
   void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
   const int status = enqueue(
-      config.kernel[a.dtype], parameter,
-      Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream));
+      Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream),
+      config.kernel[a.dtype], parameter, config.name, a, report);
   if (status != JR_OK || config.splits == 1) return status;
   const int blocks_per_tile = config.block_tokens * config.block_experts / (4 * kSumSplitsThreads);
-  return enqueue(config.sum_splits[a.dtype], &problem,
-                 Launch(dim3(tiles * unsigned(blocks_per_tile), blocks.y), kSumSplitsThreads, 0, 1, stream));
+  return enqueue(Launch(dim3(tiles * unsigned(blocks_per_tile), blocks.y), kSumSplitsThreads, 0, 1, stream),
+                 config.sum_splits[a.dtype], &problem, config.name, a, report);
 }
 
 }  // namespace
+
+int check_gemm(const jr_router_gemm_args& a, const Report& report) {
+  const int status = check_problem(a, report);
+  return status != JR_OK || a.tokens == 0 ? status : check_pointers(a, report);
+}
+
+Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
+  return {a.x,           a.weight,       a.bias,       a.out,       static_cast<float4*>(a.workspace),       a.tokens,
+          int(a.hidden), int(a.experts), a.bias_dtype, a.out_dtype, ceil_div(int(a.experts), block_experts), 0};
+}
+
 }  // namespace jax_router
 
 using namespace jax_router;
@@ -244,9 +204,8 @@ int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {
 
 int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
   const Report report{message, message_bytes};
-  if (const int status = check_problem(*args, report); status != JR_OK) return status;
+  if (const int status = check_gemm(*args, report); status != JR_OK) return status;
   if (args->tokens == 0) return JR_OK;
-  if (const int status = check_pointers(*args, report); status != JR_OK) return status;
   if (const int status = prepare_current_device(report); status != JR_OK) return status;
   const int config = args->config == -1 ? pick(*args) : args->config;
   if (!jr_router_gemm_config_fits(config, args))
@@ -260,9 +219,8 @@ int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message,
 
 int jr_router_gemm_naive(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
   const Report report{message, message_bytes};
-  if (const int status = check_problem(*args, report); status != JR_OK) return status;
+  if (const int status = check_gemm(*args, report); status != JR_OK) return status;
   if (args->tokens == 0) return JR_OK;
-  if (const int status = check_pointers(*args, report); status != JR_OK) return status;
   const Problem problem = device_problem(*args, kTileExperts);
   return report.check(launch_naive(args->dtype, problem, static_cast<cudaStream_t>(stream)),
                       "launch of sm90_router_gemm_naive");

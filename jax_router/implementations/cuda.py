@@ -14,15 +14,21 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_router.routing import Routing, RoutingSpec
+
 if TYPE_CHECKING:
     from jax_router.dispatch import Device, Problem
 
-TARGET = "jax_router_sm90_router_gemm"
+TARGET, ROUTE_TARGET = "jax_router_sm90_router_gemm", "jax_router_sm90_route"
 COMPUTE_CAPABILITY = "9.0"  # sm_90a code runs on nothing else, newer GPUs included
 # As csrc/router_gemm.cu takes them.
 MAX_HIDDEN, MAX_EXPERTS, MAX_TOKENS = 65536, 65536, 2**27
 MAX_TILED_LOGITS = 2**34
+# As csrc/route.cu takes them.
+MAX_TOP_K, MAX_GROUPS, MAX_ROUTED_EXPERTS = 32, 32, 1024
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
+SCORE_FUNCTIONS = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}  # enum jr_score_function
+GROUP_SCORES = {"top2_sum": 0, "max": 1}  # enum jr_group_score
 OPERATIONS = {"router_gemm": 0, "empty": 1, "read_weight": 2}  # enum jr_operation, of jr_time_graph
 
 
@@ -65,6 +71,41 @@ class RouterGemmArgs(ctypes.Structure):
         return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config)
 
 
+class RouteArgs(ctypes.Structure):
+    """`jr_route_args` of csrc/route.h."""
+
+    _fields_ = [
+        ("gemm", RouterGemmArgs),
+        ("return_logits", ctypes.c_int32),
+        ("integers", ctypes.c_int32 * 8),
+        ("floats", ctypes.c_float * 4),
+        ("correction_bias", ctypes.c_void_p),
+        ("expert_scale", ctypes.c_void_p),
+        ("correction_bias_dtype", ctypes.c_int32),
+        ("expert_scale_dtype", ctypes.c_int32),
+        ("replay", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
+        ("config", ctypes.c_int32),
+    ]
+
+
+def spec_numbers(spec: RoutingSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The int32 and the float32 members of `jr_routing_spec` (csrc/route.h), in its order."""
+    integers = (
+        spec.top_k,
+        SCORE_FUNCTIONS[spec.score_function],
+        spec.renormalize,
+        spec.select_on == "logits",
+        spec.round_logits,
+        spec.num_groups or 0,
+        spec.group_topk or 0,
+        GROUP_SCORES[spec.group_score],
+    )
+    floats = (spec.renormalize_epsilon, spec.renormalize_min, spec.scaling_factor, spec.masked_choice)
+    return np.array(integers, np.int32), np.array(floats, np.float32)
+
+
 MAX_WORKSPACE_BYTES = 16 << 20
 
 
@@ -98,10 +139,49 @@ def router_gemm(
     return kernel(*operands, config=np.int32(-1 if config is None else config))[0]
 
 
+def route(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    experts: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    return_logits: bool,
+    config: int | None = None,
+) -> Routing:
+    """`routing.route_logits` of `router_gemm`'s logits, in one launch or two; a row's bits depend on the row alone.
+
+    `config` is a configuration of routing, None lets the launcher pick; every configuration gives the same bits.
+    """
+    tokens, num_experts = x.shape[0], weight.shape[0]
+    results = [
+        jax.ShapeDtypeStruct((tokens, spec.top_k), np.float32),
+        jax.ShapeDtypeStruct((tokens, spec.top_k), np.int32),
+        jax.ShapeDtypeStruct((tokens, num_experts), np.float32),
+    ]
+    scratch = workspace_bytes(tokens, num_experts)
+    if scratch:
+        results.append(jax.ShapeDtypeStruct((scratch,), np.uint8))
+    optional = (bias, correction_bias, expert_scale, experts)
+    integers, floats = spec_numbers(spec)
+    kernel = jax.ffi.ffi_call(ROUTE_TARGET, results, vmap_method="sequential")
+    weights, selected, logits, *_ = kernel(
+        x,
+        weight,
+        *(operand for operand in optional if operand is not None),
+        operands=np.int32(sum(1 << i for i, operand in enumerate(optional) if operand is not None)),
+        return_logits=np.int32(return_logits),
+        config=np.int32(-1 if config is None else config),
+        integers=integers,
+        floats=floats,
+    )
+    return Routing(weights, selected, logits if return_logits else None)
+
+
 def why_unsupported(problem: Problem, device: Device) -> str | None:
     """What the kernel does not take, from static facts; None if it takes the problem."""
-    if problem.spec is not None:
-        return "does not route yet"
     weight_dtype = problem.weight_dtype or problem.dtype
     if device.platform != "gpu" or device.compute_capability is None:
         return f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
@@ -123,6 +203,17 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
             f"needs at most {MAX_TOKENS} tokens and fewer than {MAX_TILED_LOGITS} logits, experts rounded up to eight, "
             f"they are {problem.tokens} and {tiled}"
         )
+    return None if problem.spec is None else _why_not_routed(problem, problem.spec)
+
+
+def _why_not_routed(problem: Problem, spec: RoutingSpec) -> str | None:
+    """What the kernels behind the router GEMM do not take."""
+    if problem.experts > MAX_ROUTED_EXPERTS:
+        return f"routes among at most {MAX_ROUTED_EXPERTS} experts, they are {problem.experts}"
+    if spec.top_k > MAX_TOP_K:
+        return f"selects at most {MAX_TOP_K} experts, top_k is {spec.top_k}"
+    if spec.num_groups is not None and spec.num_groups > MAX_GROUPS:
+        return f"takes at most {MAX_GROUPS} groups, num_groups is {spec.num_groups}"
     return None
 
 
@@ -185,6 +276,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "jr_router_gemm_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
         "jr_router_gemm_config_fits": (ctypes.c_int, (ctypes.c_int, args)),
         "jr_router_gemm_pick_config": (ctypes.c_int, (args,)),
+        "jr_route_num_configs": (ctypes.c_int, ()),
+        "jr_route_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
         "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, ctypes.c_int, ctypes.c_int, floats, *text)),
         "jr_ffi_api_version": (ctypes.c_int, ()),
     }
@@ -211,3 +304,4 @@ def _register(loaded: ctypes.CDLL) -> None:
         )
     jax.local_devices(backend="cuda")  # starts the backend, or raises
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.jr_ffi_router_gemm), platform="CUDA")
+    jax.ffi.register_ffi_target(ROUTE_TARGET, jax.ffi.pycapsule(loaded.jr_ffi_route), platform="CUDA")

@@ -4,6 +4,7 @@
 // memory order and everything that depends on time.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -294,6 +295,24 @@ inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, int(emulation::lane()) ^ bits);
 }
 
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  return emulation::exchange(&value, 4, [](const auto& slots) {
+    uint32_t most = 0;
+    for (const auto& slot : slots) most = max(most, uint32_t(slot[0]));
+    return most;
+  });
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const uint32_t value = predicate != 0;
+  return emulation::exchange(&value, 4, [](const auto& slots) {
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= unsigned(slots[lane][0] & 1) << lane;
+    return all;
+  });
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(unsigned(bits)); }
+
 // ---- The runtime, for the launcher ---------------------------------------------------------------------------------
 
 using cudaError_t = int;
@@ -324,7 +343,7 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 struct cudaFuncAttributes {};
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }

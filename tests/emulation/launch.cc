@@ -1,7 +1,7 @@
 // Launches on the CPU what csrc/router_gemm.cu launches on a GPU, and the memory that `extern __shared__` names.
 #include <stdio.h>
 
-#include "sm90_router_gemm.cuh"
+#include "sm90_route_kernels.cuh"
 
 namespace jax_router {
 
@@ -24,18 +24,23 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
   }
-  bool tiled = false;
-  for (const Config& c : many_tokens_configs) tiled = tiled || c.kernel[0] == kernel || c.kernel[1] == kernel;
-  const Problem& p = tiled ? static_cast<const TiledProblem*>(arguments[0])->problem
-                           : *static_cast<const Problem*>(arguments[0]);
-  grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
-  grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * 2};
-  if (tiled) {
-    const auto run = reinterpret_cast<void (*)(TiledProblem)>(const_cast<void*>(kernel));
-    grid.kernel = [=] { run(*static_cast<const TiledProblem*>(arguments[0])); };
+  const auto is = [=](const auto& c) { return c.kernel[0] == kernel || c.kernel[1] == kernel; };
+  const auto run_with = [&]<typename Parameter>(const Parameter& parameter, const Problem& p) {
+    grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
+    grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * 2};
+    const auto run = reinterpret_cast<void (*)(Parameter)>(const_cast<void*>(kernel));
+    grid.kernel = [=] { run(parameter); };
+  };
+  if (std::any_of(std::begin(many_tokens_configs), std::end(many_tokens_configs), is)) {
+    const auto& tiled = *static_cast<const TiledProblem*>(arguments[0]);
+    run_with(tiled, tiled.problem);
+  } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels), is) ||
+             std::any_of(std::begin(fused_configs), std::end(fused_configs), is)) {
+    const auto& routed = *static_cast<const RoutedProblem*>(arguments[0]);
+    run_with(routed, routed.problem);
   } else {
-    const auto run = reinterpret_cast<void (*)(Problem)>(const_cast<void*>(kernel));
-    grid.kernel = [=] { run(*static_cast<const Problem*>(arguments[0])); };
+    const auto& problem = *static_cast<const Problem*>(arguments[0]);
+    run_with(problem, problem);
   }
   emulation::launch(grid);
   return cudaSuccess;

@@ -1,0 +1,173 @@
+// The launcher of routing: checks a problem, picks one launch or two, launches. The bits are the same.
+#include "route.h"
+
+#include "launch.cuh"
+#include "sm90_route_kernels.cuh"
+
+namespace jax_router {
+namespace {
+
+constexpr int kTwoLaunches = kFusedConfigs;  // the router GEMM, then a launch that routes
+constexpr int kConfigs = kFusedConfigs + 1;
+
+// ---- What is taken -------------------------------------------------------------------------------------------------
+
+int check_spec(const jr_route_args& a, const Report& report) {
+  const jr_routing_spec& s = a.spec;
+  const int experts = int(a.gemm.experts);
+  if (a.gemm.out_dtype != JR_FLOAT32)
+    return report.fail(JR_UNSUPPORTED, "out_dtype is %d; routing needs logits in float32 (2)", a.gemm.out_dtype);
+  if (experts > kMaxRoutedExperts)
+    return report.fail(JR_UNSUPPORTED, "experts is %d; expected 1 to %d", experts, kMaxRoutedExperts);
+  if (s.top_k < 1 || s.top_k > kMaxTopK || s.top_k > experts)
+    return report.fail(JR_UNSUPPORTED, "top_k is %d; expected 1 to %d, and no more than the %d experts", s.top_k,
+                       kMaxTopK, experts);
+  if (s.score_function < JR_SOFTMAX || s.score_function > JR_SQRTSOFTPLUS)
+    return report.fail(JR_UNSUPPORTED, "score_function is %d; expected 0 to 3", s.score_function);
+  if (s.group_score != JR_TOP2_SUM && s.group_score != JR_GROUP_MAX)
+    return report.fail(JR_UNSUPPORTED, "group_score is %d; expected 0 or 1", s.group_score);
+  if (s.num_groups != 0) {
+    const bool divides = s.num_groups > 0 && s.num_groups <= kMaxGroups && experts % s.num_groups == 0;
+    if (!divides || s.group_topk < 1 || s.group_topk > s.num_groups ||
+        s.group_topk * (experts / s.num_groups) < s.top_k)
+      return report.fail(JR_UNSUPPORTED,
+                         "num_groups is %d and group_topk %d; expected at most %d groups that divide the %d experts, "
+                         "and kept ones that hold top_k=%d",
+                         s.num_groups, s.group_topk, kMaxGroups, experts, s.top_k);
+    if (s.group_score == JR_TOP2_SUM && experts / s.num_groups < 2)
+      return report.fail(JR_UNSUPPORTED,
+                         "group_score is the sum of two but groups have %d experts; expected two or more",
+                         experts / s.num_groups);
+  }
+  for (const int dtype : {a.correction_bias_dtype, a.expert_scale_dtype}) {
+    if (dtype != JR_NONE && dtype != JR_FLOAT32 && dtype != a.gemm.dtype)
+      return report.fail(
+          JR_UNSUPPORTED,
+          "correction_bias_dtype is %d and expert_scale_dtype %d; expected none (-1), float32 (2) or x's "
+          "dtype (%d)",
+          a.correction_bias_dtype, a.expert_scale_dtype, a.gemm.dtype);
+  }
+  if ((a.correction_bias == nullptr) != (a.correction_bias_dtype == JR_NONE) ||
+      (a.expert_scale == nullptr) != (a.expert_scale_dtype == JR_NONE) || a.weights == nullptr || a.experts == nullptr)
+    return report.fail(JR_UNSUPPORTED,
+                       "correction_bias is %p (dtype %d), expert_scale %p (dtype %d), weights %p, experts %p; expected "
+                       "device memory",
+                       a.correction_bias, a.correction_bias_dtype, a.expert_scale, a.expert_scale_dtype,
+                       static_cast<void*>(a.weights), static_cast<void*>(a.experts));
+  return JR_OK;
+}
+
+int64_t token_tiles(const FusedConfig& config, const jr_route_args& a) {
+  return (a.gemm.tokens + config.block_tokens - 1) / config.block_tokens;
+}
+
+// Whether a configuration takes this problem, on a GPU that can run its clusters.
+bool fits(int index, const jr_route_args& a) {
+  if (index == kTwoLaunches) return true;
+  const FusedConfig& config = fused_configs[index];
+  // Another width would add up scores in another order.
+  return logits_per_lane(int(a.gemm.experts)) == config.block_experts / 32 &&
+         config.shared_bytes(int(a.gemm.hidden)) <= kMaxSharedBytes && token_tiles(config, a) < (1 << 27);
+}
+
+// ---- Which configuration -------------------------------------------------------------------------------------------
+
+// Clusters of 16 that an H200 runs at once.
+constexpr int kClustersAtOnce = 7;
+
+int pick(const jr_route_args& a) {
+  for (int i = 0; i < kFusedConfigs; ++i) {
+    if (fits(i, a) && token_tiles(fused_configs[i], a) <= kClustersAtOnce) return i;
+  }
+  return kTwoLaunches;
+}
+
+// ---- Launch --------------------------------------------------------------------------------------------------------
+
+int prepare_current_device(const Report& report) {
+  static OncePerDevice once;
+  return once.run(report, [&](int) -> int {
+    for (const FusedConfig& config : fused_configs) {
+      for (const void* kernel : config.kernel) {
+        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      }
+    }
+    for (const SelectKernel& select : select_kernels) {
+      for (const void* kernel : select.kernel) {
+        cudaFuncAttributes loaded;  // now, and not during a capture
+        JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
+      }
+    }
+    return JR_OK;
+  });
+}
+
+Routing device_routing(const jr_route_args& a) {
+  const int group_experts = a.spec.num_groups == 0 ? 1 : int(a.gemm.experts) / a.spec.num_groups;
+  return {a.spec,
+          a.correction_bias,
+          a.expert_scale,
+          a.correction_bias_dtype,
+          a.expert_scale_dtype,
+          a.replay,
+          a.weights,
+          a.experts,
+          a.return_logits != 0 ? static_cast<float*>(a.gemm.out) : nullptr,
+          unsigned(ceil_div(1 << 22, group_experts))};
+}
+
+int launch_fused(const FusedConfig& config, const jr_route_args& a, cudaStream_t stream, const Report& report) {
+  RoutedProblem routed = {device_problem(a.gemm, config.block_experts), device_routing(a)};
+  const dim3 blocks(unsigned(token_tiles(config, a) * config.cluster));
+  return enqueue(Launch(blocks, config.threads, config.shared_bytes(int(a.gemm.hidden)), config.cluster, stream),
+                 config.kernel[a.gemm.dtype], &routed, config.name, a.gemm, report);
+}
+
+int launch_two(const jr_route_args& a, cudaStream_t stream, const Report& report) {
+  if (const int status = jr_router_gemm(&a.gemm, stream, report.message, report.bytes); status != JR_OK) return status;
+  RoutedProblem routed = {device_problem(a.gemm, 1), device_routing(a)};
+  routed.routing.logits = nullptr;  // they are there
+  const SelectKernel* select = select_kernels;
+  while (select->per_lane != logits_per_lane(int(a.gemm.experts))) ++select;
+  const dim3 blocks(unsigned((a.gemm.tokens + kSelectWarps - 1) / kSelectWarps));
+  return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel[a.gemm.dtype], &routed, "route_select",
+                 a.gemm, report);
+}
+
+}  // namespace
+}  // namespace jax_router
+
+using namespace jax_router;
+
+int jr_route_num_configs(void) { return kConfigs; }
+
+const char* jr_route_config_name(int config) {
+  return config == kTwoLaunches ? "two_launches" : config >= 0 && config < kConfigs ? fused_configs[config].name : "";
+}
+
+int jr_route_config_fits(int config, const jr_route_args* args) {
+  return config >= 0 && config < kConfigs && check_gemm(args->gemm, Report{}) == JR_OK &&
+         check_spec(*args, Report{}) == JR_OK && fits(config, *args);
+}
+
+int jr_route_pick_config(const jr_route_args* args) {
+  return check_gemm(args->gemm, Report{}) == JR_OK && check_spec(*args, Report{}) == JR_OK ? pick(*args) : -1;
+}
+
+int jr_route(const jr_route_args* args, void* stream, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  if (const int status = check_gemm(args->gemm, report); status != JR_OK) return status;
+  if (const int status = check_spec(*args, report); status != JR_OK) return status;
+  if (args->gemm.tokens == 0) return JR_OK;
+  if (const int status = prepare_current_device(report); status != JR_OK) return status;
+  const int config = args->config == -1 ? pick(*args) : args->config;
+  if (!jr_route_config_fits(config, args))
+    return report.fail(JR_UNSUPPORTED,
+                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld",
+                       config, kConfigs - 1, static_cast<long long>(args->gemm.tokens),
+                       static_cast<long long>(args->gemm.hidden), static_cast<long long>(args->gemm.experts));
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  return config == kTwoLaunches ? launch_two(*args, on, report)
+                                : launch_fused(fused_configs[config], *args, on, report);
+}

@@ -1,0 +1,33 @@
+// The kernels that route, as the launcher sees them.
+#pragma once
+
+#include "sm90_route.cuh"
+#include "sm90_router_gemm.cuh"
+
+namespace jax_router {
+
+struct RoutedProblem {
+  Problem problem;
+  Routing routing;
+};
+
+constexpr int kSelectWarps = 4;  // tokens of a block
+constexpr int kSelectKernels = 6;
+struct SelectKernel {
+  int per_lane;           // logits_per_lane() of the experts it takes
+  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+};
+extern const SelectKernel select_kernels[kSelectKernels];
+
+// One launch from x to experts: a cluster of 16 takes block_tokens tokens and all experts.
+constexpr int kFusedConfigs = 3;
+struct FusedConfig {
+  const char* name;
+  int block_tokens, block_experts, cluster;
+  const void* kernel[2];
+  int threads;
+  int (*shared_bytes)(int hidden);
+};
+extern const FusedConfig fused_configs[kFusedConfigs];
+
+}  // namespace jax_router
