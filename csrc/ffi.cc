@@ -192,8 +192,8 @@ ffi::Error route(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Rem
   if (next != rest.size())
     return ffi::Error::InvalidArgument("jax_router cuda route: got " + std::to_string(2 + rest.size()) +
                                        " operands. Expected " + std::to_string(2 + next) + ".");
-  const ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> experts = more_results.get<ffi::AnyBuffer>(0),
-                                                  logits = more_results.get<ffi::AnyBuffer>(1);
+  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> experts = more_results.get<ffi::AnyBuffer>(0),
+                                            logits = more_results.get<ffi::AnyBuffer>(1);
   if (!experts.has_value()) return experts.error();
   if (!logits.has_value()) return logits.error();
 

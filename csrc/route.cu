@@ -94,27 +94,25 @@ int prepare_current_device(const Report& report) {
       }
     }
     for (const SelectKernel& select : select_kernels) {
-      for (const void* kernel : select.kernel) {
-        cudaFuncAttributes loaded;  // now, and not during a capture
-        JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
-      }
+      cudaFuncAttributes loaded;  // now, and not during a capture
+      JR_CHECK(report, cudaFuncGetAttributes(&loaded, select.kernel));
     }
     return JR_OK;
   });
 }
 
 Routing device_routing(const jr_route_args& a) {
-  const int group_experts = a.spec.num_groups == 0 ? 1 : int(a.gemm.experts) / a.spec.num_groups;
   return {a.spec,
           a.correction_bias,
           a.expert_scale,
           a.correction_bias_dtype,
           a.expert_scale_dtype,
+          a.gemm.dtype,
           a.replay,
           a.weights,
           a.experts,
           a.return_logits != 0 ? static_cast<float*>(a.gemm.out) : nullptr,
-          unsigned(ceil_div(1 << 22, group_experts))};
+          a.spec.num_groups == 0 ? 0 : int(a.gemm.experts) / a.spec.num_groups};
 }
 
 int launch_fused(const FusedConfig& config, const jr_route_args& a, cudaStream_t stream, const Report& report) {
@@ -131,8 +129,8 @@ int launch_two(const jr_route_args& a, cudaStream_t stream, const Report& report
   const SelectKernel* select = select_kernels;
   while (select->per_lane != logits_per_lane(int(a.gemm.experts))) ++select;
   const dim3 blocks(unsigned((a.gemm.tokens + kSelectWarps - 1) / kSelectWarps));
-  return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel[a.gemm.dtype], &routed, "route_select",
-                 a.gemm, report);
+  return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel, &routed, "route_select", a.gemm,
+                 report);
 }
 
 }  // namespace

@@ -38,6 +38,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// 1 / value to one ulp, for values of at least 1.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // ---- Clusters and distributed shared memory -----------------------------------------------------------------------
 
 // Arrives at the cluster's barrier and publishes nothing but barriers initialised before a barrier_init_fence(); to

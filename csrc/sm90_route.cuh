@@ -2,12 +2,12 @@
 // function, with the same number of logits per lane for the same number of experts, so their bits are the same.
 //
 // Lane i holds the logits of experts [i * n, (i + 1) * n). Selection takes top_k rounds: every lane knows the best of
-// its choices, the warp finds the highest and the lowest lane that has it, and that lane takes its best one out. Keys
-// are 32-bit integers that order as jax.lax.top_k orders floats; lanes and their experts ascend, so ties go to the
-// lowest expert. Round i's expert goes to lane i, which works out its weight.
+// its choices, the warp finds the highest, and who has it takes it out. Choices are compared as 32-bit keys that order
+// as jax.lax.top_k orders floats. Equal ones leave together, which is seen at the end; then the rounds are repeated
+// with one expert at a time, the lowest first. Round i's expert goes to lane i, which works out its weight.
 //
-// Order of additions, by the number of experts and top_k alone: the scores of a lane in ascending order, then lanes by
-// halves; the weights of a token by halves of the next power of two of top_k.
+// Order of additions, by the number of experts and top_k alone: the exponentials of a lane in ascending order, then
+// lanes by halves; the weights of a token by halves of the next power of two of top_k.
 #pragma once
 
 #include "route.h"
@@ -27,198 +27,282 @@ struct Routing {
   jr_routing_spec spec;
   const void* correction_bias;
   const void* expert_scale;
-  int correction_bias_dtype, expert_scale_dtype;
+  int correction_bias_dtype, expert_scale_dtype, dtype;  // dtype is that of x
   const int32_t* replay;
   float* weights;
   int32_t* experts;
-  float* logits;           // where to store them, or null
-  unsigned group_inverse;  // ceil(2^22 / experts of a group): expert * it >> 22 is the expert's group, up to 1024
+  float* logits;      // where to store them, or null
+  int group_experts;  // of a group; 0 without groups
 };
 
 // An order-preserving key of a choice. NaN, whatever its sign, is the highest; 0 is below all keys.
 __device__ __forceinline__ uint32_t choice_key(float choice) {
   const uint32_t bits = __float_as_uint(choice);
-  if (choice != choice) return ~0u;
-  return bits ^ (bits >> 31 != 0 ? ~0u : 1u << 31);
+  return choice != choice ? ~0u : bits ^ (uint32_t(int32_t(bits) >> 31) | 1u << 31);
 }
 __device__ __forceinline__ float choice_of_key(uint32_t key) {
-  return __uint_as_float(key ^ (key >> 31 != 0 ? 1u << 31 : ~0u));
+  return __uint_as_float(key ^ (~uint32_t(int32_t(key) >> 31) | 1u << 31));
 }
 
-// A warp's sum in every lane, of the first `lanes` (a power of two) and the lanes congruent to them.
+// A warp's sum in every lane: of `lanes` neighbours, a power of two.
 __device__ __forceinline__ float sum_lanes(float value, int lanes) {
+#pragma unroll 1
   for (int half = lanes / 2; half > 0; half /= 2) value += __shfl_xor_sync(~0u, value, half);
   return value;
 }
 
-template <typename Element>
 __device__ __forceinline__ float load_per_expert(const void* values, int dtype, int expert) {
   if (dtype == JR_FLOAT32) return static_cast<const float*>(values)[expert];
-  return to_float(static_cast<const Element*>(values)[expert]);
+  return dtype == JR_BFLOAT16 ? to_float(static_cast<const bfloat16*>(values)[expert])
+                              : to_float(static_cast<const float16*>(values)[expert]);
 }
 
-// The score of one logit; of softmax, with the highest logit and the sum of exponentials of the token.
-__device__ __forceinline__ float score(int function, float logit, float highest, float sum) {
-  if (function == JR_SIGMOID) return 1.f / (1.f + expf(-logit));
-  if (function == JR_SQRTSOFTPLUS) return sqrtf(fmaxf(logit, 0.f) + log1pf(expf(-fabsf(logit))));
-  if (function == JR_SOFTMAX) return expf(logit - highest) / sum;
-  return logit;
+// The logits of a token as softmax needs them.
+struct Softmax {
+  float highest, inverse_sum;
+};
+
+// Replaces logits by scores, function by function: one branch for all.
+template <int kCount>
+__device__ __forceinline__ void score(int function, const Softmax& softmax, float (&values)[kCount]) {
+  if (function == JR_SIGMOID) {
+#pragma unroll
+    for (float& v : values) v = reciprocal(1.f + expf(-v));
+  } else if (function == JR_SOFTMAX) {
+#pragma unroll
+    for (float& v : values) v = expf(v - softmax.highest) * softmax.inverse_sum;
+  } else if (function == JR_SQRTSOFTPLUS) {
+#pragma unroll
+    for (float& v : values) v = sqrtf(fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))));
+  }
 }
 
-template <typename Element, int kPerLane>
+// The highest of a few keys, in a tree.
+template <int kCount>
+__device__ __forceinline__ uint32_t highest_key(const uint32_t* keys) {
+  if constexpr (kCount == 1) {
+    return keys[0];
+  } else {
+    return max(highest_key<kCount / 2>(keys), highest_key<kCount - kCount / 2>(keys + kCount / 2));
+  }
+}
+
+template <int kPerLane>
 struct TokenRouter {
-  // Shared memory of a warp: a token's logits, then its choices; one float in 32 is left free of bank conflicts.
-  static constexpr int kScratch = 32 * kPerLane + kPerLane;
-  static __device__ __forceinline__ int place(int expert) { return expert + expert / 32; }
-
-  // What can be fetched while the logits are on their way.
+  struct Scratch {  // of a warp, in shared memory
+    alignas(16) float logits[32 * kPerLane];
+    alignas(16) uint32_t keys[32 * kPerLane];
+    int selected[kMaxTopK];
+  };
   float correction[kPerLane];
 
+  // Fetches what does not depend on logits, while these are on their way.
   __device__ __forceinline__ void fetch(const Problem& p, const Routing& r) {
-    const int first = int(threadIdx.x % 32) * kPerLane;
+    const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      correction[j] = 0.f;
-      if (r.correction_bias_dtype != JR_NONE && first + j < p.experts)
-        correction[j] = load_per_expert<Element>(r.correction_bias, r.correction_bias_dtype, first + j);
+    for (float& c : correction) c = 0.f;
+    if (r.correction_bias_dtype == JR_FLOAT32) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j)
+        correction[j] = static_cast<const float*>(r.correction_bias)[min(first + j, last)];
+    } else if (r.correction_bias_dtype != JR_NONE) {
+#pragma unroll 1
+      for (int j = 0; j < kPerLane; ++j) {
+        const float loaded = load_per_expert(r.correction_bias, r.correction_bias_dtype, min(first + j, last));
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) correction[i] = i == j ? loaded : correction[i];
+      }
     }
   }
 
-  // All lanes of the warp. `logits` of experts that do not exist are ignored.
+  // All lanes of the warp. `logits` of experts that do not exist may be anything.
   __device__ __forceinline__ void route(const Problem& p, const Routing& r, unsigned token, float (&logits)[kPerLane],
-                                        float* scratch) const {
+                                        Scratch& scratch) const {
     const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32), first = lane * kPerLane;
+    const int lane = int(threadIdx.x % 32), exist = p.experts - lane * kPerLane;  // of this lane
     const bool mine = lane < spec.top_k;
-    if (r.logits != nullptr) {
-      float* const out = r.logits + uint64_t(token) * unsigned(p.experts) + first;
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (first + j < p.experts) out[j] = logits[j];
-      }
-    }
     if (spec.round_logits != 0) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) logits[j] = to_float(from_float<Element>(logits[j]));
+      for (float& l : logits)
+        l = r.dtype == JR_BFLOAT16 ? to_float(from_float<bfloat16>(l)) : to_float(from_float<float16>(l));
     }
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) scratch[place(first + j)] = logits[j];
+    for (int j = 0; j < kPerLane; ++j) logits[j] = j < exist ? logits[j] : choice_of_key(0x007FFFFF);  // -inf
+    store(scratch.logits, logits);
 
-    float highest = 0.f, sum = 0.f;
+    Softmax softmax = {};
     if (spec.score_function == JR_SOFTMAX) {
-      uint32_t key = 0;
+      uint32_t keys[kPerLane];
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (first + j < p.experts) key = max(key, choice_key(logits[j]));
-      }
-      highest = choice_of_key(__reduce_max_sync(~0u, key));
+      for (int j = 0; j < kPerLane; ++j) keys[j] = choice_key(logits[j]);
+      softmax.highest = choice_of_key(__reduce_max_sync(~0u, highest_key<kPerLane>(keys)));
+      float sum = 0.f;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (first + j < p.experts) sum += expf(logits[j] - highest);
-      }
-      sum = sum_lanes(sum, 32);
+      for (float l : logits) sum += expf(l - softmax.highest);
+      softmax.inverse_sum = 1.f / sum_lanes(sum, 32);
     }
 
-    int expert = -1;  // of this lane's round
     if (r.replay == nullptr) {
-      expert = select(p, r, logits, highest, sum, scratch);
+      select(p, r, softmax, logits, scratch);
     } else if (mine) {
-      expert = r.replay[uint64_t(token) * unsigned(spec.top_k) + lane];
+      scratch.selected[lane] = r.replay[uint64_t(token) * unsigned(spec.top_k) + lane];
     }
-    __syncwarp();  // the token's logits are in `scratch`
+    __syncwarp();
 
     // The weights, one per lane. An expert that does not exist has NaN.
+    const int expert = mine ? scratch.selected[lane] : -1;
     const bool exists = unsigned(expert) < unsigned(p.experts);
-    const float logit = mine && exists ? scratch[place(expert)] : __uint_as_float(0x7FC00000u);
+    float weight[1] = {exists ? scratch.logits[expert] : choice_of_key(~0u)};
     const int lanes = 1 << (32 - __clz(spec.top_k - 1));  // the next power of two
-    float weight;
     if (spec.score_function == JR_SOFTMAX_TOPK) {
-      highest = choice_of_key(__reduce_max_sync(~0u, mine ? choice_key(logit) : 0u));
-      weight = expf(logit - highest);
-      weight = weight / sum_lanes(mine ? weight : 0.f, lanes);
+      const float highest = choice_of_key(__reduce_max_sync(~0u, mine ? choice_key(weight[0]) : 0u));
+      weight[0] = expf(weight[0] - highest);
+      weight[0] = weight[0] / sum_lanes(mine ? weight[0] : 0.f, lanes);
     } else {
-      weight = score(spec.score_function, logit, highest, sum);
+      score(spec.score_function, softmax, weight);
     }
     if (spec.renormalize != 0) {
-      const float total = sum_lanes(mine ? weight : 0.f, lanes);
-      weight = weight / ((total < spec.renormalize_min ? spec.renormalize_min : total) + spec.renormalize_epsilon);
+      const float total = sum_lanes(mine ? weight[0] : 0.f, lanes);
+      weight[0] =
+          weight[0] / ((total < spec.renormalize_min ? spec.renormalize_min : total) + spec.renormalize_epsilon);
     }
-    weight *= spec.scaling_factor;
+    weight[0] *= spec.scaling_factor;
     if (!mine) return;
-    if (r.expert_scale_dtype != JR_NONE)
-      weight *= exists ? load_per_expert<Element>(r.expert_scale, r.expert_scale_dtype, expert) : logit;
+    if (exists && r.expert_scale_dtype != JR_NONE)
+      weight[0] *= load_per_expert(r.expert_scale, r.expert_scale_dtype, expert);
     const uint64_t out = uint64_t(token) * unsigned(spec.top_k) + unsigned(lane);
-    r.weights[out] = weight;
+    r.weights[out] = weight[0];
     r.experts[out] = expert;
   }
 
  private:
-  // The expert of round `lane`; `scratch` holds the logits before and after.
-  __device__ __forceinline__ int select(const Problem& p, const Routing& r, const float (&logits)[kPerLane],
-                                        float highest, float sum, float* scratch) const {
-    const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32), first = lane * kPerLane;
-    const bool by_score = spec.select_on_logits == 0 && (r.correction_bias_dtype != JR_NONE || spec.num_groups != 0);
-    uint32_t keys[kPerLane];
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      float choice = logits[j];
-      if (by_score) choice = score(spec.score_function, choice, highest, sum);
-      if (r.correction_bias_dtype != JR_NONE) choice += correction[j];
-      keys[j] = first + j < p.experts ? choice_key(choice) : 0u;
-    }
-    if (spec.num_groups != 0) keep_groups(p, r, logits, keys, scratch);
-
-    int selected = -1;
-    for (int round = 0; round < spec.top_k; ++round) {
-      uint32_t best = keys[0];
-      int best_j = 0;
-#pragma unroll
-      for (int j = 1; j < kPerLane; ++j) {
-        if (keys[j] > best) best = keys[j], best_j = j;
-      }
-      const uint32_t winners = __ballot_sync(~0u, best == __reduce_max_sync(~0u, best));
-      const int winner = __ffs(int(winners)) - 1;
-      const int expert = __shfl_sync(~0u, first + best_j, winner);
-      if (lane == round) selected = expert;
+  // Leaves the experts in scratch.selected, the best first.
+  static __device__ __forceinline__ void select_rounds(int top_k, uint32_t (&keys)[kPerLane], int* selected) {
+    const int first = int(threadIdx.x % 32) * kPerLane;
+    uint32_t best = highest_key<kPerLane>(keys);
+#pragma unroll 1
+    for (int round = 0; round < top_k; ++round) {
+      const uint32_t highest = __reduce_max_sync(~0u, best);
+      int expert = first;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) {
-        if (lane == winner && j == best_j) keys[j] = 0;
+        if (keys[j] == highest) expert = first + j, keys[j] = 0;
       }
+      if (best == highest) selected[round] = expert;
+      best = highest_key<kPerLane>(keys);
     }
-    return selected;
   }
 
-  // Replaces the choices outside the best groups. Lane g scores group g.
-  __device__ __forceinline__ void keep_groups(const Problem& p, const Routing& r, const float (&logits)[kPerLane],
-                                              uint32_t (&keys)[kPerLane], float* scratch) const {
-    const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32), first = lane * kPerLane, size = p.experts / spec.num_groups;
+  // The same, of equal choices the lowest expert first.
+  static __device__ __noinline__ void select_rounds_with_ties(int top_k, const uint32_t* saved, int* selected) {
+    const int lane = int(threadIdx.x % 32);
+    uint32_t taken = 0;  // of this lane, by bits
     __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) scratch[place(first + j)] = __uint_as_float(keys[j]);
-    __syncwarp();
-    uint32_t highest = 0, second = 0;
-    if (lane < spec.num_groups) {
-      for (int i = 0; i < size; ++i) {
-        const uint32_t key = __float_as_uint(scratch[place(lane * size + i)]);
-        second = max(second, min(key, highest));
-        highest = max(highest, key);
+    for (int round = 0; round < top_k; ++round) {
+      uint32_t best = 0;
+      int best_j = 0;
+      for (int j = kPerLane - 1; j >= 0; --j) {
+        const uint32_t key = taken >> j & 1 ? 0u : saved[lane * kPerLane + j];
+        if (key >= best) best = key, best_j = j;
       }
-      if (spec.group_score == JR_TOP2_SUM) highest = choice_key(choice_of_key(highest) + choice_of_key(second));
+      const uint32_t winners = __ballot_sync(~0u, best == __reduce_max_sync(~0u, best));
+      if (lane == __ffs(int(winners)) - 1) {
+        taken |= 1u << best_j;
+        selected[round] = lane * kPerLane + best_j;
+      }
     }
-    int rank = 0;
-    for (int group = 0; group < spec.num_groups; ++group) {
-      const uint32_t other = __shfl_sync(~0u, highest, group);
-      rank += other > highest || (other == highest && group < lane);
-    }
-    const uint32_t kept = __ballot_sync(~0u, lane < spec.num_groups && rank < spec.group_topk);
-    const uint32_t masked = choice_key(spec.masked_choice);
+  }
+
+  __device__ __forceinline__ void select(const Problem& p, const Routing& r, const Softmax& softmax,
+                                         const float (&logits)[kPerLane], Scratch& scratch) const {
+    const jr_routing_spec& spec = r.spec;
+    const int exist = p.experts - int(threadIdx.x % 32) * kPerLane;
+    float choices[kPerLane];
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const unsigned group = unsigned(first + j) * r.group_inverse >> 22;
-      if (first + j < p.experts && (kept >> group & 1) == 0) keys[j] = masked;
-      scratch[place(first + j)] = logits[j];
+    for (int j = 0; j < kPerLane; ++j) choices[j] = logits[j];
+    if (spec.select_on_logits == 0 && (r.correction_bias_dtype != JR_NONE || r.group_experts != 0))
+      score(spec.score_function, softmax, choices);
+    if (r.correction_bias_dtype != JR_NONE) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) choices[j] += correction[j];
+    }
+    uint32_t keys[kPerLane];
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) keys[j] = j < exist ? choice_key(choices[j]) : 0u;
+    if (r.group_experts != 0) keep_groups(r, exist, keys, scratch);
+
+    store(scratch.keys, keys);
+    select_rounds(spec.top_k, keys, scratch.selected);
+    int left = 0;
+#pragma unroll
+    for (uint32_t key : keys) left += key != 0;
+    if (__reduce_add_sync(~0u, unsigned(left)) != unsigned(p.experts - spec.top_k))
+      select_rounds_with_ties(spec.top_k, scratch.keys, scratch.selected);
+  }
+
+  // Replaces the choices outside the best groups.
+  static __device__ __forceinline__ void keep_groups(const Routing& r, int exist, uint32_t (&keys)[kPerLane],
+                                                     Scratch& scratch) {
+    const jr_routing_spec& spec = r.spec;
+    const int lane = int(threadIdx.x % 32);
+    const int group_lanes = r.group_experts / kPerLane;
+    const bool whole_lanes = group_lanes * kPerLane == r.group_experts && (group_lanes & (group_lanes - 1)) == 0;
+    uint32_t highest = 0, second = 0;
+    int scorer = 1, group = lane;  // lane `scorer * g` scores group g
+    if (whole_lanes) {
+      scorer = group_lanes;
+      group = lane >> (31 - __clz(group_lanes));
+#pragma unroll
+      for (const uint32_t key : keys) second = max(second, min(key, highest)), highest = max(highest, key);
+#pragma unroll 1
+      for (int half = 1; half < group_lanes; half *= 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, highest, half), other_second = __shfl_xor_sync(~0u, second, half);
+        second = max(max(second, other_second), min(highest, other));
+        highest = max(highest, other);
+      }
+    } else {
+      store(scratch.keys, keys);
+      __syncwarp();
+      if (lane < spec.num_groups) {
+        for (int i = 0; i < r.group_experts; ++i) {
+          const uint32_t key = scratch.keys[lane * r.group_experts + i];
+          second = max(second, min(key, highest)), highest = max(highest, key);
+        }
+      }
+      __syncwarp();
+    }
+    if (spec.group_score == JR_TOP2_SUM) highest = choice_key(choice_of_key(highest) + choice_of_key(second));
+    int rank = 0;
+    for (int other_group = 0; other_group < spec.num_groups; ++other_group) {
+      const uint32_t other = __shfl_sync(~0u, highest, other_group * scorer);
+      rank += other > highest || (other == highest && other_group < group);
+    }
+    const uint32_t masked = choice_key(spec.masked_choice);
+    if (whole_lanes) {
+#pragma unroll
+      for (uint32_t& key : keys) key = rank < spec.group_topk || exist <= 0 ? key : masked;
+    } else {
+      const uint32_t kept = __ballot_sync(~0u, lane < spec.num_groups && rank < spec.group_topk);
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) {
+        if (j < exist && (kept >> (lane * kPerLane + j) / r.group_experts & 1) == 0) keys[j] = masked;
+      }
+    }
+  }
+
+  // Lane by lane, as wide as it goes.
+  template <typename Value>
+  static __device__ __forceinline__ void store(Value* to, const Value (&values)[kPerLane]) {
+    constexpr int kWidth = kPerLane % 4 == 0 ? 4 : 2;
+    struct alignas(kWidth * 4) Wide {
+      Value values[kWidth];
+    };
+#pragma unroll
+    for (int j = 0; j < kPerLane; j += kWidth) {
+      Wide wide;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) wide.values[i] = values[j + i];
+      *reinterpret_cast<Wide*>(to + int(threadIdx.x % 32) * kPerLane + j) = wide;
     }
   }
 };

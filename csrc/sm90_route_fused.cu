@@ -29,7 +29,7 @@ struct Fused {
   static_assert(logits_per_lane(kExperts) == kPerLane, "as the other kernels that route these experts");
   static constexpr int kXUnitBytes = kTileTokens * kRowBytes, kWeightUnitBytes = kWarpExperts * kRowBytes;
   static constexpr int kSumRow = kExperts + 8;  // floats: rows 8 banks apart
-  using Router = TokenRouter<Element, kPerLane>;
+  using Router = TokenRouter<kPerLane>;
 
   // Shared memory, in this order.
   static constexpr int kRingBytes = kSlots * kColumns * kRingUnits * kWeightUnitBytes;
@@ -41,7 +41,7 @@ struct Fused {
   }
   struct alignas(16) Last {
     float received[kCluster][kExperts];
-    float scratch[Router::kScratch];
+    typename Router::Scratch scratch;
     uint64_t all_received;
   };
   static constexpr int shared_bytes(int hidden) {
@@ -198,6 +198,14 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
     const float values[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) logits[j + i] = p.bias_dtype == JR_NONE ? values[i] : values[i] + bias[j + i];
+  }
+  if (routed.routing.logits != nullptr) {
+    float* const out = routed.routing.logits + uint64_t(block_token + rank) * unsigned(p.experts);
+#pragma unroll
+    for (int j = 0; j < F::kPerLane; ++j) {
+      const int expert = lane * F::kPerLane + j;
+      if (expert < p.experts) out[expert] = logits[j];
+    }
   }
   router.route(p, routed.routing, block_token + rank, logits, last.scratch);
 }

@@ -14,8 +14,8 @@ struct RoutedProblem {
 constexpr int kSelectWarps = 4;  // tokens of a block
 constexpr int kSelectKernels = 6;
 struct SelectKernel {
-  int per_lane;           // logits_per_lane() of the experts it takes
-  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+  int per_lane;  // logits_per_lane() of the experts it takes
+  const void* kernel;
 };
 extern const SelectKernel select_kernels[kSelectKernels];
 

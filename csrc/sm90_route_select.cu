@@ -9,28 +9,27 @@
 
 namespace jax_router {
 
-template <typename Element, int kPerLane>
+template <int kPerLane>
 __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const RoutedProblem routed) {
   const Problem& p = routed.problem;
-  using Router = TokenRouter<Element, kPerLane>;
-  __shared__ float scratch[kSelectWarps][Router::kScratch];
+  using Router = TokenRouter<kPerLane>;
+  __shared__ typename Router::Scratch scratch[kSelectWarps];
   const unsigned warp = threadIdx.x / 32, token = blockIdx.x * kSelectWarps + warp;
-  const int first = int(threadIdx.x % 32) * kPerLane;
+  const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
+  const float* const row = static_cast<const float*>(p.out) + uint64_t(token) * unsigned(p.experts);
   grid_dependency_wait();
   if (token >= unsigned(p.tokens)) return;
 
-  const float* const row = static_cast<const float*>(p.out) + uint64_t(token) * unsigned(p.experts) + first;
   float logits[kPerLane];
   if (kPerLane % 4 == 0 && p.experts % 4 == 0) {
 #pragma unroll
     for (int j = 0; j + 3 < kPerLane; j += 4) {
-      float4 four = {};
-      if (first + j < p.experts) four = *reinterpret_cast<const float4*>(row + j);
+      const float4 four = *reinterpret_cast<const float4*>(row + min(first + j, last - 3));
       logits[j] = four.x, logits[j + 1] = four.y, logits[j + 2] = four.z, logits[j + 3] = four.w;
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) logits[j] = first + j < p.experts ? row[j] : 0.f;
+    for (int j = 0; j < kPerLane; ++j) logits[j] = row[min(first + j, last)];
   }
   Router router;
   router.fetch(p, routed.routing);
@@ -38,15 +37,12 @@ __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const Rou
 }
 
 const SelectKernel select_kernels[kSelectKernels] = {
-#define JR_SELECT(PER_LANE)                                                    \
-  {                                                                            \
-    PER_LANE, {                                                                \
-      reinterpret_cast<const void*>(&sm90_route_select<bfloat16, PER_LANE>),   \
-          reinterpret_cast<const void*>(&sm90_route_select<float16, PER_LANE>) \
-    }                                                                          \
-  }
-    JR_SELECT(2), JR_SELECT(4), JR_SELECT(8), JR_SELECT(12), JR_SELECT(16), JR_SELECT(32),
-#undef JR_SELECT
+    {2, reinterpret_cast<const void*>(&sm90_route_select<2>)},
+    {4, reinterpret_cast<const void*>(&sm90_route_select<4>)},
+    {8, reinterpret_cast<const void*>(&sm90_route_select<8>)},
+    {12, reinterpret_cast<const void*>(&sm90_route_select<12>)},
+    {16, reinterpret_cast<const void*>(&sm90_route_select<16>)},
+    {32, reinterpret_cast<const void*>(&sm90_route_select<32>)},
 };
 
 }  // namespace jax_router

@@ -277,7 +277,10 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "jr_router_gemm_config_fits": (ctypes.c_int, (ctypes.c_int, args)),
         "jr_router_gemm_pick_config": (ctypes.c_int, (args,)),
         "jr_route_num_configs": (ctypes.c_int, ()),
+        "jr_route": (status, (ctypes.POINTER(RouteArgs), ctypes.c_void_p, *text)),
         "jr_route_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
+        "jr_route_config_fits": (ctypes.c_int, (ctypes.c_int, ctypes.POINTER(RouteArgs))),
+        "jr_route_pick_config": (ctypes.c_int, (ctypes.POINTER(RouteArgs),)),
         "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, ctypes.c_int, ctypes.c_int, floats, *text)),
         "jr_ffi_api_version": (ctypes.c_int, ()),
     }

@@ -29,6 +29,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ thread_local
@@ -300,6 +301,13 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
     uint32_t most = 0;
     for (const auto& slot : slots) most = max(most, uint32_t(slot[0]));
     return most;
+  });
+}
+inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
+  return emulation::exchange(&value, 4, [](const auto& slots) {
+    uint32_t sum = 0;
+    for (const auto& slot : slots) sum += uint32_t(slot[0]);
+    return sum;
   });
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {

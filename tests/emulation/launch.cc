@@ -34,7 +34,8 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   if (std::any_of(std::begin(many_tokens_configs), std::end(many_tokens_configs), is)) {
     const auto& tiled = *static_cast<const TiledProblem*>(arguments[0]);
     run_with(tiled, tiled.problem);
-  } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels), is) ||
+  } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels),
+                         [=](const SelectKernel& c) { return c.kernel == kernel; }) ||
              std::any_of(std::begin(fused_configs), std::end(fused_configs), is)) {
     const auto& routed = *static_cast<const RoutedProblem*>(arguments[0]);
     run_with(routed, routed.problem);

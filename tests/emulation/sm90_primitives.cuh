@@ -19,6 +19,7 @@ inline void grid_dependency_wait() {}
 inline int uniform_warp() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
 inline uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
 inline uint32_t settled(uint32_t value) { return __shfl_sync(~0u, value, int(threadIdx.x % 32)); }
+inline float reciprocal(float value) { return 1.f / value; }
 inline bool elect_one() { return threadIdx.x % 32 == 0; }
 
 // ---- Shared memory: offset, and the block's rank in the bits above -------------------------------------------------
