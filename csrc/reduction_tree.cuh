@@ -34,11 +34,11 @@ __host__ __device__ constexpr int group_begin(int units, int group) { return int
 
 // ((node 0 + node 1) + (node 2 + node 3)) + ... of `kCount` neighbouring nodes; value(i) is node i.
 template <int kCount, typename Value>
-__device__ __forceinline__ float4 tree_sum(int first, const Value& value) {
+__device__ __forceinline__ auto tree_sum(int first, const Value& value) {
   if constexpr (kCount == 1) {
     return value(first);
   } else {
-    const float4 left = tree_sum<kCount / 2>(first, value);
+    const auto left = tree_sum<kCount / 2>(first, value);
     return left + tree_sum<kCount / 2>(first + kCount / 2, value);
   }
 }

@@ -72,12 +72,17 @@ bool fits(int index, const jr_route_args& a) {
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
 
-// Clusters of 16 that an H200 runs at once.
-constexpr int kClustersAtOnce = 7;
-
+// An H200 runs seven clusters of 16 at once. Up to there one launch takes as long for many tiles as for one; two take
+// less for few tokens of more than 64 experts, where 16 multiprocessors read what all of them read in two
+// (docs/kernels.md).
 int pick(const jr_route_args& a) {
+  constexpr int kClustersAtOnce = 7;
   for (int i = 0; i < kFusedConfigs; ++i) {
-    if (fits(i, a) && token_tiles(fused_configs[i], a) <= kClustersAtOnce) return i;
+    const FusedConfig& config = fused_configs[i];
+    if (!fits(i, a) || token_tiles(config, a) > kClustersAtOnce) continue;
+    const int fewest = config.block_experts <= 64 ? 1 : config.block_experts <= 128 ? 17 : 65;
+    const int64_t weight_bytes = a.gemm.experts * a.gemm.hidden * 2;
+    if (a.gemm.tokens >= fewest && weight_bytes <= (int64_t(2) << 20)) return i;
   }
   return kTwoLaunches;
 }
@@ -88,17 +93,25 @@ int prepare_current_device(const Report& report) {
   static OncePerDevice once;
   return once.run(report, [&](int) -> int {
     for (const FusedConfig& config : fused_configs) {
-      for (const void* kernel : config.kernel) {
-        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
-        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      for (const auto& kernels : config.kernel) {
+        for (const void* kernel : kernels) {
+          JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+          JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+        }
       }
     }
     for (const SelectKernel& select : select_kernels) {
-      cudaFuncAttributes loaded;  // now, and not during a capture
-      JR_CHECK(report, cudaFuncGetAttributes(&loaded, select.kernel));
+      for (const void* kernel : select.kernel) {
+        cudaFuncAttributes loaded;  // now, and not during a capture
+        JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
+      }
     }
     return JR_OK;
   });
+}
+
+int kind(const jr_route_args& a) {
+  return 2 * a.spec.score_function + (a.correction_bias_dtype == JR_NONE && a.spec.num_groups == 0);
 }
 
 Routing device_routing(const jr_route_args& a) {
@@ -119,7 +132,7 @@ int launch_fused(const FusedConfig& config, const jr_route_args& a, cudaStream_t
   RoutedProblem routed = {device_problem(a.gemm, config.block_experts), device_routing(a)};
   const dim3 blocks(unsigned(token_tiles(config, a) * config.cluster));
   return enqueue(Launch(blocks, config.threads, config.shared_bytes(int(a.gemm.hidden)), config.cluster, stream),
-                 config.kernel[a.gemm.dtype], &routed, config.name, a.gemm, report);
+                 config.kernel[a.gemm.dtype][kind(a)], &routed, config.name, a.gemm, report);
 }
 
 int launch_two(const jr_route_args& a, cudaStream_t stream, const Report& report) {
@@ -129,8 +142,8 @@ int launch_two(const jr_route_args& a, cudaStream_t stream, const Report& report
   const SelectKernel* select = select_kernels;
   while (select->per_lane != logits_per_lane(int(a.gemm.experts))) ++select;
   const dim3 blocks(unsigned((a.gemm.tokens + kSelectWarps - 1) / kSelectWarps));
-  return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel, &routed, "route_select", a.gemm,
-                 report);
+  return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel[kind(a)], &routed, "route_select",
+                 a.gemm, report);
 }
 
 }  // namespace

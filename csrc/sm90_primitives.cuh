@@ -41,7 +41,7 @@ __device__ __forceinline__ bool elect_one() {
 // 1 / value to one ulp, for values of at least 1.
 __device__ __forceinline__ float reciprocal(float value) {
   float result;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 

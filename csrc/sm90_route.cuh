@@ -1,10 +1,13 @@
 // Routing of one token by one warp: from its logits to its experts and weights. All kernels that route call this one
 // function, with the same number of logits per lane for the same number of experts, so their bits are the same.
 //
-// Lane i holds the logits of experts [i * n, (i + 1) * n). Selection takes top_k rounds: every lane knows the best of
-// its choices, the warp finds the highest, and who has it takes it out. Choices are compared as 32-bit keys that order
-// as jax.lax.top_k orders floats. Equal ones leave together, which is seen at the end; then the rounds are repeated
-// with one expert at a time, the lowest first. Round i's expert goes to lane i, which works out its weight.
+// Lane i holds the logits of experts [i * n, (i + 1) * n). Selection: every lane sorts its choices, and in each of
+// top_k rounds the warp finds the highest and the lane that has it moves on to its next. Choices are compared as 32-bit
+// keys that order as jax.lax.top_k orders floats. Equal ones are noticed; then the rounds are repeated with one expert
+// at a time, the lowest first. Round i's expert goes to lane i, which works out its weight.
+//
+// The score function, and whether logits themselves are compared, are fixed at compile time: otherwise they would be
+// branches over code that does not run, and a single warp waits at each.
 //
 // Order of additions, by the number of experts and top_k alone: the exponentials of a lane in ascending order, then
 // lanes by halves; the weights of a token by halves of the next power of two of top_k.
@@ -44,10 +47,12 @@ __device__ __forceinline__ float choice_of_key(uint32_t key) {
   return __uint_as_float(key ^ (~uint32_t(int32_t(key) >> 31) | 1u << 31));
 }
 
-// A warp's sum in every lane: of `lanes` neighbours, a power of two.
+// The sum of `lanes` neighbouring lanes, a power of two, in each of them.
 __device__ __forceinline__ float sum_lanes(float value, int lanes) {
-#pragma unroll 1
-  for (int half = lanes / 2; half > 0; half /= 2) value += __shfl_xor_sync(~0u, value, half);
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) {
+    if (half < lanes) value += __shfl_xor_sync(~0u, value, half);
+  }
   return value;
 }
 
@@ -62,55 +67,66 @@ struct Softmax {
   float highest, inverse_sum;
 };
 
-// Replaces logits by scores, function by function: one branch for all.
-template <int kCount>
-__device__ __forceinline__ void score(int function, const Softmax& softmax, float (&values)[kCount]) {
-  if (function == JR_SIGMOID) {
-#pragma unroll
-    for (float& v : values) v = reciprocal(1.f + expf(-v));
-  } else if (function == JR_SOFTMAX) {
-#pragma unroll
-    for (float& v : values) v = expf(v - softmax.highest) * softmax.inverse_sum;
-  } else if (function == JR_SQRTSOFTPLUS) {
-#pragma unroll
-    for (float& v : values) v = sqrtf(fmaxf(v, 0.f) + log1pf(expf(-fabsf(v))));
-  }
+template <int kScore>
+__device__ __forceinline__ float score(const Softmax& softmax, float logit) {
+  if constexpr (kScore == JR_SOFTMAX) return expf(logit - softmax.highest) * softmax.inverse_sum;
+  if constexpr (kScore == JR_SIGMOID) return reciprocal(1.f + expf(-logit));
+  if constexpr (kScore == JR_SQRTSOFTPLUS) return sqrtf(fmaxf(logit, 0.f) + log1pf(expf(-fabsf(logit))));
+  return logit;
 }
 
-// The highest of a few keys, in a tree.
-template <int kCount>
-__device__ __forceinline__ uint32_t highest_key(const uint32_t* keys) {
-  if constexpr (kCount == 1) {
-    return keys[0];
+// Batcher's odd-even merge sort of keys [kFirst, kFirst + kSize), the highest first; those past kCount count as 0.
+template <int kFirst, int kSize, int kStep, int kCount>
+__device__ __forceinline__ void merge_keys(uint32_t (&keys)[kCount]) {
+  const auto order = [&](int i, int j) {
+    if (j >= kCount) return;
+    const uint32_t low = min(keys[i], keys[j]);
+    keys[i] = max(keys[i], keys[j]), keys[j] = low;
+  };
+  if constexpr (2 * kStep < kSize) {
+    merge_keys<kFirst, kSize, 2 * kStep>(keys);
+    merge_keys<kFirst + kStep, kSize, 2 * kStep>(keys);
+#pragma unroll
+    for (int i = kFirst + kStep; i + kStep < kFirst + kSize; i += 2 * kStep) order(i, i + kStep);
   } else {
-    return max(highest_key<kCount / 2>(keys), highest_key<kCount - kCount / 2>(keys + kCount / 2));
+    order(kFirst, kFirst + kStep);
+  }
+}
+template <int kFirst, int kSize, int kCount>
+__device__ __forceinline__ void sort_keys(uint32_t (&keys)[kCount]) {
+  if constexpr (kSize > 1) {
+    sort_keys<kFirst, kSize / 2>(keys);
+    sort_keys<kFirst + kSize / 2, kSize / 2>(keys);
+    merge_keys<kFirst, kSize, 1>(keys);
   }
 }
 
-template <int kPerLane>
+// kPlain: neither a correction bias nor groups, so logits are compared.
+template <int kPerLane, int kScore, bool kPlain>
 struct TokenRouter {
   struct Scratch {  // of a warp, in shared memory
     alignas(16) float logits[32 * kPerLane];
     alignas(16) uint32_t keys[32 * kPerLane];
-    int selected[kMaxTopK];
   };
   float correction[kPerLane];
 
   // Fetches what does not depend on logits, while these are on their way.
   __device__ __forceinline__ void fetch(const Problem& p, const Routing& r) {
-    const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
+    if constexpr (!kPlain) {
+      const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
 #pragma unroll
-    for (float& c : correction) c = 0.f;
-    if (r.correction_bias_dtype == JR_FLOAT32) {
+      for (float& c : correction) c = 0.f;
+      if (r.correction_bias_dtype == JR_FLOAT32) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j)
-        correction[j] = static_cast<const float*>(r.correction_bias)[min(first + j, last)];
-    } else if (r.correction_bias_dtype != JR_NONE) {
+        for (int j = 0; j < kPerLane; ++j)
+          correction[j] = static_cast<const float*>(r.correction_bias)[min(first + j, last)];
+      } else if (r.correction_bias_dtype != JR_NONE) {
 #pragma unroll 1
-      for (int j = 0; j < kPerLane; ++j) {
-        const float loaded = load_per_expert(r.correction_bias, r.correction_bias_dtype, min(first + j, last));
+        for (int j = 0; j < kPerLane; ++j) {
+          const float loaded = load_per_expert(r.correction_bias, r.correction_bias_dtype, min(first + j, last));
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) correction[i] = i == j ? loaded : correction[i];
+          for (int i = 0; i < kPerLane; ++i) correction[i] = i == j ? loaded : correction[i];
+        }
       }
     }
   }
@@ -127,117 +143,128 @@ struct TokenRouter {
         l = r.dtype == JR_BFLOAT16 ? to_float(from_float<bfloat16>(l)) : to_float(from_float<float16>(l));
     }
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) logits[j] = j < exist ? logits[j] : choice_of_key(0x007FFFFF);  // -inf
+    for (int j = 0; j < kPerLane; ++j) logits[j] = j < exist ? logits[j] : -INFINITY;
     store(scratch.logits, logits);
 
     Softmax softmax = {};
-    if (spec.score_function == JR_SOFTMAX) {
-      uint32_t keys[kPerLane];
+    if constexpr (kScore == JR_SOFTMAX) {
+      uint32_t highest = 0;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) keys[j] = choice_key(logits[j]);
-      softmax.highest = choice_of_key(__reduce_max_sync(~0u, highest_key<kPerLane>(keys)));
+      for (const float l : logits) highest = max(highest, choice_key(l));
+      softmax.highest = choice_of_key(__reduce_max_sync(~0u, highest));
       float sum = 0.f;
 #pragma unroll
-      for (float l : logits) sum += expf(l - softmax.highest);
+      for (const float l : logits) sum += expf(l - softmax.highest);
       softmax.inverse_sum = 1.f / sum_lanes(sum, 32);
     }
 
+    int expert = -1;
     if (r.replay == nullptr) {
-      select(p, r, softmax, logits, scratch);
-    } else if (mine) {
-      scratch.selected[lane] = r.replay[uint64_t(token) * unsigned(spec.top_k) + lane];
+      expert = select(p, r, softmax, logits, scratch);
+    } else {
+      if (mine) expert = r.replay[uint64_t(token) * unsigned(spec.top_k) + lane];
+      __syncwarp();
     }
-    __syncwarp();
 
     // The weights, one per lane. An expert that does not exist has NaN.
-    const int expert = mine ? scratch.selected[lane] : -1;
     const bool exists = unsigned(expert) < unsigned(p.experts);
-    float weight[1] = {exists ? scratch.logits[expert] : choice_of_key(~0u)};
+    const float logit = mine && exists ? scratch.logits[expert] : choice_of_key(~0u);
     const int lanes = 1 << (32 - __clz(spec.top_k - 1));  // the next power of two
-    if (spec.score_function == JR_SOFTMAX_TOPK) {
-      const float highest = choice_of_key(__reduce_max_sync(~0u, mine ? choice_key(weight[0]) : 0u));
-      weight[0] = expf(weight[0] - highest);
-      weight[0] = weight[0] / sum_lanes(mine ? weight[0] : 0.f, lanes);
+    float weight;
+    if constexpr (kScore == JR_SOFTMAX_TOPK) {
+      const float highest = choice_of_key(__reduce_max_sync(~0u, mine ? choice_key(logit) : 0u));
+      weight = mine ? expf(logit - highest) : 0.f;
+      weight *= reciprocal(sum_lanes(weight, lanes));
     } else {
-      score(spec.score_function, softmax, weight);
+      weight = score<kScore>(softmax, logit);
     }
     if (spec.renormalize != 0) {
-      const float total = sum_lanes(mine ? weight[0] : 0.f, lanes);
-      weight[0] =
-          weight[0] / ((total < spec.renormalize_min ? spec.renormalize_min : total) + spec.renormalize_epsilon);
+      const float total = sum_lanes(mine ? weight : 0.f, lanes);
+      weight /= (total < spec.renormalize_min ? spec.renormalize_min : total) + spec.renormalize_epsilon;
     }
-    weight[0] *= spec.scaling_factor;
+    weight *= spec.scaling_factor;
     if (!mine) return;
     if (exists && r.expert_scale_dtype != JR_NONE)
-      weight[0] *= load_per_expert(r.expert_scale, r.expert_scale_dtype, expert);
+      weight *= load_per_expert(r.expert_scale, r.expert_scale_dtype, expert);
     const uint64_t out = uint64_t(token) * unsigned(spec.top_k) + unsigned(lane);
-    r.weights[out] = weight[0];
+    r.weights[out] = weight;
     r.experts[out] = expert;
   }
 
  private:
-  // Leaves the experts in scratch.selected, the best first.
-  static __device__ __forceinline__ void select_rounds(int top_k, uint32_t (&keys)[kPerLane], int* selected) {
-    const int first = int(threadIdx.x % 32) * kPerLane;
-    uint32_t best = highest_key<kPerLane>(keys);
-#pragma unroll 1
-    for (int round = 0; round < top_k; ++round) {
-      const uint32_t highest = __reduce_max_sync(~0u, best);
-      int expert = first;
+  // The expert of round `lane`.
+  __device__ __forceinline__ int select(const Problem& p, const Routing& r, const Softmax& softmax,
+                                        const float (&logits)[kPerLane], Scratch& scratch) const {
+    const jr_routing_spec& spec = r.spec;
+    const int lane = int(threadIdx.x % 32), exist = p.experts - lane * kPerLane;
+    uint32_t keys[kPerLane];
+    if constexpr (kPlain) {
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) {
-        if (keys[j] == highest) expert = first + j, keys[j] = 0;
+      for (int j = 0; j < kPerLane; ++j) keys[j] = j < exist ? choice_key(logits[j]) : 0u;
+    } else {
+      float choices[kPerLane];
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) choices[j] = logits[j];
+      if (spec.select_on_logits == 0) {
+#pragma unroll
+        for (float& choice : choices) choice = score<kScore>(softmax, choice);
       }
-      if (best == highest) selected[round] = expert;
-      best = highest_key<kPerLane>(keys);
+      if (r.correction_bias_dtype != JR_NONE) {
+#pragma unroll
+        for (int j = 0; j < kPerLane; ++j) choices[j] += correction[j];
+      }
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) keys[j] = j < exist ? choice_key(choices[j]) : 0u;
+      if (r.group_experts != 0) keep_groups(r, exist, keys, scratch);
     }
+    store(scratch.keys, keys);
+    sort_keys<0, kPerLane == 12 ? 16 : kPerLane>(keys);
+
+    uint32_t mine = 0, last = 0, winners = 0;  // key and lanes of this lane's round, key of the round before
+    bool equal = false;
+#pragma unroll 4
+    for (int round = 0; round < spec.top_k; ++round) {
+      const uint32_t highest = __reduce_max_sync(~0u, keys[0]);
+      const bool wins = keys[0] == highest;
+      const uint32_t win = __ballot_sync(~0u, wins);
+#pragma unroll
+      for (int j = 0; j + 1 < kPerLane; ++j) keys[j] = wins ? keys[j + 1] : keys[j];
+      keys[kPerLane - 1] = wins ? 0u : keys[kPerLane - 1];
+      equal = equal || (win & (win - 1)) != 0 || highest == last;
+      last = highest;
+      if (lane == round) mine = highest, winners = win;
+    }
+    __syncwarp();
+    if (equal) return select_of_equals(spec.top_k, scratch);
+    int expert = -1;
+    if (lane < spec.top_k) {
+      const int first = (__ffs(int(winners)) - 1) * kPerLane;
+      expert = first;
+#pragma unroll
+      for (int j = 1; j < kPerLane; ++j) expert = scratch.keys[first + j] == mine ? first + j : expert;
+    }
+    return expert;
   }
 
-  // The same, of equal choices the lowest expert first.
-  static __device__ __noinline__ void select_rounds_with_ties(int top_k, const uint32_t* saved, int* selected) {
+  // The same where some are equal.
+  static __device__ __noinline__ int select_of_equals(int top_k, const Scratch& scratch) {
     const int lane = int(threadIdx.x % 32);
     uint32_t taken = 0;  // of this lane, by bits
-    __syncwarp();
+    int expert = -1;
     for (int round = 0; round < top_k; ++round) {
       uint32_t best = 0;
       int best_j = 0;
       for (int j = kPerLane - 1; j >= 0; --j) {
-        const uint32_t key = taken >> j & 1 ? 0u : saved[lane * kPerLane + j];
+        const uint32_t key = taken >> j & 1 ? 0u : scratch.keys[lane * kPerLane + j];
         if (key >= best) best = key, best_j = j;
       }
       const uint32_t winners = __ballot_sync(~0u, best == __reduce_max_sync(~0u, best));
-      if (lane == __ffs(int(winners)) - 1) {
-        taken |= 1u << best_j;
-        selected[round] = lane * kPerLane + best_j;
-      }
+      const int winner = __ffs(int(winners)) - 1;
+      if (lane == winner) taken |= 1u << best_j;
+      const int selected = __shfl_sync(~0u, lane * kPerLane + best_j, winner);
+      if (lane == round) expert = selected;
     }
-  }
-
-  __device__ __forceinline__ void select(const Problem& p, const Routing& r, const Softmax& softmax,
-                                         const float (&logits)[kPerLane], Scratch& scratch) const {
-    const jr_routing_spec& spec = r.spec;
-    const int exist = p.experts - int(threadIdx.x % 32) * kPerLane;
-    float choices[kPerLane];
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) choices[j] = logits[j];
-    if (spec.select_on_logits == 0 && (r.correction_bias_dtype != JR_NONE || r.group_experts != 0))
-      score(spec.score_function, softmax, choices);
-    if (r.correction_bias_dtype != JR_NONE) {
-#pragma unroll
-      for (int j = 0; j < kPerLane; ++j) choices[j] += correction[j];
-    }
-    uint32_t keys[kPerLane];
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) keys[j] = j < exist ? choice_key(choices[j]) : 0u;
-    if (r.group_experts != 0) keep_groups(r, exist, keys, scratch);
-
-    store(scratch.keys, keys);
-    select_rounds(spec.top_k, keys, scratch.selected);
-    int left = 0;
-#pragma unroll
-    for (uint32_t key : keys) left += key != 0;
-    if (__reduce_add_sync(~0u, unsigned(left)) != unsigned(p.experts - spec.top_k))
-      select_rounds_with_ties(spec.top_k, scratch.keys, scratch.selected);
+    return expert;
   }
 
   // Replaces the choices outside the best groups.
@@ -254,7 +281,6 @@ struct TokenRouter {
       group = lane >> (31 - __clz(group_lanes));
 #pragma unroll
       for (const uint32_t key : keys) second = max(second, min(key, highest)), highest = max(highest, key);
-#pragma unroll 1
       for (int half = 1; half < group_lanes; half *= 2) {
         const uint32_t other = __shfl_xor_sync(~0u, highest, half), other_second = __shfl_xor_sync(~0u, second, half);
         second = max(max(second, other_second), min(highest, other));
@@ -264,6 +290,7 @@ struct TokenRouter {
       store(scratch.keys, keys);
       __syncwarp();
       if (lane < spec.num_groups) {
+#pragma unroll 1
         for (int i = 0; i < r.group_experts; ++i) {
           const uint32_t key = scratch.keys[lane * r.group_experts + i];
           second = max(second, min(key, highest)), highest = max(highest, key);
@@ -272,20 +299,23 @@ struct TokenRouter {
       __syncwarp();
     }
     if (spec.group_score == JR_TOP2_SUM) highest = choice_key(choice_of_key(highest) + choice_of_key(second));
-    int rank = 0;
+    int place = 0;
+#pragma unroll 8
     for (int other_group = 0; other_group < spec.num_groups; ++other_group) {
       const uint32_t other = __shfl_sync(~0u, highest, other_group * scorer);
-      rank += other > highest || (other == highest && other_group < group);
+      place += other > highest || (other == highest && other_group < group);
     }
     const uint32_t masked = choice_key(spec.masked_choice);
     if (whole_lanes) {
 #pragma unroll
-      for (uint32_t& key : keys) key = rank < spec.group_topk || exist <= 0 ? key : masked;
+      for (uint32_t& key : keys) key = place < spec.group_topk || exist <= 0 ? key : masked;
     } else {
-      const uint32_t kept = __ballot_sync(~0u, lane < spec.num_groups && rank < spec.group_topk);
-#pragma unroll
+      const uint32_t kept = __ballot_sync(~0u, lane < spec.num_groups && place < spec.group_topk);
+#pragma unroll 1
       for (int j = 0; j < kPerLane; ++j) {
-        if (j < exist && (kept >> (lane * kPerLane + j) / r.group_experts & 1) == 0) keys[j] = masked;
+        const bool replaced = j < exist && (kept >> (lane * kPerLane + j) / r.group_experts & 1) == 0;
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) keys[i] = i == j && replaced ? masked : keys[i];
       }
     }
   }

@@ -1,6 +1,6 @@
 // Routing in one launch, for few tokens: a cluster of 16 blocks takes 16 tokens and all experts. Every block multiplies
-// one group of K and sends its part of a token's logits to the block that owns the token, one warp of which adds them
-// up in the order of the tree and routes the token (sm90_route.cuh).
+// one group of K and sends its part of a token's logits to the block that owns the token, where a warp of its own adds
+// them up in the order of the tree and routes the token (sm90_route.cuh).
 //
 // What limits it: the bytes one multiprocessor can pull, because 16 of them read all weights; then latency. So all of a
 // block's copies are in flight as soon as its shared memory takes them, and nothing waits for anything but its own
@@ -11,25 +11,29 @@
 // owns. Bytes: (tokens + experts) * hidden / 16 * 2 per block. Warps: kSlots slices of the group by kColumns parts of
 // the experts. Shared memory: per warp a ring of two units of weights, in rows of 128 bytes, chunk c of row r at
 // c ^ (r % 8); x likewise, [unit][token]; slice sums [slice][token][expert]; what the owner receives, [block][expert].
+#include <type_traits>
+
 #include "sm90_route_kernels.cuh"
 
 namespace jax_router {
 
 namespace {
 
-constexpr int kCluster = kGroups;  // one group per block
-constexpr int kSlots = 2, kColumns = 8, kThreads = 32 * kSlots * kColumns;
+constexpr int kCluster = kGroups;                                               // one group per block
+constexpr int kSlots = 2, kColumns = 8, kMultipliers = 32 * kSlots * kColumns;  // threads that multiply
+constexpr int kThreads = kMultipliers + 32;                                     // and the warp that routes
+constexpr int kAllOfX = 1, kAllSums = 2;                                        // named barriers of the multipliers
 constexpr int kRingUnits = 2;
 constexpr int kRowsPerCopy = 4;  // lane i copies chunk i % 8 of row i / 8
 
-template <typename Element, int kExpertTiles>
+template <typename Element, int kExpertTiles, int kScore, bool kPlain>
 struct Fused {
   static constexpr int kWarpExperts = kExpertTiles * kTileExperts, kExperts = kColumns * kWarpExperts;
   static constexpr int kPerLane = kExperts / 32;
   static_assert(logits_per_lane(kExperts) == kPerLane, "as the other kernels that route these experts");
   static constexpr int kXUnitBytes = kTileTokens * kRowBytes, kWeightUnitBytes = kWarpExperts * kRowBytes;
   static constexpr int kSumRow = kExperts + 8;  // floats: rows 8 banks apart
-  using Router = TokenRouter<kPerLane>;
+  using Router = TokenRouter<kPerLane, kScore, kPlain>;
 
   // Shared memory, in this order.
   static constexpr int kRingBytes = kSlots * kColumns * kRingUnits * kWeightUnitBytes;
@@ -51,9 +55,9 @@ struct Fused {
 
 }  // namespace
 
-template <typename Element, int kExpertTiles>
+template <typename Element, int kExpertTiles, int kScore, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProblem routed) {
-  using F = Fused<Element, kExpertTiles>;
+  using F = Fused<Element, kExpertTiles, kScore, kPlain>;
   const Problem& p = routed.problem;
   const unsigned lane = threadIdx.x % 32, warp = uniform_warp(), slot = warp / kColumns, column = warp % kColumns;
   const unsigned rank = blockIdx.x % kCluster, block_token = blockIdx.x / kCluster * kTileTokens;
@@ -69,6 +73,54 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
       *reinterpret_cast<typename F::Last*>(reinterpret_cast<uint8_t*>(slice_sums) + F::sum_bytes(p.hidden));
   const uint32_t ring = uniform(shared_address(shared) + warp * kRingUnits * F::kWeightUnitBytes);
   const uint32_t x_stage = uniform(shared_address(x_shared)), all_received = shared_address(&last.all_received);
+
+  if (warp == kSlots * kColumns) {
+    // The warp that routes.
+    const bool owns = rank < tokens;
+    if (owns && elect_one()) {
+      barrier_init(all_received, 1);
+      barrier_init_fence();
+      barrier_arrive_expect_bytes(all_received, kCluster * ceil_div(p.experts, 4) * 16);
+    }
+    __syncwarp();
+    cluster_arrive_relaxed();
+    grid_dependency_wait();
+    typename F::Router router;
+    float bias[F::kPerLane];
+    if (owns) {
+      router.fetch(p, routed.routing);
+#pragma unroll
+      for (int j = 0; j < F::kPerLane; ++j) bias[j] = load_bias<Element>(p, lane * F::kPerLane + j);
+    }
+    cluster_wait();
+    if (!owns) return;
+    barrier_wait_for_cluster(all_received, 0);
+    float logits[F::kPerLane];
+    constexpr int kWidth = F::kPerLane % 4 == 0 ? 4 : 2;
+#pragma unroll
+    for (int j = 0; j < F::kPerLane; j += kWidth) {
+      const float4 total = tree_sum<kCluster>(0, [&](int block) {
+        const float* const part = &last.received[block][lane * F::kPerLane + j];
+        if constexpr (kWidth == 4) return *reinterpret_cast<const float4*>(part);
+        return make_float4(part[0], part[1], 0.f, 0.f);
+      });
+      const float values[4] = {total.x, total.y, total.z, total.w};
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        logits[j + i] = p.bias_dtype == JR_NONE ? values[i] : values[i] + bias[j + i];
+      }
+    }
+    if (routed.routing.logits != nullptr) {
+      float* const out = routed.routing.logits + uint64_t(block_token + rank) * unsigned(p.experts);
+#pragma unroll
+      for (int j = 0; j < F::kPerLane; ++j) {
+        const int expert = lane * F::kPerLane + j;
+        if (expert < p.experts) out[expert] = logits[j];
+      }
+    }
+    router.route(p, routed.routing, block_token + rank, logits, last.scratch);
+    return;
+  }
 
   const unsigned row = lane / 8, chunk = lane % 8, row_bytes = p.hidden * 2;
   const uint32_t place = row * kRowBytes + (chunk ^ row) * 16;  // of the first row; four rows on, the chunk is another
@@ -107,26 +159,10 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
   copy_weights(0);
   copy_weights(1);
 
-  const bool owns = rank < tokens, routes = owns && warp == 0;
-  typename F::Router router;
-  float bias[F::kPerLane];
-  if (warp == 0) {
-    if (owns && lane == 0) {
-      barrier_init(all_received, 1);
-      barrier_init_fence();
-      barrier_arrive_expect_bytes(all_received, kCluster * ceil_div(p.experts, 4) * 16);
-    }
-    if (routes) {
-      router.fetch(p, routed.routing);
-#pragma unroll
-      for (int j = 0; j < F::kPerLane; ++j) bias[j] = load_bias<Element>(p, lane * F::kPerLane + j);
-    }
-    __syncwarp();
-  }
   cluster_arrive_relaxed();
 
   wait_for_copies<2>();
-  __syncthreads();  // all of x is here
+  named_barrier(kAllOfX, kMultipliers);
 
   // Lane i addresses row i % 8 of matrix i / 8: tokens (in eights) and chunks of x, experts and chunks of weight.
   const uint32_t matrix = lane / 8, matrix_row = lane % 8, a_row = matrix % 2 * 8 + matrix_row;
@@ -169,11 +205,11 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
   }
   wait_for_copies<0>();
   cluster_wait();
-  __syncthreads();  // every slice sum of the block is in shared memory
+  named_barrier(kAllSums, kMultipliers);
 
   // The group: slices in ascending order, four experts of a token at a time, and away to the token's owner.
   const unsigned quads = ceil_div(p.experts, 4);
-  for (unsigned i = threadIdx.x; i < tokens * (F::kExperts / 4); i += kThreads) {
+  for (unsigned i = threadIdx.x; i < tokens * (F::kExperts / 4); i += kMultipliers) {
     const unsigned token = i / (F::kExperts / 4), quad = i % (F::kExperts / 4);
     if (quad >= quads) continue;
     float4 group = {};
@@ -183,46 +219,34 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
     store_remote_counted(remote_address(shared_address(&last.received[rank][quad * 4]), token), group,
                          remote_address(all_received, token));
   }
-  if (!routes) return;
-
-  barrier_wait_for_cluster(all_received, 0);
-  float logits[F::kPerLane];
-  constexpr int kWidth = F::kPerLane % 4 == 0 ? 4 : 2;
-#pragma unroll
-  for (int j = 0; j < F::kPerLane; j += kWidth) {
-    const float4 total = tree_sum<kCluster>(0, [&](int block) {
-      const float* const part = &last.received[block][lane * F::kPerLane + j];
-      if constexpr (kWidth == 4) return *reinterpret_cast<const float4*>(part);
-      return make_float4(part[0], part[1], 0.f, 0.f);
-    });
-    const float values[4] = {total.x, total.y, total.z, total.w};
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) logits[j + i] = p.bias_dtype == JR_NONE ? values[i] : values[i] + bias[j + i];
-  }
-  if (routed.routing.logits != nullptr) {
-    float* const out = routed.routing.logits + uint64_t(block_token + rank) * unsigned(p.experts);
-#pragma unroll
-    for (int j = 0; j < F::kPerLane; ++j) {
-      const int expert = lane * F::kPerLane + j;
-      if (expert < p.experts) out[expert] = logits[j];
-    }
-  }
-  router.route(p, routed.routing, block_token + rank, logits, last.scratch);
 }
 
 namespace {
 
 template <int kExpertTiles>
 constexpr FusedConfig config(const char* name) {
-  using F = Fused<bfloat16, kExpertTiles>;
-  return {.name = name,
-          .block_tokens = kTileTokens,
-          .block_experts = F::kExperts,
-          .cluster = kCluster,
-          .kernel = {reinterpret_cast<const void*>(&sm90_route_fused<bfloat16, kExpertTiles>),
-                     reinterpret_cast<const void*>(&sm90_route_fused<float16, kExpertTiles>)},
-          .threads = kThreads,
-          .shared_bytes = &F::shared_bytes};
+  using F = Fused<bfloat16, kExpertTiles, JR_SOFTMAX, true>;
+  FusedConfig fused = {.name = name,
+                       .block_tokens = kTileTokens,
+                       .block_experts = F::kExperts,
+                       .cluster = kCluster,
+                       .kernel = {},
+                       .threads = kThreads,
+                       .shared_bytes = &F::shared_bytes};
+  const auto add = [&]<typename Element, int kScore>(Element, std::integral_constant<int, kScore>) {
+    const void** const kernel = fused.kernel[std::is_same_v<Element, bfloat16> ? JR_BFLOAT16 : JR_FLOAT16];
+    kernel[2 * kScore] = reinterpret_cast<const void*>(&sm90_route_fused<Element, kExpertTiles, kScore, false>);
+    kernel[2 * kScore + 1] = reinterpret_cast<const void*>(&sm90_route_fused<Element, kExpertTiles, kScore, true>);
+  };
+  const auto add_all = [&](auto element) {
+    add(element, std::integral_constant<int, JR_SOFTMAX>());
+    add(element, std::integral_constant<int, JR_SOFTMAX_TOPK>());
+    add(element, std::integral_constant<int, JR_SIGMOID>());
+    add(element, std::integral_constant<int, JR_SQRTSOFTPLUS>());
+  };
+  add_all(bfloat16{});
+  add_all(float16{});
+  return fused;
 }
 
 }  // namespace

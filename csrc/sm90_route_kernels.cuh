@@ -11,11 +11,15 @@ struct RoutedProblem {
   Routing routing;
 };
 
+// Kernels are compiled for a score function and for what is compared: 2 * jr_score_function, and 1 more where neither a
+// correction bias nor groups move the choice away from the logits.
+constexpr int kRoutingKinds = 8;
+
 constexpr int kSelectWarps = 4;  // tokens of a block
 constexpr int kSelectKernels = 6;
 struct SelectKernel {
   int per_lane;  // logits_per_lane() of the experts it takes
-  const void* kernel;
+  const void* kernel[kRoutingKinds];
 };
 extern const SelectKernel select_kernels[kSelectKernels];
 
@@ -24,7 +28,7 @@ constexpr int kFusedConfigs = 3;
 struct FusedConfig {
   const char* name;
   int block_tokens, block_experts, cluster;
-  const void* kernel[2];
+  const void* kernel[2][kRoutingKinds];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
   int threads;
   int (*shared_bytes)(int hidden);
 };

@@ -5,14 +5,16 @@
 //
 // Work: grid.x = tokens / kSelectWarps. Memory: logits [tokens, experts] of the launch before. Shared memory: a token's
 // logits per warp.
+#include <type_traits>
+
 #include "sm90_route_kernels.cuh"
 
 namespace jax_router {
 
-template <int kPerLane>
+template <int kPerLane, int kScore, bool kPlain>
 __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const RoutedProblem routed) {
   const Problem& p = routed.problem;
-  using Router = TokenRouter<kPerLane>;
+  using Router = TokenRouter<kPerLane, kScore, kPlain>;
   __shared__ typename Router::Scratch scratch[kSelectWarps];
   const unsigned warp = threadIdx.x / 32, token = blockIdx.x * kSelectWarps + warp;
   const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
@@ -36,13 +38,25 @@ __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const Rou
   router.route(p, routed.routing, token, logits, scratch[warp]);
 }
 
-const SelectKernel select_kernels[kSelectKernels] = {
-    {2, reinterpret_cast<const void*>(&sm90_route_select<2>)},
-    {4, reinterpret_cast<const void*>(&sm90_route_select<4>)},
-    {8, reinterpret_cast<const void*>(&sm90_route_select<8>)},
-    {12, reinterpret_cast<const void*>(&sm90_route_select<12>)},
-    {16, reinterpret_cast<const void*>(&sm90_route_select<16>)},
-    {32, reinterpret_cast<const void*>(&sm90_route_select<32>)},
-};
+namespace {
+
+template <int kPerLane>
+constexpr SelectKernel kernels() {
+  SelectKernel select = {.per_lane = kPerLane, .kernel = {}};
+  const auto add = [&]<int kScore>(std::integral_constant<int, kScore>) {
+    select.kernel[2 * kScore] = reinterpret_cast<const void*>(&sm90_route_select<kPerLane, kScore, false>);
+    select.kernel[2 * kScore + 1] = reinterpret_cast<const void*>(&sm90_route_select<kPerLane, kScore, true>);
+  };
+  add(std::integral_constant<int, JR_SOFTMAX>());
+  add(std::integral_constant<int, JR_SOFTMAX_TOPK>());
+  add(std::integral_constant<int, JR_SIGMOID>());
+  add(std::integral_constant<int, JR_SQRTSOFTPLUS>());
+  return select;
+}
+
+}  // namespace
+
+const SelectKernel select_kernels[kSelectKernels] = {kernels<2>(),  kernels<4>(),  kernels<8>(),
+                                                     kernels<12>(), kernels<16>(), kernels<32>()};
 
 }  // namespace jax_router

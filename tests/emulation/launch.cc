@@ -25,6 +25,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
   }
   const auto is = [=](const auto& c) { return c.kernel[0] == kernel || c.kernel[1] == kernel; };
+  const auto is_one_of = [=](const auto& kernels) {
+    return std::find(std::begin(kernels), std::end(kernels), kernel) != std::end(kernels);
+  };
+  const auto routes = [=](const SelectKernel& c) { return is_one_of(c.kernel); };
   const auto run_with = [&]<typename Parameter>(const Parameter& parameter, const Problem& p) {
     grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
     grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * 2};
@@ -34,9 +38,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   if (std::any_of(std::begin(many_tokens_configs), std::end(many_tokens_configs), is)) {
     const auto& tiled = *static_cast<const TiledProblem*>(arguments[0]);
     run_with(tiled, tiled.problem);
-  } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels),
-                         [=](const SelectKernel& c) { return c.kernel == kernel; }) ||
-             std::any_of(std::begin(fused_configs), std::end(fused_configs), is)) {
+  } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels), routes) ||
+             std::any_of(std::begin(fused_configs), std::end(fused_configs),
+                         [=](const FusedConfig& c) { return is_one_of(c.kernel[0]) || is_one_of(c.kernel[1]); })) {
     const auto& routed = *static_cast<const RoutedProblem*>(arguments[0]);
     run_with(routed, routed.problem);
   } else {
