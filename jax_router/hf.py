@@ -127,7 +127,10 @@ FAMILIES: Mapping[str, Family | Switch | Refused] = {
     "flex_olmo": SOFTMAX_MAYBE_NORM,
     "flint": Family("sigmoid", renormalize=NORM, precision=FLOAT32),
     # On the states behind the router's own norm and scale, with per_expert_scale as expert_scale.
-    "gemma4_text": Family("softmax", renormalize=True, only=(("enable_moe_block", True, "this model has no router, pass the config of one that has"),)),
+    "gemma4_text": Family(
+        "softmax", renormalize=True,
+        only=(("enable_moe_block", True, "this model has no router, pass the config of one that has"),),
+    ),
     "glm4_moe": DEEPSEEK_V3,
     "glm4_moe_lite": DEEPSEEK_V3,
     "glm4v_moe_text": DEEPSEEK_V3,
@@ -155,7 +158,8 @@ FAMILIES: Mapping[str, Family | Switch | Refused] = {
     "kimi_linear": DEEPSEEK_V3,
     "kolibri1": Family("sigmoid", renormalize=NORM, select_on="logits", precision=FLOAT32),
     "laguna": Family(
-        "sigmoid", renormalize=True, only=(("moe_router_logit_softcapping", 0.0, "cap the logits by tanh and write this router in JAX"),)
+        "sigmoid", renormalize=True,
+        only=(("moe_router_logit_softcapping", 0.0, "cap the logits by tanh and write this router in JAX"),),
     ),
     "lfm2_moe": Family("sigmoid", renormalize=NORM, epsilon=1e-6, scaling=SCALE, precision=ROUNDED_SCORES),
     "llama4_text": Family("sigmoid"),
@@ -263,7 +267,20 @@ BY_HAND = f"set the fields of RoutingSpec by hand ({', '.join(RoutingSpec.__data
 
 
 def _get(config: Any, name: str) -> Any:
-    return config.get(name, _ABSENT) if isinstance(config, Mapping) else getattr(config, name, _ABSENT)
+    """A field of a configuration, or _ABSENT."""
+    if isinstance(config, Mapping):
+        overrides = config.get("per_layer_config") or {}
+        if not any(name in layer for layer in overrides.values()):
+            return config.get(name, _ABSENT)
+    else:
+        try:
+            return getattr(config, name, _ABSENT)
+        except RuntimeError:  # of transformers, for a field that layers override
+            pass
+    raise NotImplementedError(
+        f"{name} is not one value but in the config's per_layer_config. Expected one for all layers; make a spec per "
+        "layer, from config.per_layer_config[layer]."
+    )
 
 
 def _text_model(config: Any) -> tuple[str, Any]:
