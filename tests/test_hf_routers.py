@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ ULP = 2.0**-23
 MODELS = Path(transformers.__file__).parent / "models"
 MEANS = {"plain": 0.0, "negative choices": 0.0, "small scores": -46.0}  # exp(-46) is 1e-20, the usual epsilon
 
-# Each library has a score within 4 ulps, so 8 between them; then a bias is added, and two scores of a group.
-GAP_ULPS = 16
+# Each library may be off by 2 ulps in a score and by half in adding the bias, on both sides of the gap: 10 in all, and
+# twice that for a group's sum of two.
+GAP_ULPS = 20
 
 
 @pytest.fixture(autouse=True)
@@ -249,31 +250,29 @@ class Router:
     def bound(self) -> float:
         """What two libraries may differ by in a weight, in ulps.
 
-        Each has a score within 4 ulps; it is divided, scaled and scaled by expert, half an ulp each. A sum of n
-        positive terms has n roundings of at most half an ulp, of random signs.
+        Each has a score within 2 ulps; it is divided, scaled and scaled by expert, half an ulp each. A sum of n
+        positive terms has n roundings of at most half an ulp, of random signs. 3.7 were seen on CPUs.
         """
         summed = self.experts if self.spec.score_function == "softmax" else 0
         summed += self.spec.top_k if self.spec.renormalize or self.spec.score_function == "softmax_topk" else 0
-        return 2 * (4 + 3 * 0.5) + np.sqrt(summed)
+        return 2 * (2 + 3 * 0.5) + np.sqrt(summed) / 2
 
 
-def _variants(cases: Sequence[Case]) -> list[Any]:
-    """Every case with every variant, named for both."""
-    return [
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [
         pytest.param(case, variant, id=f"{case.router}-{number}")
-        for case in cases
+        for case in INSTALLED
         for number, variant in enumerate(case.variants)
-    ]
-
-
-@pytest.mark.parametrize(("case", "variant"), _variants(INSTALLED))
+    ],
+)
 def test_a_router_in_float32_selects_the_same_experts_with_the_same_weights(
     case: Case, variant: dict[str, Any]
 ) -> None:
     router = Router(case, variant)
     with torch.no_grad():
         weights, experts = router.in_torch(torch.from_numpy(router.x))
-    assert router.compare(weights, experts, router.in_jax(), at_least=0.98) <= router.bound
+    assert router.compare(weights, experts, router.in_jax(), at_least=0.99) <= router.bound
 
 
 @pytest.mark.parametrize("case", INSTALLED, ids=lambda case: case.router)
@@ -295,3 +294,49 @@ def test_a_router_in_bfloat16_is_the_specification_of_rounded_logits_or_refused(
     last_rounding = 2.0**-8 / ULP if weights.dtype == torch.bfloat16 else 0
     found = router.compare(weights, experts, router.in_jax(jnp.bfloat16), at_least=at_least)
     assert found <= router.bound + last_rounding
+
+
+@pytest.mark.parametrize("case", INSTALLED, ids=lambda case: case.router)
+def test_a_config_json_gives_the_spec_of_the_configuration(case: Case) -> None:
+    for variant in case.variants:
+        config = _config(case, variant)
+        stored = json.loads(config.to_json_string())
+        assert jr.RoutingSpec.from_hf_config(stored) == jr.RoutingSpec.from_hf_config(config)
+
+
+# Every score function, with and without groups, renormalization, its clamp, a correction bias: router and variant.
+DIFFERENTIATED = {
+    "DeepseekV2TopkRouter": (1,), "DeepseekV3TopkRouter": (0, 2, 3), "DeepseekV4TopKRouter": (0,),
+    "DeepseekV4HashRouter": (0,), "Gemma4TextRouter": (0,), "Ernie4_5_MoeTopKRouter": (0, 1), "GptOssTopKRouter": (1,),
+    "Kolibri1TopKRouter": (2,), "Llama4Router": (2,), "LongcatFlashTopkRouter": (1,), "Mistral4TopkRouter": (2,),
+    "Qwen3MoeTopKRouter": (1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [pytest.param(case, n, id=f"{case.router}-{n}") for case in INSTALLED for n in DIFFERENTIATED.get(case.router, ())],
+)
+def test_the_gradients_are_those_of_the_module(case: Case, number: int) -> None:
+    router = Router(case, case.variants[number])
+    random = np.random.default_rng(2)
+    # A loss of fixed random coefficients per token and expert; the selection is PyTorch's on both sides.
+    coefficients = random.normal(size=(TOKENS, router.experts)).astype(np.float32)
+    x = torch.from_numpy(router.x).requires_grad_()
+    weights, experts = router.in_torch(x)
+    (weights * torch.from_numpy(coefficients).gather(1, experts)).sum().backward()
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def loss(x: jax.Array, weight: jax.Array, spec: jr.RoutingSpec, *rest: Any) -> jax.Array:
+        bias, correction, scale, experts = rest
+        weights = xla.route(x, weight, bias, correction, scale, experts, spec=spec, return_logits=False).weights
+        return (weights * jnp.take_along_axis(coefficients, experts, axis=-1)).sum()
+
+    rest = router.bias, router.correction, router.scale, jnp.asarray(experts.numpy(), jnp.int32)
+    ours = jax.grad(loss, argnums=(0, 1))(jnp.asarray(router.x), jnp.asarray(router.weight), router.spec, *rest)
+    # A derivative is off by some ulps, and by the random roundings of a sum over the experts or the tokens.
+    bound = 8 + np.sqrt(max(router.experts, TOKENS)) / 2
+    for expected, found in zip((x.grad, router.linear.grad), ours, strict=True):
+        largest = np.abs(expected.numpy()).max()
+        assert largest > 0
+        assert np.abs(found - expected.numpy()).max() <= bound * ULP * largest
