@@ -20,8 +20,13 @@ def takes_correction(router: torch.nn.Module) -> bool:
 
 
 def call_router(router: Any, x: torch.Tensor, bias: torch.Tensor | None, experts: torch.Tensor | None) -> Outputs:
-    """The usual signature: (logits, weights, experts) of the states, in some with the correction bias of the block."""
-    _, weights, chosen = router(x, bias) if takes_correction(router) else router(x)
+    """The usual signature: logits, weights and experts of the states, in some with the correction bias of the block.
+
+    Their order depends on the version of transformers; their types and shapes do not.
+    """
+    outputs = router(x, bias) if takes_correction(router) else router(x)
+    [chosen] = [output for output in outputs if not output.is_floating_point()]
+    [weights] = [output for output in outputs if output.is_floating_point() and output.shape == chosen.shape]
     return weights, chosen
 
 
