@@ -101,6 +101,7 @@ class Case:
 
 NORMS = ({}, {"norm_topk_prob": False}, {"norm_topk_prob": True})
 SMALL = {"data": "small scores"}  # where an epsilon matters
+TINY = {"data": "tiny scores"}  # where it matters to square roots
 GROUPED = ({}, SMALL, {"norm_topk_prob": False, "routed_scaling_factor": 1.75})
 
 
@@ -122,7 +123,12 @@ def _v3(model: str, name: str, config: str = "Config", experts: int = 128, **nee
 def _v2(model: str, name: str, **needed: Any) -> Case:
     needed = {"num_experts_per_tok": 6, **needed}
     groups = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0}
-    return Case(model, f"{name}TopkRouter", f"{name}Config", (needed, {**needed, **groups}))
+    return Case(
+        model,
+        f"{name}TopkRouter",
+        f"{name}Config",
+        (needed, {**needed, **groups}, {**needed, "routed_scaling_factor": 2.5}),
+    )
 
 
 def _plain(model: str, router: str, *variants: dict[str, Any], config: str | None = None, **how: Any) -> Case:
@@ -161,10 +167,11 @@ CASES = (
     _v3("deepseek_v3", "DeepseekV3", experts=256),
     _v3("deepseek_v32", "DeepseekV32", experts=256),
     _plain(
-        "deepseek_v4", "DeepseekV4TopKRouter", {}, SMALL, {"scoring_func": "sigmoid", "routed_scaling_factor": 2.0},
+        "deepseek_v4", "DeepseekV4TopKRouter", {}, TINY,
+        {"scoring_func": "sigmoid", "routed_scaling_factor": 2.0, **SMALL},
     ),
     _plain(
-        "deepseek_v4", "DeepseekV4HashRouter", {}, SMALL, {"scoring_func": "sigmoid"}, config="DeepseekV4Config",
+        "deepseek_v4", "DeepseekV4HashRouter", {}, TINY, {"scoring_func": "sigmoid"}, config="DeepseekV4Config",
         call=call_hash_router,
     ),
     _plain(
@@ -206,13 +213,16 @@ CASES = (
     ),
     _plain("hy_v3", "HYV3TopKRouter", {}, SMALL, {"router_scaling_factor": 1.0}),
     _v3("hy_v4", "HYV4", experts=256),
-    _plain("inkling2", "Inkling2TopKRouter", {}, SMALL, {"scoring_func": "sqrtsoftplus"}, config="Inkling2TextConfig"),
+    _plain(
+        "inkling2", "Inkling2TopKRouter", {}, SMALL, {"scoring_func": "sqrtsoftplus"},
+        {"scoring_func": "sqrtsoftplus", **TINY}, config="Inkling2TextConfig",
+    ),
     _plain("jamba", "JambaTopKRouter"),
     _plain(
         "jetmoe", "JetMoeTopKGating", config="JetMoeConfig", build=build_jetmoe, call=call_jetmoe,
     ),
     _v3("kimi_linear", "KimiLinear", experts=256),
-    _plain("kolibri1", "Kolibri1TopKRouter", *NORMS, SMALL),
+    _plain("kolibri1", "Kolibri1TopKRouter", *NORMS, SMALL, {"norm_topk_prob": True, **SMALL}),
     _plain("laguna", "LagunaTopKRouter", {}, SMALL),
     _plain(
         "lfm2_moe", "Lfm2MoeTopKRouter", {}, SMALL, {"use_expert_bias": False}, {"norm_topk_prob": False},

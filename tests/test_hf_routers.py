@@ -34,7 +34,8 @@ TOKENS = 256
 route_logits = jax.jit(routing.route_logits, static_argnames=("spec", "dtype"))
 ULP = 2.0**-23
 MODELS = Path(transformers.__file__).parent / "models"
-MEANS = {"plain": 0.0, "negative choices": 0.0, "small scores": -46.0}  # exp(-46) is 1e-20, the usual epsilon
+# Of the logits. exp(-46) is 1e-20, the usual epsilon; the square root of exp(-80) is 4e-18, and float32 has no exp(-92).
+MEANS = {"plain": 0.0, "negative choices": 0.0, "small scores": -46.0, "tiny scores": -80.0}
 
 # Each library may be off by 2 ulps in a score and by half in adding the bias, on both sides of the gap: 10 in all, and
 # twice that for a group's sum of two.
