@@ -20,8 +20,8 @@ scale before Gemma 4's router are the caller's. DeepSeek-V4's hash layers are `r
 block multiplies the sum of its experts with (beam, laguna, minimax_m3_vl, step3p5) is not in the spec.
 
 Names in `code` are fields of the config, under any of their names (`moe_renormalize`, `route_scale`). "In 16 bits" is
-what a 16-bit model of the family does. `round_logits=True` rounds the logits where they alone are rounded, leaves routers
-in float32 as they are, and is refused where the scores are rounded too.
+what a 16-bit model of the family does. `round_logits=True` rounds the logits where they alone are rounded, leaves
+routers in float32 as they are, and is refused where the scores are rounded too.
 """
 
 

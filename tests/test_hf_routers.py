@@ -34,7 +34,7 @@ TOKENS = 256
 route_logits = jax.jit(routing.route_logits, static_argnames=("spec", "dtype"))
 ULP = 2.0**-23
 MODELS = Path(transformers.__file__).parent / "models"
-# Of the logits. exp(-46) is 1e-20, the usual epsilon; the square root of exp(-80) is 4e-18, and float32 has no exp(-92).
+# Of the logits. exp(-46) is 1e-20, the usual epsilon; sqrt(exp(-80)) is 4e-18, as float32 has no exp(-92).
 MEANS = {"plain": 0.0, "negative choices": 0.0, "small scores": -46.0, "tiny scores": -80.0}
 
 # Each library may be off by 2 ulps in a score and by half in adding the bias, on both sides of the gap: 10 in all, and
@@ -303,6 +303,24 @@ def test_a_config_json_gives_the_spec_of_the_configuration(case: Case) -> None:
         config = _config(case, variant)
         stored = json.loads(config.to_json_string())
         assert jr.RoutingSpec.from_hf_config(stored) == jr.RoutingSpec.from_hf_config(config)
+
+
+def test_presets_read_in_the_defaults_are_the_defaults() -> None:
+    """Of those whose model_type has such a file in the installed version."""
+    compared = 0
+    for preset in jr.models.values():
+        found = re.search(r"/models/(\w+)/configuration_\w+\.py$", preset.read_in)
+        if found is None or preset.spec_read_in or not (MODELS / found[1]).exists():
+            continue
+        [case, *_] = [case for case in INSTALLED if case.model == found[1]]
+        config = _config(case, {})
+        zero_experts = getattr(config, "zero_expert_num", None) or 0  # of LongCat, routed as the others are
+        assert (preset.hidden, preset.spec) == (config.hidden_size, jr.RoutingSpec.from_hf_config(config)), preset.name
+        numbers = {config.to_dict().get(field) for field in ("n_routed_experts", "num_experts", "num_local_experts")}
+        numbers |= {config.to_dict().get("moe_num_experts")}
+        assert preset.experts - zero_experts in numbers, preset.name
+        compared += 1
+    assert compared >= 15
 
 
 # Every score function, with and without groups, renormalization, its clamp, a correction bias: router and variant.
