@@ -241,7 +241,8 @@ def _on_a_mesh(function: Operation, request: _Request) -> Operation:
 
         shardings: Any = rows(of_weight.spec[0])
         if request.spec is not None:
-            shardings = Routing(rows(None), rows(None), shardings if request.return_logits else None)
+            each: Any = rows(None)
+            shardings = Routing(each, each, shardings if request.return_logits else None)
         return _partitioned_by_xla(function, of_x.mesh, shardings)(*operands)
 
     return placed
