@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_router import checks, dispatch, implementations
+from jax_router import checks, checks_route, dispatch, implementations
 from jax_router.routing import Routing, RoutingSpec, routing_weights
 
 # Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
@@ -131,7 +131,7 @@ def route(
     Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
     Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
     """
-    arrays = checks.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
+    arrays = checks_route.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
     checks.flag("return_logits", return_logits)
     checks.implementation_names(implementation)
     tokens_and_hidden, matrix, *vectors, given = arrays
