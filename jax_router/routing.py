@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_router import checks
 
@@ -103,6 +104,13 @@ def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
     return logits
 
 
+def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 logits rounded to a dtype and back."""
+    there_and_back = logits.astype(dtype).astype(jnp.float32)
+    # XLA may leave out a cast there and back, for the precision gained; this rounding, a second time nothing, it keeps.
+    return jax.lax.reduce_precision(there_and_back, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
+
+
 def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:
     """The experts `[..., k]` (int32) of float32 logits `[..., E]`, in exactly the order of `jax.lax.top_k`.
 
@@ -165,7 +173,7 @@ def route_logits(
       dtype: that of x, to which `spec.round_logits` rounds.
     """
     if spec.round_logits:
-        logits = logits.astype(dtype).astype(jnp.float32)
+        logits = round_logits(logits, dtype)
     if experts is None:
         experts = jax.lax.stop_gradient(select_experts(jax.lax.stop_gradient(logits), correction_bias, spec))
     # The weights of one selection have the same bits whoever made it: XLA sees the same program behind the barrier.

@@ -108,6 +108,7 @@ def undecided(logits: Array, correction_bias: Array | None, spec: RoutingSpec, u
     correction = 0 if correction_bias is None else correction_bias.astype(np.float64)
     with np.errstate(invalid="ignore"):
         error = ulps * 2.0**-24 * (np.abs(choice - correction) + np.abs(correction))
+        error = np.where(np.isfinite(choice), error, 0)
     same = np.empty(exact.shape, complex)  # equal where what goes into the choice is
     same.real, same.imag = exact, correction
     close = np.zeros(len(exact), bool)

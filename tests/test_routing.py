@@ -13,6 +13,7 @@ import pickle
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import routing_cases as cases
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from routing_cases import CASES
 
 from jax_router import RoutingSpec, checks, routing
+from jax_router.implementations import xla
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
@@ -202,6 +204,25 @@ def test_the_torch_reference_agrees_with_numpy(name, dtype) -> None:
     replayed = torch_route(logits, None, scale, experts.astype(np.int32), spec)
     np.testing.assert_array_equal(replayed[0], weights)
     np.testing.assert_array_equal(replayed[1], experts)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rounded_logits_are_rounded_wherever_xla_would_rather_not(dtype) -> None:
+    x, weight = jnp.asarray(ordinary(257, 64), dtype), jnp.asarray(ordinary(64, 64), dtype)
+    # In jax 0.10.2 XLA drops the cast there and back from such a function on the CPU, through a barrier too.
+    product, rounded = jax.jit(lambda x, weight: (logits := xla.router_gemm(x, weight, None, out_dtype=jnp.float32),
+        jax.nn.softmax(routing.round_logits(logits, dtype))))(x, weight)  # fmt: skip
+    truth = np.asarray(product).astype(np.dtype(getattr(ml_dtypes, dtype, dtype))).astype(np.float32)
+    np.testing.assert_allclose(rounded, jax.nn.softmax(truth), rtol=1e-5, atol=1e-30)
+    assert (truth != product).any() == (dtype != "float32")
+
+
+def test_rounding_logits_keeps_what_is_not_normal() -> None:
+    values = np.array([1e-7, -3e-6, 65519, 65520, np.inf, -np.inf, np.nan, -0.0], np.float32)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    for round_logits in (routing.round_logits, jax.jit(routing.round_logits, static_argnums=1)):
+        np.testing.assert_array_equal(round_logits(jnp.asarray(values), "float16"), expected)
 
 
 @needs_torch
