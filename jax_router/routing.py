@@ -123,11 +123,11 @@ def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: R
         choice = choice + correction_bias.astype(jnp.float32)
     choice = jnp.where(jnp.isnan(choice), jnp.nan, choice)
     if spec.num_groups is not None and spec.group_topk is not None:
-        in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, -1)
+        in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, choice.shape[-1] // spec.num_groups)
         highest = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0]
         best = highest[..., 0] if spec.group_score == "max" else highest[..., 0] + highest[..., 1]
         kept = jax.lax.top_k(jnp.where(jnp.isnan(best), jnp.nan, best), spec.group_topk)[1]
-        is_kept = (kept[..., None] == jnp.arange(spec.num_groups)).any(-2)
+        is_kept = (kept[..., None] == jnp.arange(spec.num_groups, dtype=kept.dtype)).any(-2)
         choice = jnp.where(is_kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
     return jax.lax.top_k(choice, spec.top_k)[1]
 
