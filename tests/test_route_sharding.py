@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,15 @@ def on_a_mesh_of_one(device: jax.Device, axis_types: tuple[AxisType, AxisType], 
     return lambda *operands: (sharded(*operands), *gradients(*operands)), router, operands, placed, mesh
 
 
+@pytest.fixture
+def _forgetful() -> Iterator[None]:
+    """Whatever takes a kernel's place in a test is not remembered after it."""
+    yield
+    ops._forward.cache_clear()
+    ops._operation.cache_clear()
+
+
+@pytest.mark.usefixtures("_forgetful")
 @meshes
 @ways
 @pytest.mark.parametrize("implementation", [None, "cuda"])
@@ -113,8 +123,6 @@ def test_kernels_lower_on_a_mesh(axis_types, how, implementation, monkeypatch) -
         lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",)).as_text()
     assert cuda.TARGET in lowered
     assert (8, 64) in called
-    ops._forward.cache_clear()
-    ops._operation.cache_clear()
 
 
 @pytest.mark.gpu
