@@ -83,10 +83,14 @@ def weigh(logits: Array, experts: Array, expert_scale: Array | None, spec: Routi
     return weights * spec.scaling_factor * scale
 
 
-def tolerance(logits: Array, spec: RoutingSpec) -> Array:
-    """What a weight `[T, k]` may be off by, relatively: some roundings, one per addend, an exponential's argument."""
-    spread = np.abs(logits).max(-1, keepdims=True) + np.ptp(logits, -1, keepdims=True)
-    return 2.0**-24 * (16 + 2 * spec.top_k + 2 * spread)
+def tolerance(logits: Array, experts: Array, spec: RoutingSpec) -> Array:
+    """What weights `[T, k]` may be off by, relatively: a few roundings, one per addend, an exponential's argument."""
+    selected = np.take_along_axis(logits.astype(np.float64), experts, -1)
+    over_all = spec.score_function == "softmax"
+    highest = logits.max(-1, keepdims=True) if over_all else selected.max(-1, keepdims=True)
+    argument = highest - selected if spec.score_function.startswith("softmax") else np.abs(selected)
+    of_sum = np.sqrt(logits.shape[-1]) / 2 if over_all else 0
+    return 2.0**-24 * (8 + spec.top_k + of_sum + 2 * argument.max(-1, keepdims=True))
 
 
 def exact_choice(correction_bias: Array | None, spec: RoutingSpec) -> bool:

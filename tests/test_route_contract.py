@@ -126,7 +126,8 @@ def test_experts_and_weights_are_those_of_the_specification(implementation, name
         np.testing.assert_array_equal(experts[decided], expected[decided])
         assert all(len(set(row)) == spec.top_k and set(row) <= set(range(case.experts)) for row in experts.tolist())
         truth = cases.weigh(scored.astype(np.float64), experts, scale, spec)
-        np.testing.assert_array_less(np.abs(weights - truth), cases.tolerance(scored, spec) * np.abs(truth) + 1e-30)
+        bound = cases.tolerance(scored, experts, spec) * np.abs(truth)
+        np.testing.assert_array_less(np.abs(weights - truth), bound + 1e-30)
 
 
 @every_implementation
@@ -145,7 +146,7 @@ def test_replay_gives_the_recorded_weights_bit_for_bit(implementation, name) -> 
         np.testing.assert_array_equal(replayed.experts, others)
         scored = rounded(name, recorded.logits)
         truth = cases.weigh(scored.astype(np.float64), others, scale, spec)
-        error, bound = np.abs(replayed.weights - truth), cases.tolerance(scored, spec) * np.abs(truth)
+        error, bound = np.abs(replayed.weights - truth), cases.tolerance(scored, others, spec) * np.abs(truth)
         np.testing.assert_array_less(error, bound + 1e-30)
 
 

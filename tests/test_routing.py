@@ -154,7 +154,8 @@ def test_the_specification_agrees_with_numpy(name) -> None:
     expected = cases.select(rounded if exact else rounded.astype(np.float64), correction, spec)
     np.testing.assert_array_equal(experts[~undecided], expected[~undecided])
     truth = cases.weigh(rounded.astype(np.float64), experts, scale, spec)
-    np.testing.assert_array_less(np.abs(weights - truth), cases.tolerance(rounded, spec) * np.abs(truth) + 1e-30)
+    bound = cases.tolerance(rounded, experts, spec) * np.abs(truth)
+    np.testing.assert_array_less(np.abs(weights - truth), bound + 1e-30)
 
 
 def test_the_undecided_are_those_whose_scores_are_close() -> None:
@@ -275,7 +276,8 @@ def test_any_spec_agrees_with_the_torch_reference(spec_and_experts, corrected, s
     np.testing.assert_array_equal(experts[decided], expected[decided])
     truth = torch_route(logits.astype(np.float64), correction, scale, experts, spec)[0]
     # a sum of softplus and sigmoid values has no cancellation: relative errors only
-    np.testing.assert_array_less(np.abs(weights - truth), cases.tolerance(logits, spec) * np.abs(truth) + 1e-30)
+    bound = cases.tolerance(logits, experts, spec) * np.abs(truth)
+    np.testing.assert_array_less(np.abs(weights - truth), bound + 1e-30)
 
 
 def test_experts_that_do_not_exist_have_no_weight() -> None:
