@@ -43,7 +43,7 @@ def as_array(name: str, value: Any) -> jax.Array:
         value = value.__jax_array__()
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name} is {_describe(value)}. Expected a JAX or numpy array; convert it first, for example with "
+            f"{name} is {describe(value)}. Expected a JAX or numpy array; convert it first, for example with "
             f"jnp.asarray({name}, dtype=jnp.bfloat16)."
         )
     if isinstance(value, np.ma.MaskedArray):
@@ -81,6 +81,29 @@ def router_gemm_inputs(
     bias_dtype = None if bias is None else bias.dtype.name
     dtypes_fit(x.dtype.name, weight=weight.dtype.name, bias=bias_dtype, out_dtype=out_dtype)
     return x, weight, bias, out_dtype
+
+
+def one_per_expert(name: str, vector: jax.Array, experts: int) -> None:
+    """Check that an array has one value for every expert.
+
+    Raises:
+      ValueError: it has another shape.
+    """
+    if vector.shape != (experts,):
+        raise ValueError(
+            f"{name} has shape {vector.shape} but weight has experts={experts}. Expected {name} of shape ({experts},); "
+            "pass one value per expert, or None."
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    """Check that an option is True or False.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {describe(value)}. Expected True or False; pass one of them.")
 
 
 def dtypes_fit(x_dtype: str, **others: str | None) -> None:
@@ -122,11 +145,8 @@ def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> No
         raise ValueError(
             f"weight has shape {weight.shape}, experts=0. Expected at least 1 expert; pass one row per expert."
         )
-    if bias is not None and bias.shape != (experts,):
-        raise ValueError(
-            f"bias has shape {bias.shape} but weight has experts={experts}. Expected bias of shape ({experts},); pass "
-            "one value per expert, or None."
-        )
+    if bias is not None:
+        one_per_expert("bias", bias, experts)
 
 
 def implementation_names(implementation: Any) -> tuple[str, ...] | None:
@@ -141,7 +161,7 @@ def implementation_names(implementation: Any) -> tuple[str, ...] | None:
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"implementation is {_describe(implementation)}. Expected None, one of {_one_of(NAMES)}, or a sequence of "
+            f"implementation is {describe(implementation)}. Expected None, one of {_one_of(NAMES)}, or a sequence of "
             "these; leave it None to let the dispatcher choose."
         )
     if not names:
@@ -178,7 +198,7 @@ def size(name: str, value: Any, *, at_least: int = 1) -> int:
         number = operator.index(value)
     except TypeError:
         expected = f"Expected an integer of at least {at_least}; pass a number."
-        raise TypeError(f"{name} is {_describe(value)}. {expected}") from None
+        raise TypeError(f"{name} is {describe(value)}. {expected}") from None
     if number < at_least:
         raise ValueError(f"{name} is {number}. Expected an integer of at least {at_least}; pass the problem's size.")
     return number
@@ -192,7 +212,7 @@ def input_dtype(name: str, value: Any) -> str:
     """
     dtype = dtype_name(value)
     if dtype not in INPUT_DTYPES:
-        found = _describe(value) if dtype is None else dtype
+        found = describe(value) if dtype is None else dtype
         raise ValueError(f"{name} is {found}. Expected {_one_of(INPUT_DTYPES)}; pass its name or the jnp dtype.")
     return dtype
 
@@ -211,12 +231,11 @@ def routing_spec(spec: RoutingSpec) -> None:
     _choice("group_score", spec.group_score, routing.GROUP_SCORES)
     _choice("select_on", spec.select_on, routing.SELECT_ON)
     for name in ("renormalize", "round_logits"):
-        if not isinstance(getattr(spec, name), bool):
-            raise TypeError(f"{name} is {_describe(getattr(spec, name))}. Expected True or False; pass one of them.")
+        flag(name, getattr(spec, name))
     for name in ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice"):
         value = getattr(spec, name)
         if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
-            raise TypeError(f"{name} is {_describe(value)}. Expected a number; pass a Python float.")
+            raise TypeError(f"{name} is {describe(value)}. Expected a number; pass a Python float.")
     for name in ("renormalize_epsilon", "renormalize_min"):
         value = getattr(spec, name)
         if not 0 <= value < math.inf:
@@ -258,7 +277,7 @@ def spec_fits(spec: Any, experts: int) -> None:
 
     if not isinstance(spec, routing.RoutingSpec):
         raise TypeError(
-            f"spec is {_describe(spec)}. Expected a jax_router.RoutingSpec; make one, for example "
+            f"spec is {describe(spec)}. Expected a jax_router.RoutingSpec; make one, for example "
             'RoutingSpec(top_k=4, score_function="softmax_topk").'
         )
     if spec.top_k > experts:
@@ -287,7 +306,7 @@ def spec_fits(spec: Any, experts: int) -> None:
 
 def _choice(name: str, value: Any, accepted: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {_describe(value)}. Expected {_one_of(accepted)}; pass its name.")
+        raise TypeError(f"{name} is {describe(value)}. Expected {_one_of(accepted)}; pass its name.")
     if value not in accepted:
         close = difflib.get_close_matches(value.strip().lower(), accepted, 1)
         remedy = f'did you mean "{close[0]}"?' if close else "pass one of these."
@@ -299,7 +318,7 @@ def _one_of(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value in a message: its text if short, always its type."""
     text = repr(value)
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
