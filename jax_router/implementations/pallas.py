@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_router.implementations import pallas_routing
 from jax_router.implementations.pallas_gemm import CONFIGS, add_groups, group_sums, pick_config, slices_of
+from jax_router.routing import Routing, RoutingSpec
 
 if TYPE_CHECKING:
     from jax_router.dispatch import Device, Problem
@@ -29,19 +31,47 @@ def router_gemm(
 
     `config` indexes `CONFIGS`, None picks one; every configuration gives the same bits. Lowering for CUDA needs no GPU.
     """
-    tokens, experts = x.shape[0], weight.shape[0]
-    chosen = pick_config(tokens, x.shape[1], experts) if config is None else CONFIGS[config]
-    sums = group_sums(x, weight, chosen, slices_of(x.shape[1]), interpret=_interpreter())
-    logits = add_groups(sums, tokens, experts)
+    logits = add_groups(_group_sums(x, weight, config), x.shape[0], weight.shape[0])
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     return logits.astype(out_dtype)
 
 
+def route(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    experts: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    return_logits: bool,
+    config: int | None = None,
+) -> Routing:
+    """The router GEMM's kernel, then one that adds its groups, scores and selects. Row bits as of `router_gemm`.
+
+    The logits are those of `router_gemm`, bit for bit. `config` is as there.
+    """
+    return Routing(
+        *pallas_routing.route_sums(
+            _group_sums(x, weight, config),
+            bias,
+            correction_bias,
+            expert_scale,
+            experts,
+            spec=spec,
+            tokens=x.shape[0],
+            experts=weight.shape[0],
+            dtype=x.dtype,
+            return_logits=return_logits,
+            interpret=_interpreter(),
+        )
+    )
+
+
 def why_unsupported(problem: Problem, device: Device) -> str | None:
     """What the kernel does not take, from static facts; None if it takes the problem."""
-    if problem.spec is not None:
-        return "does not route yet"
     weight_dtype = problem.weight_dtype or problem.dtype
     if jax.__version_info__[:2] < FIRST_JAX:
         return f"needs jax {'.'.join(map(str, FIRST_JAX))} or newer, this is jax {jax.__version__}"
@@ -59,7 +89,7 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
         return f"needs out_dtype float32 or x's dtype, it is {problem.out_dtype}"
     if problem.hidden % 8 != 0:
         return f"needs hidden to be a multiple of 8 (TMA takes rows of whole 16 bytes), it is {problem.hidden}"
-    return None
+    return None if problem.spec is None else pallas_routing.why_unsupported(problem.spec, problem.experts)
 
 
 @functools.cache
@@ -70,6 +100,12 @@ def unavailable() -> str | None:
     except ImportError as error:
         return f"could not be imported: {error}. Install that module, or reinstall jax"
     return None
+
+
+def _group_sums(x: jax.Array, weight: jax.Array, config: int | None) -> jax.Array:
+    tokens, hidden = x.shape
+    chosen = pick_config(tokens, hidden, weight.shape[0]) if config is None else CONFIGS[config]
+    return group_sums(x, weight, chosen, slices_of(hidden), interpret=_interpreter())
 
 
 def _interpreter() -> Any:
