@@ -53,21 +53,18 @@ def route(
 
     The logits are those of `router_gemm`, bit for bit. `config` is as there.
     """
-    return Routing(
-        *pallas_routing.route_sums(
-            _group_sums(x, weight, config),
-            bias,
-            correction_bias,
-            expert_scale,
-            experts,
-            spec=spec,
-            tokens=x.shape[0],
-            experts=weight.shape[0],
-            dtype=x.dtype,
-            return_logits=return_logits,
-            interpret=_interpreter(),
-        )
+    router = pallas_routing.Router(
+        bias,
+        correction_bias,
+        expert_scale,
+        experts,
+        spec=spec,
+        tokens=x.shape[0],
+        experts=weight.shape[0],
+        dtype=x.dtype,
+        return_logits=return_logits,
     )
+    return Routing(*pallas_routing.route_sums(_group_sums(x, weight, config), router, _interpreter()))
 
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:
