@@ -1,8 +1,8 @@
 """The router GEMM as a Pallas kernel on Mosaic GPU: experts on the M side of wgmma, tokens on N, all loads by TMA.
 
 Layout: x [T, H] and weight [E, H] are read where they are, row-major; TMA fills what lies outside of them with zeros,
-so nothing is padded in memory. The kernel writes float32 sums [groups, T padded, E padded]; one elementwise kernel of
-XLA adds the groups and the bias, and rounds once.
+so nothing is padded in memory. The kernel writes float32 sums [groups, T padded, E padded]. One elementwise kernel of
+XLA adds the groups and the bias, and rounds once; in routing, the kernel of `pallas_routing.py` adds them.
 
 Numerics: hidden is cut into tiles of 64 and these into at most 16 equal slices, by hidden alone (`slices_of`). wgmma
 chains the tiles of a slice in ascending order from zero, and slice sums are added in ascending order. Few tokens: one
