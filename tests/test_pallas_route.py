@@ -43,8 +43,8 @@ CASES: dict[str, tuple[int, str | None, str | None, str | None, RoutingSpec]] = 
     "deepseek-v3": (256, None, "float32", None, DEEPSEEK_V3),
     "masked with zero": (64, "float32", "bfloat16", None, RoutingSpec(8, "sigmoid", **GROUPS, masked_choice=0.0)),
     "best group": (160, None, None, None, RoutingSpec(6, "softmax", **GROUPS, group_score="max", scaling_factor=16.0)),
-    "sqrtsoftplus": (72, None, "float32", None, RoutingSpec(6, "sqrtsoftplus", True, 1e-20, scaling_factor=1.5)),
-    "on logits": (33, "float32", "float32", None, RoutingSpec(6, "sigmoid", True, 0.0, 4.0, select_on="logits")),
+    "sqrtsoftplus": (72, None, "float32", None, RoutingSpec(6, "sqrtsoftplus", True, 0.25, scaling_factor=1.5)),
+    "on logits": (33, "float32", "float32", None, RoutingSpec(6, "sigmoid", True, 0.0, 6.0, select_on="logits")),
     "rounded": (40, "bfloat16", None, "bfloat16", RoutingSpec(8, "softmax", True, round_logits=True)),
     "scaled": (8, None, "bfloat16", "float32", RoutingSpec(2, "softmax_topk")),
     "one": (1, "float32", None, "float32", RoutingSpec(1, "sqrtsoftplus")),
@@ -325,6 +325,13 @@ def test_one_launch_takes_what_fits_a_block(experts: int, taken: int) -> None:
     """As many totals as registers hold, and the narrowest tiles first."""
     takes = [pallas_fused.takes(config, experts) for config in pallas_fused.CONFIGS]
     assert takes == [True] * taken + [False] * (3 - taken)
+
+
+def test_sqrtsoftplus_is_accurate_where_its_exponential_is_lost_in_one() -> None:
+    logits = np.concatenate([np.linspace(-80, 80, 1601), np.geomspace(1e-9, 1, 100)]).astype(np.float32)
+    found = pallas_routing._sqrt_softplus(jnp.asarray(logits))
+    expected = np.sqrt(np.logaddexp(logits.astype(np.float64), 0))
+    np.testing.assert_allclose(found, expected, rtol=8 * 2.0**-24)
 
 
 def packed(routing: Routing) -> np.ndarray:
