@@ -23,8 +23,8 @@ import pytest
 
 import jax_router as jr
 from jax_router.dispatch import Device, Problem
-from jax_router.implementations import pallas
-from jax_router.implementations.pallas import Config, Slices
+from jax_router.implementations import pallas, pallas_gemm
+from jax_router.implementations.pallas_gemm import Config, Slices
 
 mosaic = pytest.mark.skipif(
     jax.__version_info__[:2] < pallas.FIRST_JAX, reason=f"needs jax 0.11 or newer, this is jax {jax.__version__}"
@@ -70,7 +70,9 @@ def interpret(x: np.ndarray, weight: np.ndarray, config: Config, slices: Slices)
     interpreter.reset_gpu_interpret_mode_state()
     detector = plgpu.InterpretGPUParams(detect_races=True)
     try:
-        sums = np.asarray(pallas.group_sums(jnp.asarray(x), jnp.asarray(weight), config, slices, interpret=detector))
+        sums = np.asarray(
+            pallas_gemm.group_sums(jnp.asarray(x), jnp.asarray(weight), config, slices, interpret=detector)
+        )
     except jax.errors.JaxRuntimeError:
         sums = np.zeros(0)
     return sums, interpreter.get_races().races_found
@@ -93,7 +95,7 @@ def let_the_detector_see_wgmma() -> None:
 def check_no_race() -> None:
     let_the_detector_see_wgmma()
     small = (Config(8, split=True), Config(16, split=False), Config(16, split=True, max_stages=2))
-    cases = [(9, 136, 72, pallas.slices_of(136), config) for config in small]
+    cases = [(9, 136, 72, pallas_gemm.slices_of(136), config) for config in small]
     # Shared memory is filled several times over: by a block with one slice, and by one that walks three.
     cases += [(9, 1152, 3, Slices(3, 6), Config(16, split, max_stages=2)) for split in (True, False)]
     cases += [(9, 1152, 3, Slices(3, 6), Config(16, split=False, max_stages=5))]
@@ -172,7 +174,7 @@ def check_tree() -> None:
         scale = np.repeat(2.0 ** np.resize([0, 3, 7, 1, 5, 2], tiles), 64)[:hidden]
         x = (generator.integers(-255, 256, (tokens, hidden)) * scale).astype(ml_dtypes.bfloat16)
         weight = generator.integers(-255, 256, (experts, hidden)).astype(ml_dtypes.bfloat16)
-        assert pallas.slices_of(hidden) == slices
+        assert pallas_gemm.slices_of(hidden) == slices
         products = [
             (x[:, first : first + 64].astype(np.float64) @ weight[:, first : first + 64].astype(np.float64).T).astype(
                 np.float32
@@ -183,7 +185,7 @@ def check_tree() -> None:
         expected = in_order(sums)
         assert (expected != in_order(reversed(sums))).any(), "this data cannot tell the order of the slices"
         assert slices.tiles == 1 or (expected != in_order(products)).any(), "cannot tell slices from one chain"
-        for config in range(len(pallas.CONFIGS)):
+        for config in range(len(pallas_gemm.CONFIGS)):
             run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
             np.testing.assert_array_equal(run(jnp.asarray(x), jnp.asarray(weight), None), expected, str(config))
 
@@ -191,7 +193,7 @@ def check_tree() -> None:
 def check_nan_and_inf_stay_in_their_rows() -> None:
     x, weight, bias = (jnp.asarray(array) for array in random_problem(19, 136, 3))
     poisoned = x.at[5, 130].set(jnp.nan).at[16].set(jnp.inf)
-    for config in (0, 1, len(pallas.CONFIGS) - 1):
+    for config in (0, 1, len(pallas_gemm.CONFIGS) - 1):
         run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
         clean, dirty = (np.asarray(run(array, weight, bias)) for array in (x, poisoned))
         others = np.delete(np.arange(19), (5, 16))
@@ -236,7 +238,7 @@ def test_lowers_for_cuda(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @mosaic
-@pytest.mark.parametrize("config", range(len(pallas.CONFIGS)))
+@pytest.mark.parametrize("config", range(len(pallas_gemm.CONFIGS)))
 def test_every_configuration_lowers_for_cuda(config: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
     for number, (tokens, hidden, experts) in enumerate(((1, 8, 1), (17, 2880, 128), (65, 16384, 384))):
@@ -247,26 +249,26 @@ def test_every_configuration_lowers_for_cuda(config: int, monkeypatch: pytest.Mo
 def test_lowers_for_cuda_where_x64_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(pallas.INTERPRET_VARIABLE, raising=False)
     with jax.enable_x64(True):
-        for config in range(len(pallas.CONFIGS)):
+        for config in range(len(pallas_gemm.CONFIGS)):
             assert "mosaic_gpu" in lower(17, 2880, 128, config=config)
 
 
 @pytest.mark.parametrize("hidden", [*HIDDEN, 64, 1032, 4096, 65536])
 def test_slices_cover_hidden_once(hidden: int) -> None:
-    slices = pallas.slices_of(hidden)
-    slice_size = slices.tiles * pallas.TILE_HIDDEN
+    slices = pallas_gemm.slices_of(hidden)
+    slice_size = slices.tiles * pallas_gemm.TILE_HIDDEN
     assert (slices.count - 1) * slice_size < hidden <= slices.count * slice_size
-    assert slices.count <= pallas.MAX_SLICES
+    assert slices.count <= pallas_gemm.MAX_SLICES
 
 
 @pytest.mark.parametrize(("hidden", "experts"), [(2880, 128), (7168, 256), (16384, 896)])
 def test_group_sums_are_never_larger_than_allowed(hidden: int, experts: int) -> None:
     for tokens in (*TOKENS, 16384, 10**6):
-        config = pallas.pick_config(tokens, hidden, experts)
+        config = pallas_gemm.pick_config(tokens, hidden, experts)
         padded_tokens, padded_experts = -(-tokens // config.tile_tokens) * config.tile_tokens, -(-experts // 64) * 64
         if config.split:
-            sums = pallas.slices_of(hidden).count * padded_tokens * padded_experts * 4
-            assert sums <= pallas.GROUP_SUM_BYTES
+            sums = pallas_gemm.slices_of(hidden).count * padded_tokens * padded_experts * 4
+            assert sums <= pallas_gemm.GROUP_SUM_BYTES
         assert -(-tokens // config.tile_tokens) < 2**31
 
 

@@ -18,7 +18,7 @@ from test_parity import in_interpreter, interpreted
 
 import jax_router as jr
 from jax_router import dispatch, parity
-from jax_router.implementations import cuda, pallas
+from jax_router.implementations import cuda, pallas, pallas_gemm
 
 Function = Callable[[np.ndarray], np.ndarray]  # x [T, H] -> logits [T, E]
 FEW = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
@@ -110,9 +110,9 @@ def test_row_bits_of_pallas_do_not_depend_on_the_batch(shape: tuple) -> None:
     x, weight, bias = arrays(257, hidden, experts, dtype, bias)
     function = jitted("pallas", weight, bias, out_dtype)
     assert list(violations(function, x, (1, 7, 8, 9, 17, 64, 65, 128, 1025), alone=40)) == []
-    for config in range(len(pallas.CONFIGS)):
+    for config in range(len(pallas_gemm.CONFIGS)):
         compute = jax.jit(functools.partial(pallas.router_gemm, out_dtype=dtype_of(out_dtype), config=config))
-        assert not len(parity.differing_rows(compute(x, weight, bias), function(x))), pallas.CONFIGS[config]
+        assert not len(parity.differing_rows(compute(x, weight, bias), function(x))), pallas_gemm.CONFIGS[config]
 
 
 @pytest.mark.gpu
@@ -198,9 +198,9 @@ def check_interpreted_pallas() -> None:
     function = jitted("pallas", weight, bias, "float32")
     found = list(violations(function, x, (2, 9), alone=2))
     assert not found, found
-    for config in range(len(pallas.CONFIGS)):
+    for config in range(len(pallas_gemm.CONFIGS)):
         logits = jax.jit(functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config))(x, weight, bias)
-        assert not len(parity.differing_rows(logits, function(x))), pallas.CONFIGS[config]
+        assert not len(parity.differing_rows(logits, function(x))), pallas_gemm.CONFIGS[config]
 
 
 @interpreted
