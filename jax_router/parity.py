@@ -145,6 +145,20 @@ def output_rounding(values: NDArray[np.float64], dtype: np.dtype) -> NDArray[np.
     return 2.0**-significand * np.abs(values) + 2.0 ** (subnormal - 1)
 
 
+def logit_error(hidden: int, accumulation: Accumulation, logits: int) -> tuple[float, float]:
+    """(relative, absolute): by (1) a float32 logit errs by at most `relative * magnitude + absolute`.
+
+    Args:
+      hidden: columns of x.
+      accumulation: how the implementation adds.
+      logits: how many are compared; all of them keep the bound but for a probability FALSE_ALARM.
+    """
+    lambda_ = math.sqrt(2 * math.log(2 * max(logits, 1) / FALSE_ALARM))
+    walk = lambda_ * math.sqrt(accumulation.rounded) * ROUNDING * (1 + ROUNDING) ** accumulation.rounded
+    # Flushing loses at most 2^-126 for each multiplication and addition.
+    return walk + accumulation.truncated * TRUNCATION, (2 * hidden + 2) * FLUSHED
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How logits compare with a `Reference`. `ok` is the verdict; `str()` says what is wrong."""
@@ -193,12 +207,9 @@ def compare(logits: ArrayLike, truth: Reference, accumulation: Accumulation) -> 
     measured = finite & judged & np.isfinite(actual)  # where there is a number to subtract
     count = int(judged.sum())
 
-    # Flushing loses at most 2^-126 for each multiplication and addition.
-    flushed = (2 * truth.hidden + 2) * FLUSHED
-    lambda_ = math.sqrt(2 * math.log(2 * max(count, 1) / FALSE_ALARM))
-    walk = lambda_ * math.sqrt(accumulation.rounded) * ROUNDING * (1 + ROUNDING) ** accumulation.rounded
+    relative, flushed = logit_error(truth.hidden, accumulation, count)
     with np.errstate(invalid="ignore", over="ignore"):
-        slack = truth.magnitude * (walk + accumulation.truncated * TRUNCATION) + flushed
+        slack = truth.magnitude * relative + flushed
         lower = (expected - slack).astype(logits.dtype).astype(np.float64)
         upper = (expected + slack).astype(logits.dtype).astype(np.float64)
         inside = np.where(finite, (lower <= actual) & (actual <= upper), _same_class(actual, expected))
