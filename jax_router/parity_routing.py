@@ -66,10 +66,12 @@ def exact_choice(logits: Any, correction_bias: Any | None, spec: RoutingSpec, dt
     choice = _exact_scores(logits, spec) if _by_score(correction_bias, spec) else logits
     if correction_bias is not None:
         choice = choice + correction_bias
-    if not _grouped(spec):
+    groups = _groups(spec)
+    if groups is None:
         return choice
-    in_groups = choice.reshape(len(choice), spec.num_groups, -1)
-    kept = _members(_best(_group_score(in_groups, spec), spec.group_topk), spec.num_groups)
+    number, best = groups
+    in_groups = choice.reshape(len(choice), number, -1)
+    kept = _members(_best(_group_score(in_groups, spec), best), number)
     return xp.where(kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
 
 
@@ -91,7 +93,8 @@ def choice_interval(logits: Interval, correction_bias: Any | None, spec: Routing
     choice = score_interval(logits, spec) if _by_score(correction_bias, spec) else logits
     if correction_bias is not None:
         choice = choice.map(lambda end: end + correction_bias).widened(ROUNDING)
-    return _in_kept_groups(choice, spec) if _grouped(spec) else choice
+    groups = _groups(spec)
+    return choice if groups is None else _in_kept_groups(choice, spec, *groups)
 
 
 def score_interval(logits: Interval, spec: RoutingSpec) -> Interval:
@@ -162,20 +165,19 @@ def _by_score(correction_bias: Any | None, spec: RoutingSpec) -> bool:
     return spec.select_on == "scores" and (correction_bias is not None or spec.num_groups is not None)
 
 
-def _grouped(spec: RoutingSpec) -> bool:
-    return spec.num_groups is not None and spec.group_topk is not None
+def _groups(spec: RoutingSpec) -> tuple[int, int] | None:
+    """(how many groups, how many of them are kept), or None."""
+    return None if spec.num_groups is None or spec.group_topk is None else (spec.num_groups, spec.group_topk)
 
 
-def _in_kept_groups(choice: Interval, spec: RoutingSpec) -> Interval:
+def _in_kept_groups(choice: Interval, spec: RoutingSpec, number: int, kept: int) -> Interval:
     """The choice with the experts of other groups masked; of groups that may be kept or not, both."""
-    assert spec.num_groups is not None and spec.group_topk is not None
-    xp, shape = choice.low.__array_namespace__(), choice.low.shape
-    in_groups = choice.map(lambda end: end.reshape(shape[0], spec.num_groups, -1))
+    xp, shape, masked = choice.low.__array_namespace__(), choice.low.shape, spec.masked_choice
+    in_groups = choice.map(lambda end: end.reshape(shape[0], number, -1))
     group = in_groups.map(lambda end: _group_score(end, spec)).widened(ROUNDING)
-    kept, masked = spec.group_topk, spec.masked_choice
     certain = xp.ones(group.low.shape, bool)
     possible = group.high >= -xp.sort(-group.low, axis=-1)[:, kept - 1 : kept]
-    if kept < spec.num_groups:
+    if kept < number:
         certain = group.low > -xp.sort(-group.high, axis=-1)[:, kept : kept + 1]
     certain, possible = certain[..., None], possible[..., None]
     low = xp.where(certain, in_groups.low, xp.where(possible, xp.minimum(in_groups.low, masked), masked))
