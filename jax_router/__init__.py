@@ -2,7 +2,7 @@
 
 from jax_router.dispatch import Choice, Device, Problem, explain
 from jax_router.models import models
-from jax_router.ops import router_gemm
+from jax_router.ops import route, router_gemm
 from jax_router.routing import Routing, RoutingSpec
 
 __version__ = "0.1.0"
@@ -16,5 +16,6 @@ __all__ = [
     "__version__",
     "explain",
     "models",
+    "route",
     "router_gemm",
 ]

@@ -83,6 +83,76 @@ def router_gemm_inputs(
     return x, weight, bias, out_dtype
 
 
+def route_inputs(
+    x: Any, weight: Any, bias: Any, spec: Any, correction_bias: Any, expert_scale: Any, experts: Any
+) -> tuple[Any, ...]:
+    """The checked arrays of `route`: x, weight, bias, correction_bias, expert_scale, experts in int32; None where None.
+
+    Raises:
+      TypeError: one is no array, or spec no `RoutingSpec`.
+      ValueError: shapes or dtypes that do not fit each other or are not taken, or an id in experts out of range.
+    """
+    x, weight, bias, _ = router_gemm_inputs(x, weight, bias, "float32")
+    count = weight.shape[0]
+    spec_fits(spec, count)
+    vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
+    for name, vector in vectors.items():
+        if vector is not None:
+            vectors[name] = as_array(name, vector)
+            _check_one_per_expert(name, vectors[name], count)
+            dtypes_fit(x.dtype.name, **{name: vectors[name].dtype.name})
+    ids = None if experts is None else _expert_ids(experts, (*x.shape[:-1], spec.top_k), count)
+    return x, weight, bias, *vectors.values(), ids
+
+
+def _expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:
+    """`experts` as an int32 array of this shape. Where the ids are concrete they are checked, else nothing can be."""
+    if not isinstance(experts, jax.Array) and hasattr(experts, "__jax_array__"):
+        experts = experts.__jax_array__()
+    if not isinstance(experts, jax.Array | np.ndarray):
+        raise TypeError(
+            f"experts is {_describe(experts)}. Expected a JAX or numpy array of integers; convert it first, for "
+            "example with jnp.asarray(experts, dtype=jnp.int32)."
+        )
+    if not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(
+            f"experts is an array of {experts.dtype.name}. Expected integers, the numbers of experts; cast it, for "
+            "example with experts.astype(jnp.int32)."
+        )
+    if experts.shape != shape:
+        raise ValueError(
+            f"experts has shape {experts.shape} but x and spec ask for {shape}. Expected the tokens of x in the "
+            f"leading axes and top_k={shape[-1]} ids in the last; pass one id for every weight."
+        )
+    if not isinstance(experts, jax.core.Tracer) and getattr(experts, "is_fully_addressable", True):
+        wrong = np.argwhere((np.asarray(experts) < 0) | (np.asarray(experts) >= count))
+        if len(wrong):
+            place = tuple(map(int, wrong[0]))
+            raise ValueError(
+                f"experts has the id {int(experts[place])} at {place} but weight has experts={count}. Expected ids "
+                f"from 0 to {count - 1}; pass ids that were recorded with this router."
+            )
+    return jnp.asarray(experts, jnp.int32)
+
+
+def _check_one_per_expert(name: str, vector: jax.Array, experts: int) -> None:
+    if vector.shape != (experts,):
+        raise ValueError(
+            f"{name} has shape {vector.shape} but weight has experts={experts}. Expected {name} of shape ({experts},); "
+            "pass one value per expert, or None."
+        )
+
+
+def flag(name: str, value: Any) -> None:
+    """Check that an option is True or False.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {_describe(value)}. Expected True or False; pass one of them.")
+
+
 def dtypes_fit(x_dtype: str, **others: str | None) -> None:
     """Check that weight, bias and the output are in x's dtype or in float32.
 
@@ -122,11 +192,8 @@ def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> No
         raise ValueError(
             f"weight has shape {weight.shape}, experts=0. Expected at least 1 expert; pass one row per expert."
         )
-    if bias is not None and bias.shape != (experts,):
-        raise ValueError(
-            f"bias has shape {bias.shape} but weight has experts={experts}. Expected bias of shape ({experts},); pass "
-            "one value per expert, or None."
-        )
+    if bias is not None:
+        _check_one_per_expert("bias", bias, experts)
 
 
 def implementation_names(implementation: Any) -> tuple[str, ...] | None:
@@ -211,8 +278,7 @@ def routing_spec(spec: RoutingSpec) -> None:
     _choice("group_score", spec.group_score, routing.GROUP_SCORES)
     _choice("select_on", spec.select_on, routing.SELECT_ON)
     for name in ("renormalize", "round_logits"):
-        if not isinstance(getattr(spec, name), bool):
-            raise TypeError(f"{name} is {_describe(getattr(spec, name))}. Expected True or False; pass one of them.")
+        flag(name, getattr(spec, name))
     for name in ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice"):
         value = getattr(spec, name)
         if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
@@ -282,6 +348,19 @@ def spec_fits(spec: Any, experts: int) -> None:
         raise ValueError(
             f"spec has top_k={spec.top_k} but group_topk={spec.group_topk} groups hold "
             f"{spec.group_topk * group_experts} experts. Expected at most that; keep more groups."
+        )
+
+
+def logits_of_route(out_dtype: str) -> None:
+    """Check that a problem with a spec has float32 logits.
+
+    Raises:
+      ValueError: they are in another dtype.
+    """
+    if out_dtype != "float32":
+        raise ValueError(
+            f"out_dtype is {out_dtype} but there is a spec. Expected float32, which the logits of route are; leave "
+            "out_dtype out, and to round logits before scoring set round_logits=True in the spec."
         )
 
 

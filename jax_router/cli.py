@@ -68,11 +68,16 @@ def explain(
     dtype: Annotated[str | None, typer.Option(help="Of x: bfloat16, float16 or float32.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(help="Of weight; left out, x's.")] = None,
     bias: Annotated[bool | None, typer.Option(help="Whether there is a bias.")] = None,
+    route: Annotated[
+        bool, typer.Option("--route", help="The model's whole routing, not its router GEMM alone.")
+    ] = False,
     out_dtype: Annotated[str, typer.Option(help="Of the logits: float32 or x's.")] = "float32",
     device: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}; left out, this machine's.")] = None,
-    implementation: Annotated[str | None, typer.Option(help="As the argument of router_gemm; commas separate.")] = None,
+    implementation: Annotated[
+        str | None, typer.Option(help="As the argument of the operation; commas separate.")
+    ] = None,
 ) -> None:
-    """Say which implementation of the router GEMM runs, why, and why each other one does not."""
+    """Say which implementation of the router GEMM, or of the routing, runs, why, and why each other one does not."""
     try:
         if model is None and (hidden is None or experts is None):
             raise ValueError("--model is missing. Expected it, or both --hidden and --experts; see jax_router.models.")
@@ -81,6 +86,8 @@ def explain(
         if device is not None and device.lower() not in DEVICES:
             known = ", ".join(DEVICES)
             raise ValueError(f"--device is {device!r}. Expected one of {known}; leave it out for this machine.")
+        if route and model is None:
+            raise ValueError("--route is given without --model. Expected a model, whose rule is asked about; name one.")
         preset = None if model is None else models[model]
         problem: dict[str, Any] = {
             "tokens": tokens,
@@ -93,6 +100,7 @@ def explain(
             **problem,
             weight_dtype=weight_dtype,
             out_dtype=out_dtype,
+            spec=preset.spec if route and preset is not None else None,
             device=None if device is None else DEVICES[device.lower()],
             implementation=None if implementation is None else tuple(map(str.strip, implementation.split(","))),
         )

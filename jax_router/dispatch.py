@@ -190,10 +190,11 @@ def explain(
     weight_dtype: Any = None,
     bias: Any = False,
     out_dtype: Any = "float32",
+    spec: RoutingSpec | None = None,
     device: Device | jax.Device | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Choice:
-    """Which implementation `router_gemm` would run, why, and why not the others.
+    """Which implementation `router_gemm`, or with a spec `route`, would run, why, and why not the others.
 
     >>> choice = explain(tokens=8, hidden=2880, experts=128, device=Device("cpu"))
     >>> choice.implementation
@@ -210,9 +211,10 @@ def explain(
       dtype: of x; bfloat16, float16 or float32.
       weight_dtype: None means that of x.
       bias: False, True (in x's dtype), or the dtype of the bias.
-      out_dtype: of the logits.
+      out_dtype: of the logits; float32 with a spec.
+      spec: a `RoutingSpec` for the choice of `route`, None for that of `router_gemm`.
       device: where it would run; None for JAX's default device, on which a kernel is then built or loaded as
-        `router_gemm` would. Any other device is judged from static facts and the checked-in tables.
+        the operation would. Any other device is judged from static facts and the checked-in tables.
       implementation: as in `router_gemm`.
 
     Returns:
@@ -235,7 +237,11 @@ def explain(
         weight_dtype=dtype if weight_dtype is None else checks.input_dtype("weight_dtype", weight_dtype),
         bias_dtype=bias_dtype,
         out_dtype=checks.input_dtype("out_dtype", out_dtype),
+        spec=spec,
     )
+    if spec is not None:
+        checks.spec_fits(spec, problem.experts)
+        checks.logits_of_route(problem.out_dtype)
     checks.dtypes_fit(dtype, weight=problem.weight_dtype, bias=problem.bias_dtype, out_dtype=problem.out_dtype)
     if device is None:
         return resolve(problem, Device.default(), implementation)

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_router import checks, dispatch, implementations
+from jax_router.routing import Routing, RoutingSpec, routing_weights
 
-Operation = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+# Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
+Operation = Callable[..., Any]
+BY_TOKEN = (0, 5)  # the operands whose first axis is tokens: x and experts
 
 
 def router_gemm(
@@ -63,10 +66,86 @@ def router_gemm(
     tokens, experts = math.prod(leading), weight.shape[0]
     if tokens == 0:
         return jnp.zeros((*leading, experts), out_dtype)
-    named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
     operands = x.reshape(tokens, hidden), weight, bias
-    operation = _operation(_decide(*operands, _Request.now(named, _device(x, weight), out_dtype)))
+    operation = _operation(_decide(*operands, _Request.now(implementation, _device(x, weight), out_dtype)))
     return operation(*operands).reshape(*leading, experts)
+
+
+def route(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    spec: RoutingSpec,
+    correction_bias: ArrayLike | None = None,
+    expert_scale: ArrayLike | None = None,
+    experts: ArrayLike | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_logits: bool = False,
+) -> Routing:
+    """The experts of every token and their weights: router GEMM, scoring and selection as `RoutingSpec` says them.
+
+        logits[..., E] = x[..., H] @ weight[E, H].T + bias[E], then the rule of spec
+
+    >>> x, weight = jnp.ones((3, 8), jnp.bfloat16), jnp.eye(4, 8, dtype=jnp.bfloat16)
+    >>> spec = RoutingSpec(top_k=2, score_function="softmax_topk")
+    >>> routing = route(x, weight, jnp.arange(4.0), spec=spec)
+    >>> routing.experts
+    Array([[3, 2],
+           [3, 2],
+           [3, 2]], dtype=int32)
+    >>> replayed = route(x, weight, jnp.arange(4.0), spec=spec, experts=routing.experts)
+    >>> bool((replayed.weights == routing.weights).all())
+    True
+
+    Args:
+      x: hidden states `[..., H]`, bfloat16, float16 or float32. Leading axes are tokens: any number of them, or none.
+      weight: `[E, H]` as checkpoints store it, in x's dtype or float32. Any E and H from 1.
+      bias: `[E]` in x's dtype or float32, or None. Part of the logits.
+      spec: the rule.
+      correction_bias: `[E]` in x's dtype or float32, or None. Moves the selection and not the weights.
+      expert_scale: `[E]` in x's dtype or float32, or None. Multiplies the weights.
+      experts: `[..., k]` of any integer dtype, or None. The selection as given, to replay a recorded one or for routers
+        that look experts up in a table; spec and correction_bias then select nothing. Recorded experts give the bits
+        of the recorded weights where the logits have the same bits. Ids are checked where they are concrete; under jit
+        an id out of range comes back as it was given, its weight and every weight it is normalised with as NaN.
+      implementation: None picks one and always works. A name ("xla", "pallas", "cuda") is used or raises, and never
+        falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
+      return_logits: return the logits too, those of `router_gemm` of the same implementation bit for bit. They are
+        never rounded, whatever spec.round_logits says.
+
+    Returns:
+      `Routing(weights, experts, logits)`: float32 `[..., k]`, int32 `[..., k]` with the best expert first, and float32
+      `[..., E]` or None.
+
+    Differentiable in reverse mode in x, weight, bias and expert_scale, with the selection fixed; the gradient of
+    correction_bias is zero, and rounding logits counts as the identity. Every implementation has the gradient of the
+    specification; the cotangents are computed in float32 and have the dtypes of their primals.
+
+    Raises:
+      TypeError: an array is none, spec is no `RoutingSpec`, return_logits no bool, or `implementation` no name.
+      ValueError: shapes or dtypes that do not fit each other or are not taken; a spec that does not fit the number of
+        experts; an id in experts that is out of range; an unknown implementation.
+      NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
+
+    Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
+    Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
+    """
+    arrays = checks.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
+    checks.flag("return_logits", return_logits)
+    checks.implementation_names(implementation)
+    tokens_and_hidden, matrix, *vectors, given = arrays
+    *leading, hidden = tokens_and_hidden.shape
+    tokens, count = math.prod(leading), matrix.shape[0]
+    if tokens == 0:
+        logits = jnp.zeros((*leading, count), jnp.float32) if return_logits else None
+        of_each = (*leading, spec.top_k)
+        return Routing(jnp.zeros(of_each, jnp.float32), jnp.zeros(of_each, jnp.int32), logits)
+    given = None if given is None else given.reshape(tokens, spec.top_k)
+    operands = tokens_and_hidden.reshape(tokens, hidden), matrix, *vectors, given
+    request = _Request.now(implementation, _device(tokens_and_hidden, matrix), "float32", spec, return_logits)
+    routing = _operation(_decide(*operands, request))(*operands)
+    return jax.tree.map(lambda result: result.reshape(*leading, result.shape[-1]), routing)
 
 
 def _device(*arrays: jax.Array) -> dispatch.Device:
@@ -83,12 +162,22 @@ class _Request:
     implementation: str | tuple[str, ...] | None
     device: dispatch.Device
     out_dtype: str
+    spec: RoutingSpec | None  # None: the router GEMM alone
+    return_logits: bool
     environment: tuple[str | None, ...]  # the dispatcher's variables: with others, what was traced is traced again
 
     @classmethod
-    def now(cls, implementation: str | tuple[str, ...] | None, device: dispatch.Device, out_dtype: str) -> _Request:
+    def now(
+        cls,
+        implementation: str | Sequence[str] | None,
+        device: dispatch.Device,
+        out_dtype: str,
+        spec: RoutingSpec | None = None,
+        return_logits: bool = False,
+    ) -> _Request:
+        named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
         variables = (dispatch.PREFER_VARIABLE, dispatch.DISABLE_VARIABLE)
-        return cls(implementation, device, out_dtype, tuple(map(os.environ.get, variables)))
+        return cls(named, device, out_dtype, spec, return_logits, tuple(map(os.environ.get, variables)))
 
 
 @dataclass(frozen=True)
@@ -105,8 +194,21 @@ class _Decision:
         picked = self.request.implementation is None and self.implementation != "xla"
         return picked and self.request.device.platform == "gpu"
 
+    @property
+    def with_logits(self) -> _Decision:
+        """The same computation, that returns its logits too."""
+        return replace(self, request=replace(self.request, return_logits=True))
 
-def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, request: _Request) -> _Decision:
+    def function(self, implementation: str) -> Operation:
+        """The operation as an implementation has it, but for the configuration."""
+        module = implementations.load(implementation)
+        if self.request.spec is None:
+            return functools.partial(module.router_gemm, out_dtype=self.request.out_dtype)
+        return functools.partial(module.route, spec=self.request.spec, return_logits=self.request.return_logits)
+
+
+def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any) -> _Decision:
+    *_, request = others
     problem = dispatch.Problem(
         tokens=x.shape[0],
         hidden=x.shape[1],
@@ -115,39 +217,42 @@ def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, request: _R
         weight_dtype=weight.dtype.name,
         bias_dtype=None if bias is None else bias.dtype.name,
         out_dtype=request.out_dtype,
+        spec=request.spec,
     )
     choice = dispatch.resolve(problem, request.device, request.implementation)
     return _Decision(choice.implementation, choice.config, request)
 
 
-def _with_types(kernel: Operation) -> Operation:
-    """The kernel, its result typed as JAX types the specification's on a mesh: a custom call drops that."""
+def _with_types(kernel: Operation, specification: Operation) -> Operation:
+    """The kernel, its results typed as JAX types the specification's on a mesh: a custom call drops that."""
 
-    def typed(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        of_x, of_weight = jax.typeof(x), jax.typeof(weight)
-        mesh = of_x.sharding.mesh
+    def typed(*operands: Any) -> Any:
+        # Not jax.eval_shape, which drops the shardings of a mesh that is Explicit in some axes only.
+        traced, shapes = jax.make_jaxpr(specification, return_shape=True)(*operands)
+        types = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
+        mesh = jax.typeof(operands[0]).sharding.mesh
         run = kernel
         if not mesh.empty and mesh.explicit_axes:
-            spec = jax.sharding.PartitionSpec(of_x.sharding.spec[0], of_weight.sharding.spec[0])
-            sharding = jax.sharding.NamedSharding(mesh, spec)
-            run = jax.sharding.auto_axes(kernel, axes=mesh.explicit_axes, out_sharding=sharding)
-        logits = run(x, weight, bias)
-        varying = of_x.manual_axis_type.varying | of_weight.manual_axis_type.varying
-        missing = tuple(varying - jax.typeof(logits).manual_axis_type.varying)
-        return jax.lax.pcast(logits, missing, to="varying") if missing else logits
+            shardings = jax.tree.map(lambda result: result.sharding, types)
+            run = jax.sharding.auto_axes(kernel, axes=mesh.explicit_axes, out_sharding=shardings)
+
+        def as_varying(result: jax.Array, expected: Any) -> jax.Array:
+            missing = expected.manual_axis_type.varying - jax.typeof(result).manual_axis_type.varying
+            return jax.lax.pcast(result, tuple(missing), to="varying") if missing else result
+
+        return jax.tree.map(as_varying, run(*operands), types)
 
     return typed
 
 
 @functools.cache
 def _forward(decision: _Decision) -> Operation:
-    """The batchable operation of one decision: x [T, H], weight [E, H], bias [E] or None -> [T, E]."""
-    request, out_dtype = decision.request, decision.request.out_dtype
-    module = implementations.load(decision.implementation)
-    kernel = _with_types(functools.partial(module.router_gemm, out_dtype=out_dtype, config=decision.config))
-    specification = functools.partial(implementations.load("xla").router_gemm, out_dtype=out_dtype)
+    """The batchable operation of one decision. Every result has the tokens of x as its first axis."""
+    request, specification = decision.request, decision.function("xla")
+    untyped = functools.partial(decision.function(decision.implementation), config=decision.config)
+    kernel = _with_types(untyped, specification)
 
-    def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> jax.Array:
+    def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> Any:
         if decision.implementation == "xla":
             return for_specification(*operands)
         if not decision.portable:
@@ -155,24 +260,32 @@ def _forward(decision: _Decision) -> Operation:
         return jax.lax.platform_dependent(*operands, cuda=for_kernel, default=for_specification)
 
     @jax.custom_batching.custom_vmap
-    def forward(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        if x.shape[0] == 0:  # a vmap over an axis of size 0
-            return jnp.zeros((0, weight.shape[0]), out_dtype)
-        return on_platform(kernel, specification, x, weight, bias)
+    def forward(*operands: Any) -> Any:
+        if operands[0].shape[0] == 0:  # a vmap over an axis of size 0
+            results = jax.eval_shape(specification, *operands)
+            return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
+        return on_platform(kernel, specification, *operands)
 
     @forward.def_vmap
-    def forward_of_batch(axis_size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[jax.Array, bool]:
-        x, weight, bias = operands
-        if in_batched[0] and not in_batched[1] and not in_batched[2]:
-            tokens, hidden = x.shape[1:]
-            folded = x.reshape(axis_size * tokens, hidden), weight, bias
-            again = forward if axis_size * tokens == 0 else _forward(_decide(*folded, request))  # for that many tokens
-            return again(*folded).reshape(axis_size, tokens, weight.shape[0]), True
+    def forward_of_batch(axis_size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[Any, Any]:
+        def all_batched(results: Any) -> tuple[Any, Any]:
+            return results, jax.tree.map(lambda _: True, results)
 
-        def one_by_one(*operands: Any) -> jax.Array:
+        tokens = operands[0].shape[1 if in_batched[0] else 0]
+        if not any(is_batched for index, is_batched in enumerate(in_batched) if index not in BY_TOKEN):
+            folded = list(operands)
+            for index in BY_TOKEN:
+                if index < len(operands) and operands[index] is not None:
+                    each = operands[index] if in_batched[index] else jnp.stack([operands[index]] * axis_size)
+                    folded[index] = each.reshape(axis_size * tokens, each.shape[-1])
+            again = forward if axis_size * tokens == 0 else _forward(_decide(*folded, request))  # for that many tokens
+            unfold = lambda result: result.reshape(axis_size, tokens, result.shape[-1])  # noqa: E731
+            return all_batched(jax.tree.map(unfold, again(*folded)))
+
+        def one_by_one(*operands: Any) -> Any:
             batched = [operand for operand, is_batched in zip(operands, in_batched, strict=True) if is_batched]
 
-            def one(of_batch: list[jax.Array]) -> jax.Array:
+            def one(of_batch: list[jax.Array]) -> Any:
                 remaining = iter(of_batch)
                 pairs = zip(operands, in_batched, strict=True)
                 return forward(*(next(remaining) if is_batched else operand for operand, is_batched in pairs))
@@ -180,31 +293,57 @@ def _forward(decision: _Decision) -> Operation:
             return jax.lax.map(one, batched)
 
         in_axes = [0 if is_batched else None for is_batched in in_batched]
-        return on_platform(one_by_one, jax.vmap(specification, in_axes), *operands), True
+        return all_batched(on_platform(one_by_one, jax.vmap(specification, in_axes), *operands))
 
     return forward
 
 
+def _gemm_in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    widened = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return implementations.load("xla").router_gemm(*widened, bias, out_dtype=jnp.float32)
+
+
 @functools.cache
 def _operation(decision: _Decision) -> Operation:
-    """The differentiable form of `_forward`."""
-    forward = _forward(decision)
+    """The differentiable form of `_forward`.
+
+    Every implementation has the specification's gradient. JAX derives it, with the types that shardings ask for.
+    """
+    forward, spec = _forward(decision), decision.request.spec
 
     @jax.custom_vjp
-    def router_gemm(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        return forward(x, weight, bias)
+    def operation(*operands: Any) -> Any:
+        return forward(*operands)
 
     def router_gemm_fwd(*operands: Any) -> tuple[jax.Array, Any]:
-        return router_gemm(*operands), operands
-
-    def in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-        widened = x.astype(jnp.float32), weight.astype(jnp.float32)
-        return implementations.load("xla").router_gemm(*widened, bias, out_dtype=jnp.float32)
+        return operation(*operands), operands
 
     def router_gemm_bwd(operands: Any, cotangent: jax.Array) -> Any:
-        # Every implementation has the specification's gradient. JAX derives it, with the types that shardings ask for.
-        _, pullback = jax.vjp(in_float32, *operands)
+        _, pullback = jax.vjp(_gemm_in_float32, *operands)
         return pullback(cotangent.astype(jnp.float32))
 
-    router_gemm.defvjp(router_gemm_fwd, router_gemm_bwd)
-    return jax.jit(router_gemm)
+    if spec is None:
+        operation.defvjp(router_gemm_fwd, router_gemm_bwd)
+        return jax.jit(operation)
+
+    with_logits = operation if decision.request.return_logits else _operation(decision.with_logits)
+
+    def route_fwd(*operands: Any) -> tuple[Routing, Any]:
+        routing = with_logits(*operands)  # the logits are kept, so that the backward pass need not multiply for them
+        x, weight, bias, _, expert_scale, _ = operands
+        kept = (x, weight, bias), routing.logits, routing.experts, expert_scale
+        return routing if decision.request.return_logits else routing._replace(logits=None), kept
+
+    def route_bwd(kept: Any, cotangent: Routing) -> Any:
+        of_gemm, logits, experts, expert_scale = kept
+        if spec.round_logits:  # before differentiating: no cotangent is rounded to x's dtype on its way
+            logits = logits.astype(of_gemm[0].dtype).astype(jnp.float32)
+        _, pullback = jax.vjp(lambda logits, scale: routing_weights(logits, experts, scale, spec), logits, expert_scale)
+        of_logits, of_scale = pullback(cotangent.weights)
+        if cotangent.logits is not None:
+            of_logits = of_logits + cotangent.logits
+        _, pullback = jax.vjp(_gemm_in_float32, *of_gemm)
+        return (*pullback(of_logits), None, of_scale, None)  # None: zero
+
+    operation.defvjp(route_fwd, route_bwd)
+    return jax.jit(operation)
