@@ -1,6 +1,6 @@
 """How well a selection agrees with the truth: which experts rounding may swap, and how far weights may be off.
 
-An implementation's float32 logits lie within `logit_error` of the float64 ones. Every step behind them is monotone in
+An implementation's float32 logits lie within `logit_bound` of the float64 ones. Every step behind them is monotone in
 each logit, so intervals are carried through it end by end and widened by what float32 loses in that step:
 
     exp(z)        (2 + |z|) 2^-23 relative: 2 ulp of ex2.approx or libdevice, |z| ulp for rounding z log2(e)

@@ -60,8 +60,7 @@ class RouteData(ShapeData):
         """
         weights, experts = results
         rows, truth, accumulation = self._truth_about(candidate, len(experts))
-        relative, absolute = parity.logit_error(truth.hidden, accumulation, truth.logits.size)
-        slack = truth.magnitude * relative + absolute
+        slack = parity.logit_bound(truth, accumulation, truth.logits.size)
         if candidate in ROUTE_PEERS:
             slack = np.maximum(slack, PEER_TOLERANCE * abs(truth.logits).max(-1, keepdims=True))
         logits = judged.logit_interval(truth.logits, slack, self.spec, BFLOAT16)

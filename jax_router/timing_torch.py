@@ -29,7 +29,7 @@ def route_operator(torch: Any, spec: RoutingSpec, *, compiled: bool = False) -> 
 
     It takes x [T, H], weight [E, H] and the pair (bias, correction bias), and returns (weights, experts), each [T, k].
     The logits are those of `linear`, in x's dtype; everything behind them is float32. A compiled one serves until the
-    next is made, for any number of tokens, each compiled at its first call.
+    next is made; its first call compiles it for that number of tokens.
     """
 
     def route(x: Any, weight: Any, biases: Any) -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ def route_operator(torch: Any, spec: RoutingSpec, *, compiled: bool = False) -> 
 
     if not compiled:
         return route
-    # PyTorch counts what it compiled of these lines, and beyond eight it would go on uncompiled.
+    # PyTorch counts what it has compiled of these lines and refuses more than eight.
     torch.compiler.reset()
     return torch.compile(route, dynamic=False, fullgraph=True)
 

@@ -207,12 +207,19 @@ def test_scores_of_the_fast_instructions_are_within_the_bound(function: str) -> 
     assert ((tight.high - tight.low) < 1e-4 * truth + 2e-3 * (function == "sqrtsoftplus")).all()
 
 
-def test_the_bound_of_the_logits_is_that_of_compare() -> None:
-    """A logit just inside `logit_error` passes `compare`, one just outside does not."""
-    truth = parity.Reference(64, np.ones((1, 4)), np.full((1, 4), 2.0), np.ones((1, 4)))
-    accumulation = parity.slice_tree(64)
-    relative, absolute = parity.logit_error(64, accumulation, 4)
-    for factor in (0.9, 1.1):
-        logits = truth.logits.copy()
-        logits[0, 1] += factor * (relative * 2.0 + absolute)
-        assert (parity.compare(logits.astype(np.float32), truth, accumulation).outside > 0) == (factor > 1)
+@pytest.mark.parametrize("name", ["cuda", "xla"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_bound_of_the_logits_holds_in_random_order_and_sees_16_bits(name: str, platform: str) -> None:
+    random = np.random.default_rng(4)
+    x, weight = random.standard_normal((64, 2880)), random.standard_normal((128, 2880)) / np.sqrt(2880)
+    x, weight = x.astype(BFLOAT16), weight.astype(BFLOAT16)
+    truth = parity.reference(x, weight)
+    accumulation = parity.accumulation_of(name, hidden=2880, dtype="bfloat16", platform=platform)
+    bound = parity.logit_bound(truth, accumulation, truth.logits.size)
+    logits = np.zeros(truth.logits.shape, np.float32)
+    for column in range(2880):  # the longest chain there is
+        logits += x[:, column : column + 1].astype(np.float32) * weight[:, column].astype(np.float32)
+    assert (abs(logits - truth.logits) <= bound).all()
+    assert (abs(logits.astype(BFLOAT16) - truth.logits) > bound).mean() > 0.2
+    without_one = logits - x[:, :1].astype(np.float32) * weight[:, 0].astype(np.float32)
+    assert (abs(without_one - truth.logits) > bound).mean() > 0.8
