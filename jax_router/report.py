@@ -15,10 +15,11 @@ from rich.console import Console
 
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
-from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median
-from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, Shape
-from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, read_rows
+from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median, route_headline
+from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, ROUTE_PEERS, Shape
+from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, problem_of, read_rows, shape_of
 from jax_router.sweep_summary import floors, show
+from jax_router.tables import OPERATIONS
 
 RECORD, README = Path("docs/results"), Path("README.md")
 TABLE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -89,7 +90,7 @@ def write_report(rows_file: Path, results: Path, readme: Path) -> list[Path]:
       ValueError: it holds no times, or `readme` has markers that do not match.
     """
     rows, _ = comparable(read_rows(rows_file))
-    if not by_problem(rows):
+    if not any(by_problem(rows, operation) for operation in OPERATIONS):
         raise ValueError(f"rows file {rows_file} holds no times. Expected the rows of a sweep; run `jax-router sweep`.")
     name = gpu_name(rows[-1]["provenance"])
     results.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,10 @@ def rewrite(text: str, parts: dict[str, str], path: Path) -> str:
 
 
 def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Path) -> dict[str, str]:
-    """Markdown by the name of its marker: provenance, table, plot, models-plot, winners, chain, bars, accuracy.
+    """Markdown by the name of its marker.
+
+    provenance, table, plot, models-plot, winners, chain, bars, accuracy; of routing: route-table, route-plot,
+    route-chain.
 
     Args:
       base: the folder that links to plots start from.
@@ -153,6 +157,9 @@ def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Pat
         "chain": lambda: _chain(rows),
         "bars": lambda: _bars(rows),
         "accuracy": lambda: _accuracy(rows),
+        "route-table": lambda: _route_table(rows),
+        "route-plot": lambda: image("route", f"Time of the whole routing against tokens on {device}"),
+        "route-chain": lambda: _chain(rows, OPERATIONS[1]),
     }
     return {part: make() for part, make in made.items()}
 
@@ -219,11 +226,42 @@ def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[
     return show((best("warm"), best("cold")))
 
 
-def _chain(rows: Sequence[Row]) -> str:
+def _route_table(rows: Sequence[Row]) -> str:
+    """The headline models' routing: every implementation, PyTorch, and the router GEMM alone. Cells are warm / cold."""
+    gemms, routes = (by_problem(rows, operation) for operation in OPERATIONS)
+    columns = {
+        **{f"{name}, CUPTI": ((name,), ("cupti", "wall")) for name in IMPLEMENTATIONS},
+        "PyTorch, replay": (ROUTE_PEERS[:1], ("torch_replay",)),
+        "PyTorch compiled, replay": (ROUTE_PEERS[1:], ("torch_replay",)),
+    }
+    body = []
+    headline = route_headline(rows)
+    for model in dict.fromkeys(headline.values()):
+        label = model
+        for problem in sorted((each for each in headline if headline[each] == model), key=lambda each: each[5]):
+            if problem not in routes:
+                continue
+            cells = [_fastest(routes[problem], *column) for column in columns.values()]
+            alone = _fastest(gemms.get((*problem[:6], None), {}), ("cuda",), ("cupti",))
+            body.append([label, str(problem[5]), *cells, alone])
+            label = ""
+    if not body:
+        return "Not measured.\n"
+    note = (
+        "Microseconds, medians, warm / cold weights, from x to experts and weights. PyTorch: bf16 `linear`, then "
+        "scores, `topk` and weights. The last column is the router GEMM alone."
+    )
+    return f"{_markdown(['model', 'T', *columns, 'cuda, logits alone, CUPTI'], body)}\n{note}\n"
+
+
+def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
     """What a decode step pays: the slope over a jitted chain, with its spread, beside the chain without routing."""
     names = (*IMPLEMENTATIONS, NO_ROUTING)
     body = []
-    for problem, candidates in by_problem(rows).items():
+    shapes = {problem_of(row): shape_of(row) for row in rows}
+    for problem, candidates in by_problem(rows, operation).items():
+        shape = shapes[problem]
+        label = f"{shape.hidden}x{shape.experts}" if shape.spec is None else shape.models[0]
         for weights in BOTH:
             cells = []
             for name in names:
@@ -231,14 +269,15 @@ def _chain(rows: Sequence[Row]) -> str:
                 low, middle, high = np.percentile(row["samples_us"], [10, 50, 90]) if row is not None else (0, 0, 0)
                 cells.append("-" if row is None else f"{middle:.1f} ({low:.1f} to {high:.1f})")
             if set(cells) != {"-"}:
-                body.append([f"{problem[0]}x{problem[1]}", str(problem[5]), weights, *cells])
+                body.append([label, str(problem[5]), weights, *cells])
     if not body:
         return "Not measured.\n"
     note = (
         "Microseconds that one more call adds to a jitted chain of routers: medians, 10th to 90th percentile. The last "
         "column is the chain's own elementwise kernel, which the others contain."
     )
-    table = _markdown(["shape", "T", "weights", *names[:-1], "chain without routing"], body)
+    what = "shape" if operation == OPERATIONS[0] else "model"
+    table = _markdown([what, "T", "weights", *names[:-1], "chain without routing"], body)
     return f"{table}\n{note}\n"
 
 

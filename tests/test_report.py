@@ -15,7 +15,11 @@ from jax_router import cli, report, report_plots, sweep_table
 from jax_router.report import rewrite, write_report
 from jax_router.sweep_rows import by_problem
 
-PARTS = ("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy")
+PARTS = (
+    *("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy"),
+    *("route-table", "route-plot", "route-chain"),
+)
+PLOTS = ("time-headline", "time-models", "winners", "route")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_plots_tables_and_readme_are_written_and_again_the_same(tmp_path: Path, 
         "sweep-h200.jsonl",
         "sweep-h200.md",
         "README.md",
-        *(f"h200-{plot}.{suffix}" for plot in ("time-headline", "time-models", "winners") for suffix in ("png", "svg")),
+        *(f"h200-{plot}.{suffix}" for plot in PLOTS for suffix in ("png", "svg")),
     }
     for path in written:
         assert path.stat().st_size > 1000, path
