@@ -43,7 +43,7 @@ def as_array(name: str, value: Any) -> jax.Array:
         value = value.__jax_array__()
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
-            f"{name} is {_describe(value)}. Expected a JAX or numpy array; convert it first, for example with "
+            f"{name} is {describe(value)}. Expected a JAX or numpy array; convert it first, for example with "
             f"jnp.asarray({name}, dtype=jnp.bfloat16)."
         )
     if isinstance(value, np.ma.MaskedArray):
@@ -83,59 +83,12 @@ def router_gemm_inputs(
     return x, weight, bias, out_dtype
 
 
-def route_inputs(
-    x: Any, weight: Any, bias: Any, spec: Any, correction_bias: Any, expert_scale: Any, experts: Any
-) -> tuple[Any, ...]:
-    """The checked arrays of `route`: x, weight, bias, correction_bias, expert_scale, experts in int32; None where None.
+def one_per_expert(name: str, vector: jax.Array, experts: int) -> None:
+    """Check that an array has one value for every expert.
 
     Raises:
-      TypeError: one is no array, or spec no `RoutingSpec`.
-      ValueError: shapes or dtypes that do not fit each other or are not taken, or an id in experts out of range.
+      ValueError: it has another shape.
     """
-    x, weight, bias, _ = router_gemm_inputs(x, weight, bias, "float32")
-    count = weight.shape[0]
-    spec_fits(spec, count)
-    vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
-    for name, vector in vectors.items():
-        if vector is not None:
-            vectors[name] = as_array(name, vector)
-            _check_one_per_expert(name, vectors[name], count)
-            dtypes_fit(x.dtype.name, **{name: vectors[name].dtype.name})
-    ids = None if experts is None else _expert_ids(experts, (*x.shape[:-1], spec.top_k), count)
-    return x, weight, bias, *vectors.values(), ids
-
-
-def _expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:
-    """`experts` as an int32 array of this shape. Where the ids are concrete they are checked, else nothing can be."""
-    if not isinstance(experts, jax.Array) and hasattr(experts, "__jax_array__"):
-        experts = experts.__jax_array__()
-    if not isinstance(experts, jax.Array | np.ndarray):
-        raise TypeError(
-            f"experts is {_describe(experts)}. Expected a JAX or numpy array of integers; convert it first, for "
-            "example with jnp.asarray(experts, dtype=jnp.int32)."
-        )
-    if not jnp.issubdtype(experts.dtype, jnp.integer):
-        raise ValueError(
-            f"experts is an array of {experts.dtype.name}. Expected integers, the numbers of experts; cast it, for "
-            "example with experts.astype(jnp.int32)."
-        )
-    if experts.shape != shape:
-        raise ValueError(
-            f"experts has shape {experts.shape} but x and spec ask for {shape}. Expected the tokens of x in the "
-            f"leading axes and top_k={shape[-1]} ids in the last; pass one id for every weight."
-        )
-    if not isinstance(experts, jax.core.Tracer) and getattr(experts, "is_fully_addressable", True):
-        wrong = np.argwhere((np.asarray(experts) < 0) | (np.asarray(experts) >= count))
-        if len(wrong):
-            place = tuple(map(int, wrong[0]))
-            raise ValueError(
-                f"experts has the id {int(experts[place])} at {place} but weight has experts={count}. Expected ids "
-                f"from 0 to {count - 1}; pass ids that were recorded with this router."
-            )
-    return jnp.asarray(experts, jnp.int32)
-
-
-def _check_one_per_expert(name: str, vector: jax.Array, experts: int) -> None:
     if vector.shape != (experts,):
         raise ValueError(
             f"{name} has shape {vector.shape} but weight has experts={experts}. Expected {name} of shape ({experts},); "
@@ -150,7 +103,7 @@ def flag(name: str, value: Any) -> None:
       TypeError: it is neither.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} is {_describe(value)}. Expected True or False; pass one of them.")
+        raise TypeError(f"{name} is {describe(value)}. Expected True or False; pass one of them.")
 
 
 def dtypes_fit(x_dtype: str, **others: str | None) -> None:
@@ -193,7 +146,7 @@ def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> No
             f"weight has shape {weight.shape}, experts=0. Expected at least 1 expert; pass one row per expert."
         )
     if bias is not None:
-        _check_one_per_expert("bias", bias, experts)
+        one_per_expert("bias", bias, experts)
 
 
 def implementation_names(implementation: Any) -> tuple[str, ...] | None:
@@ -208,7 +161,7 @@ def implementation_names(implementation: Any) -> tuple[str, ...] | None:
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"implementation is {_describe(implementation)}. Expected None, one of {_one_of(NAMES)}, or a sequence of "
+            f"implementation is {describe(implementation)}. Expected None, one of {_one_of(NAMES)}, or a sequence of "
             "these; leave it None to let the dispatcher choose."
         )
     if not names:
@@ -245,7 +198,7 @@ def size(name: str, value: Any, *, at_least: int = 1) -> int:
         number = operator.index(value)
     except TypeError:
         expected = f"Expected an integer of at least {at_least}; pass a number."
-        raise TypeError(f"{name} is {_describe(value)}. {expected}") from None
+        raise TypeError(f"{name} is {describe(value)}. {expected}") from None
     if number < at_least:
         raise ValueError(f"{name} is {number}. Expected an integer of at least {at_least}; pass the problem's size.")
     return number
@@ -259,7 +212,7 @@ def input_dtype(name: str, value: Any) -> str:
     """
     dtype = dtype_name(value)
     if dtype not in INPUT_DTYPES:
-        found = _describe(value) if dtype is None else dtype
+        found = describe(value) if dtype is None else dtype
         raise ValueError(f"{name} is {found}. Expected {_one_of(INPUT_DTYPES)}; pass its name or the jnp dtype.")
     return dtype
 
@@ -282,7 +235,7 @@ def routing_spec(spec: RoutingSpec) -> None:
     for name in ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice"):
         value = getattr(spec, name)
         if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
-            raise TypeError(f"{name} is {_describe(value)}. Expected a number; pass a Python float.")
+            raise TypeError(f"{name} is {describe(value)}. Expected a number; pass a Python float.")
     for name in ("renormalize_epsilon", "renormalize_min"):
         value = getattr(spec, name)
         if not 0 <= value < math.inf:
@@ -324,7 +277,7 @@ def spec_fits(spec: Any, experts: int) -> None:
 
     if not isinstance(spec, routing.RoutingSpec):
         raise TypeError(
-            f"spec is {_describe(spec)}. Expected a jax_router.RoutingSpec; make one, for example "
+            f"spec is {describe(spec)}. Expected a jax_router.RoutingSpec; make one, for example "
             'RoutingSpec(top_k=4, score_function="softmax_topk").'
         )
     if spec.top_k > experts:
@@ -351,22 +304,9 @@ def spec_fits(spec: Any, experts: int) -> None:
         )
 
 
-def logits_of_route(out_dtype: str) -> None:
-    """Check that a problem with a spec has float32 logits.
-
-    Raises:
-      ValueError: they are in another dtype.
-    """
-    if out_dtype != "float32":
-        raise ValueError(
-            f"out_dtype is {out_dtype} but there is a spec. Expected float32, which the logits of route are; leave "
-            "out_dtype out, and to round logits before scoring set round_logits=True in the spec."
-        )
-
-
 def _choice(name: str, value: Any, accepted: Sequence[str]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {_describe(value)}. Expected {_one_of(accepted)}; pass its name.")
+        raise TypeError(f"{name} is {describe(value)}. Expected {_one_of(accepted)}; pass its name.")
     if value not in accepted:
         close = difflib.get_close_matches(value.strip().lower(), accepted, 1)
         remedy = f'did you mean "{close[0]}"?' if close else "pass one of these."
@@ -378,7 +318,7 @@ def _one_of(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value in a message: its text if short, always its type."""
     text = repr(value)
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

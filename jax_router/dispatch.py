@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router import checks, implementations
+from jax_router import checks, checks_route, implementations
 from jax_router.routing import RoutingSpec
 from jax_router.tables import Table, load_table
 
@@ -246,7 +246,7 @@ def explain(
     )
     if spec is not None:
         checks.spec_fits(spec, problem.experts)
-        checks.logits_of_route(problem.out_dtype)
+        checks_route.logits_of_route(problem.out_dtype)
     checks.dtypes_fit(dtype, weight=problem.weight_dtype, bias=problem.bias_dtype, out_dtype=problem.out_dtype)
     if device is None:
         return resolve(problem, Device.default(), implementation)

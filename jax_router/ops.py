@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_router import checks, dispatch, implementations
+from jax_router import checks, checks_route, dispatch, implementations
 from jax_router.routing import Routing, RoutingSpec, routing_weights
 
 # Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
@@ -131,7 +131,7 @@ def route(
     Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
     Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
     """
-    arrays = checks.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
+    arrays = checks_route.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
     checks.flag("return_logits", return_logits)
     checks.implementation_names(implementation)
     tokens_and_hidden, matrix, *vectors, given = arrays
@@ -223,24 +223,43 @@ def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: An
     return _Decision(choice.implementation, choice.config, request)
 
 
-def _with_types(kernel: Operation, specification: Operation) -> Operation:
-    """The kernel, its results typed as JAX types the specification's on a mesh: a custom call drops that."""
+def _partitioned_by_xla(function: Operation, mesh: Any, shardings: Any) -> Operation:
+    """The function, partitioned by XLA on a mesh with Explicit axes too; its results have these shardings there."""
+    if mesh.empty or not mesh.explicit_axes:
+        return function
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+
+
+def _on_a_mesh(function: Operation, request: _Request) -> Operation:
+    """The operation with results sharded as x and weight: neither a custom call nor top_k derives that on such axes."""
+
+    def placed(*operands: Any) -> Any:
+        of_x, of_weight = jax.typeof(operands[0]).sharding, jax.typeof(operands[1]).sharding
+
+        def rows(columns: Any) -> jax.sharding.NamedSharding:
+            return jax.sharding.NamedSharding(of_x.mesh, jax.sharding.PartitionSpec(of_x.spec[0], columns))
+
+        shardings: Any = rows(of_weight.spec[0])
+        if request.spec is not None:
+            each: Any = rows(None)
+            shardings = Routing(each, each, shardings if request.return_logits else None)
+        return _partitioned_by_xla(function, of_x.mesh, shardings)(*operands)
+
+    return placed
+
+
+def _varying_as(specification: Operation, kernel: Operation) -> Operation:
+    """The kernel, its results varying over the axes of a shard_map that the specification's vary over."""
 
     def typed(*operands: Any) -> Any:
-        # Not jax.eval_shape, which drops the shardings of a mesh that is Explicit in some axes only.
         traced, shapes = jax.make_jaxpr(specification, return_shape=True)(*operands)
-        types = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
-        mesh = jax.typeof(operands[0]).sharding.mesh
-        run = kernel
-        if not mesh.empty and mesh.explicit_axes:
-            shardings = jax.tree.map(lambda result: result.sharding, types)
-            run = jax.sharding.auto_axes(kernel, axes=mesh.explicit_axes, out_sharding=shardings)
+        expected = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
 
-        def as_varying(result: jax.Array, expected: Any) -> jax.Array:
+        def cast(result: jax.Array, expected: Any) -> jax.Array:
             missing = expected.manual_axis_type.varying - jax.typeof(result).manual_axis_type.varying
             return jax.lax.pcast(result, tuple(missing), to="varying") if missing else result
 
-        return jax.tree.map(as_varying, run(*operands), types)
+        return jax.tree.map(cast, kernel(*operands), expected)
 
     return typed
 
@@ -249,8 +268,10 @@ def _with_types(kernel: Operation, specification: Operation) -> Operation:
 def _forward(decision: _Decision) -> Operation:
     """The batchable operation of one decision. Every result has the tokens of x as its first axis."""
     request, specification = decision.request, decision.function("xla")
-    untyped = functools.partial(decision.function(decision.implementation), config=decision.config)
-    kernel = _with_types(untyped, specification)
+    if request.spec is not None:
+        specification = _on_a_mesh(specification, request)
+    bare = functools.partial(decision.function(decision.implementation), config=decision.config)
+    kernel = _varying_as(specification, _on_a_mesh(bare, request))
 
     def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> Any:
         if decision.implementation == "xla":
@@ -338,8 +359,10 @@ def _operation(decision: _Decision) -> Operation:
         of_gemm, logits, experts, expert_scale = kept
         if spec.round_logits:  # before differentiating: no cotangent is rounded to x's dtype on its way
             logits = logits.astype(of_gemm[0].dtype).astype(jnp.float32)
-        _, pullback = jax.vjp(lambda logits, scale: routing_weights(logits, experts, scale, spec), logits, expert_scale)
-        of_logits, of_scale = pullback(cotangent.weights)
+        sharding = jax.typeof(experts).sharding
+        weights = _partitioned_by_xla(functools.partial(routing_weights, spec=spec), sharding.mesh, sharding)
+        _, pullback = jax.vjp(weights, logits, experts, expert_scale)
+        of_logits, _, of_scale = pullback(cotangent.weights)
         if cotangent.logits is not None:
             of_logits = of_logits + cotangent.logits
         _, pullback = jax.vjp(_gemm_in_float32, *of_gemm)

@@ -5,6 +5,7 @@ Everything else, the kernels and the PyTorch routers in the tests, is compared w
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,7 +116,8 @@ def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: R
     choice = jnp.where(jnp.isnan(choice), jnp.nan, choice)
     if spec.num_groups is not None and spec.group_topk is not None:
         in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, -1)
-        best = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0].sum(-1)
+        highest = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0]
+        best = highest[..., 0] if spec.group_score == "max" else highest[..., 0] + highest[..., 1]
         kept = jax.lax.top_k(jnp.where(jnp.isnan(best), jnp.nan, best), spec.group_topk)[1]
         is_kept = (kept[..., None] == jnp.arange(spec.num_groups)).any(-2)
         choice = jnp.where(is_kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
@@ -127,8 +129,13 @@ def routing_weights(
 ) -> jax.Array:
     """The weights `[..., k]` (float32) of given experts `[..., k]`; NaN for an expert that does not exist."""
     index = jnp.where(experts < 0, logits.shape[-1], experts)  # JAX would count from the end
-    selected = jnp.take_along_axis(scores(logits, spec), index, axis=-1, mode="fill", fill_value=jnp.nan)
-    weights = jax.nn.softmax(selected, axis=-1) if spec.score_function == "softmax_topk" else selected
+    of_experts = functools.partial(jnp.take_along_axis, indices=index, axis=-1, mode="fill", fill_value=jnp.nan)
+    if spec.score_function == "softmax":
+        weights = of_experts(scores(logits, spec))
+    elif spec.score_function == "softmax_topk":
+        weights = jax.nn.softmax(of_experts(logits), axis=-1)
+    else:  # only the selected are scored: the slope at the others, infinite at a score of 0, makes no gradient NaN
+        weights = scores(of_experts(logits), spec)
     if spec.renormalize:
         total = jnp.maximum(weights.sum(-1, keepdims=True), spec.renormalize_min)
         weights = weights / (total + spec.renormalize_epsilon)

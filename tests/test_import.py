@@ -46,10 +46,10 @@ def test_the_public_names_are_there() -> None:
     import jax_router
 
     assert all(hasattr(jax_router, name) for name in jax_router.__all__)
-    assert {"router_gemm", "explain", "models"} <= set(jax_router.__all__)
+    assert {"router_gemm", "route", "RoutingSpec", "explain", "models", "load_balancing_loss"} <= set(jax_router.__all__)
 
 
-@pytest.mark.parametrize("name", ["ops", "dispatch"])
+@pytest.mark.parametrize("name", ["ops", "dispatch", "losses", "routing"])
 def test_the_examples_of_the_docstrings_run(name) -> None:
     result = doctest.testmod(importlib.import_module(f"jax_router.{name}"))
     assert result.attempted > 0

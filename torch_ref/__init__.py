@@ -5,5 +5,6 @@ Neither package imports the other, so that no mistake can be shared.
 
 from torch_ref.convert import to_numpy, to_torch
 from torch_ref.linear import ReplicatedLinear, router_gemm_float64
+from torch_ref.routing import route_float64
 
-__all__ = ["ReplicatedLinear", "router_gemm_float64", "to_numpy", "to_torch"]
+__all__ = ["ReplicatedLinear", "route_float64", "router_gemm_float64", "to_numpy", "to_torch"]
