@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from jax_router import agreement_report
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
 from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median, route_headline
@@ -97,13 +98,20 @@ def write_report(rows_file: Path, results: Path, readme: Path) -> list[Path]:
     record = results / f"sweep-{name}.jsonl"
     record.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")
     plots = write_plots(rows, results, name)
-    parts = generated_parts(rows, plots, readme.parent)
+    counted = results / f"agreement-{name}.json"
+    agreement = agreement_report.read_record(counted)
+    parts = generated_parts(rows, plots, readme.parent, agreement)
     tables = results / f"sweep-{name}.md"
     text = "\n".join(
-        f"<!-- generated: {part} -->\n{text}<!-- end generated: {part} -->\n" for part, text in parts.items()
+        f"<!-- generated: {part} -->\n{text}<!-- end generated: {part} -->\n"
+        for part, text in parts.items()
+        if part != "agreement"
     )
     tables.write_text(f"# Shape sweep\n\n{_relative_images(text, readme.parent, results)}", encoding="utf-8")
     written = [record, *(path for paths in plots.values() for path in paths), tables]
+    if agreement is not None:
+        written.append(counted.with_suffix(".md"))
+        written[-1].write_text(f"# Agreement with float64\n\n{parts['agreement']}", encoding="utf-8")
     if readme.exists():
         readme.write_text(rewrite(readme.read_text(encoding="utf-8"), parts, readme), encoding="utf-8")
         written.append(readme)
@@ -130,14 +138,17 @@ def rewrite(text: str, parts: dict[str, str], path: Path) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}{parts[block['name']]}{block[4]}", text)
 
 
-def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Path) -> dict[str, str]:
+def generated_parts(
+    rows: Sequence[Row], plots: dict[str, list[Path]], base: Path, agreement: agreement_report.Record | None = None
+) -> dict[str, str]:
     """Markdown by the name of its marker.
 
     provenance, table, plot, models-plot, winners, chain, bars, accuracy; of routing: route-table, route-plot,
-    route-chain.
+    route-chain, agreement.
 
     Args:
       base: the folder that links to plots start from.
+      agreement: the record of `jax-router agreement` on the same GPU, if there is one.
     """
 
     def image(plot: str, text: str) -> str:
@@ -155,11 +166,12 @@ def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Pat
         ),
         "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
         "chain": lambda: _chain(rows),
-        "bars": lambda: _bars(rows),
+        "bars": lambda: _bars(rows, agreement),
         "accuracy": lambda: _accuracy(rows),
         "route-table": lambda: _route_table(rows),
         "route-plot": lambda: image("route", f"Time of the whole routing against tokens on {device}"),
         "route-chain": lambda: _chain(rows, OPERATIONS[1]),
+        "agreement": lambda: "Not measured.\n" if agreement is None else agreement_report.markdown(agreement),
     }
     return {part: make() for part, make in made.items()}
 
@@ -281,8 +293,8 @@ def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
     return f"{table}\n{note}\n"
 
 
-def _bars(rows: Sequence[Row]) -> str:
-    bars = evaluate(rows)
+def _bars(rows: Sequence[Row], agreement: agreement_report.Record | None) -> str:
+    bars = [*evaluate(rows), agreement_report.bar(agreement, rows[-1]["provenance"]["source_hash"])]
     return _markdown(["bar", "verdict", "figures"], [[bar.claim, bar.verdict, bar.figures] for bar in bars], left=3)
 
 
