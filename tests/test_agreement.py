@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,13 @@ def test_tokens_are_those_of_the_seed_and_other_in_every_chunk_and_router() -> N
     keys = [router.key for router in (*small_routers(), *routers(SHAPES, CPU, 64, 1, None))]
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == 4
     assert np.array_equal(first.draw(first.key), small_routers()[0].draw(first.key))
-    chunks = [first.draw(jax.random.fold_in(first.key, chunk)) for chunk in range(2)]
-    assert not np.array_equal(*chunks)
+    drawn = []
+    with ThreadPoolExecutor(1) as pool:
+        executables = first.compiled(pool, 1000)
+        draw = executables["draw"].result()
+        executables["draw"] = pool.submit(lambda: lambda key: drawn.append(draw(key)) or drawn[-1])
+        assert len(list(first.chunks(executables, 3))) == 3
+    assert len({np.asarray(x).tobytes() for x in drawn}) == 3
     logits = np.asarray(second.draw(second.key)).astype(float) @ np.asarray(second.weight).astype(float).T
     assert 1 < logits.std() < 2
 

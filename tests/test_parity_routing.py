@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -102,6 +104,24 @@ def test_the_exact_choice_and_weights_are_those_of_the_specification_in_float64(
     )
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+@every_spec
+def test_the_exact_choice_and_weights_are_those_of_the_independent_reference(spec, corrected) -> None:
+    import torch
+
+    from torch_ref.routing import route_float64
+
+    logits = logits_of()
+    rounded = torch.from_numpy(logits).bfloat16().double() if spec.round_logits else torch.from_numpy(logits)
+    correction = CORRECTION if corrected else None
+    in_torch = None if correction is None else torch.from_numpy(correction).double()
+    weights, experts, _ = route_float64(rounded, **rule(spec), correction_bias=in_torch)
+    exact = judged.exact_choice(logits, correction, spec, BFLOAT16)
+    np.testing.assert_array_equal(judged._best(exact, spec.top_k), experts)
+    found = judged.exact_weights(logits, experts.numpy(), spec, BFLOAT16)
+    np.testing.assert_allclose(found, weights, rtol=1e-12, atol=0)
+
+
 def rule(spec: RoutingSpec) -> dict:
     return {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name != "round_logits"}
 
@@ -122,7 +142,7 @@ def test_one_expert_twice_is_impossible() -> None:
     logits = logits_of()
     _, experts = routed(logits, SPECS[0][0], False)
     experts = experts.copy()
-    experts[:, 1] = experts[:, 0]
+    experts[:, -1] = experts[:, -2]
     assert judge(experts, logits, SPECS[0][0], False).impossible.all()
 
 
@@ -157,6 +177,18 @@ def test_experts_of_a_rejected_group_are_impossible_unless_the_groups_are_tied()
     assert judge(right, logits, spec, False).undecided
     assert not judge(wrong, logits, spec, False).impossible
     assert judge(np.array([[0, 5]]), logits, spec, False).undecided
+
+
+def test_experts_of_tied_groups_are_possible_masked_and_not_masked() -> None:
+    """Masked with 0, which is better than a negative choice."""
+    spec = RoutingSpec(5, "sigmoid", select_on="logits", num_groups=3, group_topk=2, masked_choice=0.0)
+    logits = np.array([[0.9, -0.3, 0.8, -0.2, 0.9, -0.1]])  # the first two groups are tied, the third is kept
+    for without in (1, 3):
+        experts = np.delete(np.arange(6), without)[None]
+        assert not judge(experts, logits, spec, False).impossible
+    for without in (0, 4):
+        experts = np.delete(np.arange(6), without)[None]
+        assert judge(experts, logits, spec, False).impossible
 
 
 def test_rounding_to_16_bits_is_seen() -> None:
@@ -205,6 +237,19 @@ def test_scores_of_the_fast_instructions_are_within_the_bound(function: str) -> 
     assert (abs(scores - truth) > 0.02 * (high - low)).any(), "the bound is not within reach"
     tight = judged.Interval(low, high).map(np.asarray)
     assert ((tight.high - tight.low) < 1e-4 * truth + 2e-3 * (function == "sqrtsoftplus")).all()
+
+
+def test_the_bound_of_the_logits_is_the_smaller_of_both() -> None:
+    accumulation = parity.Accumulation(rounded=9, truncated=8)
+    lambda_ = np.sqrt(2 * np.log(2 * 1000 / 1e-9))
+    rounding, truncation = 3 * 2.0**-24, 8 * (1 + 17 / 4) * 2.0**-23
+
+    def bound(magnitude: float, spread: float) -> float:
+        one = np.ones((1, 1))
+        return parity.logit_bound(parity.Reference(64, one, magnitude * one, spread * one), accumulation, 1000).item()
+
+    assert bound(10.0, 1e6) == pytest.approx(10 * (lambda_ * rounding + truncation), rel=1e-5)
+    assert bound(1e6, 10.0) == pytest.approx(10 * lambda_ * (rounding + truncation) + 2 * 2.0**-24, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cuda", "xla"])
