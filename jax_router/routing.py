@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,32 @@ class RoutingSpec:
 
     def __post_init__(self) -> None:
         checks.routing_spec(self)
+
+    @classmethod
+    def from_hf_config(cls, config: Any, round_logits: bool = False) -> RoutingSpec:
+        """The spec that computes what the router of a Hugging Face transformers model computes in float32.
+
+        >>> RoutingSpec.from_hf_config({"model_type": "mixtral", "num_experts_per_tok": 2})
+        RoutingSpec(top_k=2, renormalize=True)
+
+        Args:
+          config: a configuration of transformers, or the dict of a config.json. Its `model_type` decides; of a model of
+            many parts, that of its text model.
+          round_logits: do as a model in 16 bits: True rounds the logits where the family's router is a 16-bit linear
+            layer, and leaves them where it computes in float32.
+
+        The router's bias, its correction bias and its per-expert scale are arguments of `route`. What a block
+        multiplies the sum of its experts with is not in the spec.
+
+        Raises:
+          NotImplementedError: a family, or a value in the config, that no spec expresses exactly; says why.
+          ValueError: an unknown `model_type`, or a field that the config lacks; says what to set by hand.
+
+        Source: the modeling files of Hugging Face transformers 5.23, family by family in docs/models.md.
+        """
+        from jax_router import hf
+
+        return hf.spec_from_hf_config(config, round_logits)
 
     def __repr__(self) -> str:
         changed = [

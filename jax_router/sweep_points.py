@@ -22,6 +22,12 @@ ACCURACY = "accuracy"
 CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY)
 SUITES = ("quick", "headline", "full")
 
+# What the records on GPUs have. More models would be more shapes to measure.
+MODELS = (
+    "gpt-oss-20b", "gpt-oss-120b", "DeepSeek-V3", "Kimi-K2", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Next-80B-A3B",
+    "Qwen3.5-397B-A17B", "GLM-4.5", "GLM-4.5-Air", "MiniMax-M2", "Mixtral-8x7B", "Llama-4-Maverick", "OLMoE-1B-7B",
+    "Nemotron-3-Nano-30B-A3B",
+)  # fmt: skip
 HEADLINE_MODELS = ("gpt-oss-120b", "DeepSeek-V3")
 ROUTE_HEADLINE_MODELS = (*HEADLINE_MODELS, "Qwen3-235B-A22B")
 # Families with a bias that moves the selection and not the weights: e_score_correction_bias of their checkpoints.
@@ -120,8 +126,9 @@ def _same_name(left: str, right: str) -> bool:
     return left.lower() == right.lower()
 
 
-def shapes(presets: Mapping[str, Any] = models) -> tuple[Shape, ...]:
-    """The distinct shapes of `presets`, headline shapes first. Models that share one are listed together."""
+def shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
+    """The distinct shapes of `presets` (None: of MODELS), headline first. Models that share one are listed together."""
+    presets = {name: models[name] for name in MODELS} if presets is None else presets
     names: dict[tuple[int, int, bool], list[str]] = {}
     for name, preset in presets.items():
         names.setdefault((preset.hidden, preset.experts, bool(preset.bias)), []).append(name)
