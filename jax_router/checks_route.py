@@ -54,18 +54,18 @@ def expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:
                 f"experts has the id {int(experts[place])} at {place} but weight has experts={count}. Expected ids "
                 f"from 0 to {count - 1}; pass ids that were recorded with this router."
             )
-    return jnp.asarray(experts, jnp.int32)
+    return jnp.asarray(experts).astype(jnp.int32)
 
 
 def experts_and_mask(experts: Any, num_experts: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
-    """The checked arrays of `tokens_per_expert`: experts as they are, the mask as bool in the shape of the tokens.
+    """The checked arrays of `tokens_per_expert`: experts in int32, the mask as bool in the shape of the tokens.
 
     Raises:
       TypeError: one is no array, or num_experts no integer.
       ValueError: a shape or dtype that does not fit.
     """
     size("num_experts", num_experts)
-    experts = jnp.asarray(_integers("experts", experts))
+    experts = jnp.asarray(_integers("experts", experts)).astype(jnp.int32)
     if experts.ndim < 1:
         raise ValueError(
             "experts has shape (), a scalar. Expected shape (..., k), tokens in the leading axes; pass the experts of "

@@ -32,7 +32,7 @@ def tokens_per_expert(experts: ArrayLike, num_experts: int, *, mask: ArrayLike |
     Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664) for that use.
     """
     ids, counted = checks_route.experts_and_mask(experts, num_experts, mask)
-    chosen = ids[..., None] == jnp.arange(num_experts)
+    chosen = ids[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
     if counted is not None:
         chosen &= counted[..., None, None]
     return chosen.sum(tuple(range(chosen.ndim - 1)), dtype=jnp.int32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_router import checks, checks_route, dispatch, implementations
-from jax_router.routing import Routing, RoutingSpec, routing_weights
+from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights
 
 # Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
 Operation = Callable[..., Any]
@@ -358,7 +358,7 @@ def _operation(decision: _Decision) -> Operation:
     def route_bwd(kept: Any, cotangent: Routing) -> Any:
         of_gemm, logits, experts, expert_scale = kept
         if spec.round_logits:  # before differentiating: no cotangent is rounded to x's dtype on its way
-            logits = logits.astype(of_gemm[0].dtype).astype(jnp.float32)
+            logits = round_logits(logits, of_gemm[0].dtype)
         sharding = jax.typeof(experts).sharding
         weights = _partitioned_by_xla(functools.partial(routing_weights, spec=spec), sharding.mesh, sharding)
         _, pullback = jax.vjp(weights, logits, experts, expert_scale)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_router import checks
 
@@ -129,6 +130,13 @@ def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
     return logits
 
 
+def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 logits rounded to a dtype and back."""
+    there_and_back = logits.astype(dtype).astype(jnp.float32)
+    # XLA may leave out a cast there and back, for the precision gained; this rounding, a second time nothing, it keeps.
+    return jax.lax.reduce_precision(there_and_back, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
+
+
 def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:
     """The experts `[..., k]` (int32) of float32 logits `[..., E]`, in exactly the order of `jax.lax.top_k`.
 
@@ -141,11 +149,11 @@ def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: R
         choice = choice + correction_bias.astype(jnp.float32)
     choice = jnp.where(jnp.isnan(choice), jnp.nan, choice)
     if spec.num_groups is not None and spec.group_topk is not None:
-        in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, -1)
+        in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, choice.shape[-1] // spec.num_groups)
         highest = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0]
         best = highest[..., 0] if spec.group_score == "max" else highest[..., 0] + highest[..., 1]
         kept = jax.lax.top_k(jnp.where(jnp.isnan(best), jnp.nan, best), spec.group_topk)[1]
-        is_kept = (kept[..., None] == jnp.arange(spec.num_groups)).any(-2)
+        is_kept = (kept[..., None] == jnp.arange(spec.num_groups, dtype=kept.dtype)).any(-2)
         choice = jnp.where(is_kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
     return jax.lax.top_k(choice, spec.top_k)[1]
 
@@ -191,7 +199,7 @@ def route_logits(
       dtype: that of x, to which `spec.round_logits` rounds.
     """
     if spec.round_logits:
-        logits = logits.astype(dtype).astype(jnp.float32)
+        logits = round_logits(logits, dtype)
     if experts is None:
         experts = jax.lax.stop_gradient(select_experts(jax.lax.stop_gradient(logits), correction_bias, spec))
     # The weights of one selection have the same bits whoever made it: XLA sees the same program behind the barrier.

@@ -46,7 +46,9 @@ def test_the_public_names_are_there() -> None:
     import jax_router
 
     assert all(hasattr(jax_router, name) for name in jax_router.__all__)
-    assert {"router_gemm", "route", "RoutingSpec", "explain", "models", "load_balancing_loss"} <= set(jax_router.__all__)
+    assert {"router_gemm", "route", "RoutingSpec", "explain", "models", "load_balancing_loss"} <= set(
+        jax_router.__all__
+    )
 
 
 @pytest.mark.parametrize("name", ["ops", "dispatch", "losses", "routing"])

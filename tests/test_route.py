@@ -1,0 +1,324 @@
+"""`route` keeps its contract under every transformation of JAX. Gradients are in test_route_grad.py."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import routing_cases as cases
+from test_ops import BF16, F16, F32, arrays, primitives
+
+import jax_router as jr
+from jax_router import dispatch, ops
+
+SPEC = jr.RoutingSpec(2, "sigmoid", renormalize=True, num_groups=3, group_topk=2)
+VECTORS = {
+    "correction_bias": jnp.array([0.5, -0.25, 0.0, 0.25, -0.5, 0.125]),
+    "expert_scale": jnp.array([1.0, 0.5, 2.0, 1.5, 0.25, 3.0]),
+}
+six = functools.partial(arrays, experts=6)
+
+
+def route(*operands, **options) -> jr.Routing:
+    return jr.route(*operands, **{"spec": SPEC} | VECTORS | options)
+
+
+def assert_same(actual: jr.Routing, expected: jr.Routing) -> None:
+    assert (actual.logits is None) == (expected.logits is None)
+    for result, truth in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (result.dtype, result.shape) == (truth.dtype, truth.shape)
+        np.testing.assert_array_equal(result, truth)
+
+
+def assert_close(actual: jr.Routing, expected: jr.Routing) -> None:
+    np.testing.assert_array_equal(actual.experts, expected.experts)
+    np.testing.assert_allclose(actual.weights, expected.weights, rtol=1e-5)
+    assert (actual.logits is None) == (expected.logits is None)
+
+
+GRID = [
+    (x, weight, bias, vector)
+    for x in (BF16, F16, F32)
+    for weight, bias, vector in itertools.product(*(dict.fromkeys(d) for d in ((x, F32), (x, F32, None), (x, F32))))
+]
+
+
+def dtype_id(dtype) -> str:
+    return "none" if dtype is None else jnp.dtype(dtype).name
+
+
+@pytest.mark.parametrize(("x", "weight", "bias", "vector"), GRID, ids=dtype_id)
+def test_every_dtype_of_the_grid_is_taken(x, weight, bias, vector) -> None:
+    operands = six(5, x=x, weight=weight, bias=bias)
+    vectors = {name: array.astype(vector) for name, array in VECTORS.items()}
+    routing = route(*operands, **vectors, return_logits=True)
+    shapes = [(result.shape, result.dtype) for result in routing]
+    assert shapes == [((5, 2), F32), ((5, 2), jnp.int32), ((5, 6), F32)]
+    logits = np.asarray(routing.logits)
+    np.testing.assert_array_equal(logits, jr.router_gemm(*operands))
+    correction, scale = (np.asarray(array, np.float64) for array in vectors.values())
+    np.testing.assert_array_equal(routing.experts, cases.select(logits.astype(np.float64), correction, SPEC))
+    truth = cases.weigh(logits.astype(np.float64), np.asarray(routing.experts), scale, SPEC)
+    np.testing.assert_allclose(routing.weights, truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (4,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("return_logits", [False, True])
+def test_leading_axes_are_tokens(leading, return_logits) -> None:
+    x, weight, bias = six(*leading)
+    routing = route(x, weight, bias, return_logits=return_logits)
+    flat = route(x.reshape(-1, 24), weight, bias, return_logits=return_logits)
+    assert_same(routing, jax.tree.map(lambda result: result.reshape(*leading, -1), flat))
+    replayed = route(x, weight, bias, experts=routing.experts, return_logits=return_logits)
+    assert_same(replayed, routing)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("implementation", [None, *dispatch.IMPLEMENTATIONS])
+def test_no_tokens_give_empty_arrays_without_a_launch(leading, implementation, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "_operation", lambda *_: pytest.fail("something was launched"))
+    operands = six(*leading, x=BF16, weight=BF16)
+    for experts in (None, jnp.zeros((*leading, 2), jnp.int32)):
+        routing = route(*operands, experts=experts, implementation=implementation, return_logits=True)
+        shapes = [(result.shape, result.dtype) for result in routing]
+        assert shapes == [((*leading, 2), F32), ((*leading, 2), jnp.int32), ((*leading, 6), F32)]
+    assert route(*operands, implementation=implementation).logits is None
+
+
+def test_the_logits_are_those_of_router_gemm_and_are_not_rounded() -> None:
+    operands = six(7, x=BF16, weight=BF16)
+    spec = jr.RoutingSpec(2, "softmax", round_logits=True)
+    routing = jr.route(*operands, spec=spec, return_logits=True)
+    np.testing.assert_array_equal(routing.logits, jr.router_gemm(*operands))
+    rounded = np.asarray(routing.logits.astype(BF16).astype(F32), np.float64)
+    np.testing.assert_allclose(
+        routing.weights, cases.weigh(rounded, np.asarray(routing.experts), None, spec), rtol=1e-5
+    )
+
+
+def test_equal_rounded_logits_tie_to_the_lowest_expert() -> None:
+    x, weight = jnp.ones((1, 8), BF16), jnp.zeros((3, 8), BF16)
+    bias = jnp.array([1.0, 1 + 2.0**-10, 1 + 2.0**-9], F32)  # all of them 1 in bfloat16
+    for round_logits, experts in ((False, [[2, 1]]), (True, [[0, 1]])):
+        spec = jr.RoutingSpec(2, "softmax_topk", round_logits=round_logits)
+        assert jr.route(x, weight, bias, spec=spec).experts.tolist() == experts
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_recorded_ids_of_any_integer_dtype_are_replayed(dtype) -> None:
+    operands = six(4)
+    recorded = route(*operands)
+    experts = np.asarray(recorded.experts).astype(dtype)
+    assert_same(route(*operands, experts=experts), recorded)
+    with jax.enable_x64(True):
+        traced = jax.jit(lambda *operands: route(*operands[:-1], experts=operands[-1]))
+        assert_close(traced(*operands, jnp.asarray(experts)), recorded)
+
+
+def test_replay_takes_the_ids_as_given_whatever_the_spec_would_select() -> None:
+    operands = six(3)
+    experts = jnp.array([[0, 0], [5, 1], [2, 4]])  # twice the same, and experts of any group
+    routing = route(*operands, experts=experts, return_logits=True)
+    np.testing.assert_array_equal(routing.experts, experts)
+    truth = cases.weigh(
+        np.asarray(routing.logits, np.float64), np.asarray(experts), np.asarray(VECTORS["expert_scale"]), SPEC
+    )
+    np.testing.assert_allclose(routing.weights, truth, rtol=1e-5)
+    assert_same(route(*operands, experts=experts, correction_bias=None, return_logits=True), routing)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 7), ("rounded logits", 257), ("Gemma-4", 1)])
+def test_replay_gives_the_same_bits_under_jit_and_outside(name, rows) -> None:
+    case = cases.CASES[name]
+    correction, scale = case.vectors()
+    operands = arrays(rows, hidden=case.hidden, experts=case.experts, x=case.dtype, weight=case.dtype, bias=case.bias)
+    given = {"spec": case.spec, "correction_bias": correction, "expert_scale": scale, "implementation": "xla"}
+    for transform in (lambda function: function, jax.jit):
+        recorded = transform(functools.partial(jr.route, **given))(*operands)
+        replayed = transform(functools.partial(jr.route, **given, experts=recorded.experts))(*operands)
+        assert_same(replayed, recorded)
+
+
+def test_ids_out_of_range_are_refused_where_they_are_known() -> None:
+    operands = six(2, 3)
+    for wrong, dtype in ((6, jnp.int32), (-1, jnp.int8), (2**32 + 1, np.int64), (2**32 - 1, np.uint32)):
+        experts = np.zeros((2, 3, 2), dtype)
+        experts[1, 0, 1] = experts[1, 2, 0] = wrong
+        message = (
+            f"experts has the id {wrong} at (1, 0, 1) but weight has experts=6. Expected ids from 0 to 5; pass ids "
+            "that were recorded with this router."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            route(*operands, experts=experts)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            jax.jit(lambda *operands, experts=experts: route(*operands, experts=experts))(*operands)
+
+
+def test_ids_out_of_range_under_jit_have_a_weight_of_nan() -> None:
+    operands, experts = six(3), jnp.array([[0, 6], [-1, 5], [2**30, -(2**31)]])
+    for spec, bad in (
+        (jr.RoutingSpec(2, "sigmoid"), [[False, True], [True, False], [True, True]]),
+        (jr.RoutingSpec(2, "softmax_topk"), [[True, True]] * 3),
+    ):
+        routing = jax.jit(lambda experts, spec=spec: route(*operands, spec=spec, experts=experts))(experts)
+        np.testing.assert_array_equal(routing.experts, experts)
+        np.testing.assert_array_equal(jnp.isnan(routing.weights), bad)
+
+
+def test_numpy_arrays_and_wrapped_parameters_are_taken() -> None:
+    class Parameter:
+        def __init__(self, value):
+            self.value = value
+
+        def __jax_array__(self):
+            return self.value
+
+    operands = six(3, x=BF16, weight=BF16)
+    expected = route(*operands)
+    as_numpy = {name: np.asarray(vector) for name, vector in VECTORS.items()}
+    assert_same(route(*map(np.asarray, operands), **as_numpy), expected)
+    wrapped = {name: Parameter(vector) for name, vector in VECTORS.items()}
+    experts = Parameter(expected.experts)
+    assert_same(route(operands[0], *map(Parameter, operands[1:]), **wrapped, experts=experts), expected)
+
+
+def test_named_implementation_never_falls_back() -> None:
+    operands = six(3, hidden=8, x=BF16, weight=BF16)
+    cpu = dispatch.Device("cpu", "cpu")
+    for name in ("cuda", "pallas"):
+        problem = dispatch.Problem(3, 8, 6, bias_dtype="float32", spec=SPEC)
+        reason = dispatch.why_unsupported(problem, cpu, name)
+        with jax.default_device(jax.devices("cpu")[0]), pytest.raises(NotImplementedError, match=re.escape(reason)):
+            jax.jit(functools.partial(route, implementation=name)).trace(*operands)
+    assert_same(route(*operands, implementation=["xla"]), route(*operands, implementation="xla"))
+
+
+def test_vmap_over_x_folds_into_tokens_and_does_not_copy_the_weight() -> None:
+    x, weight, bias = six(4, 3)
+    batched = jax.vmap(functools.partial(route, return_logits=True), (0, None, None))
+    assert_close(batched(x, weight, bias), route(x, weight, bias, return_logits=True))
+    seen = list(primitives(batched, x, weight, bias))
+    assert [shapes for name, shapes in seen if name == "dot_general"] == [[(12, 6)]]
+    copies = [(name, shapes) for name, shapes in seen if any(shape[-2:] == (6, 24) for shape in shapes)]
+    assert not copies, f"the weight was copied: {copies}"
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0), (None, 0), (0, None), (1, 1)], ids=str)
+def test_vmap_over_x_and_experts_folds_into_tokens(in_axes) -> None:
+    x, weight, bias = six(3, 3)
+    experts = jax.random.randint(jax.random.key(1), (3, 3, 2), 0, 6)
+    operands = [a if axis is not None else a[0] for a, axis in zip((x, experts), in_axes, strict=True)]
+    replay = lambda x, experts: route(x, weight, bias, experts=experts)  # noqa: E731
+    batched = jax.vmap(replay, in_axes)
+    rows = [
+        [a if axis is None else jnp.take(a, i, axis) for a, axis in zip(operands, in_axes, strict=True)]
+        for i in range(3)
+    ]
+    assert_close(batched(*operands), jax.tree.map(lambda *each: jnp.stack(each), *(replay(*row) for row in rows)))
+    assert [shapes for name, shapes in primitives(batched, *operands) if name == "dot_general"] == [[(9, 6)]]
+
+
+@pytest.mark.parametrize("batched", ["weight", "bias", "correction_bias", "expert_scale", "x, weight and experts"])
+def test_vmap_over_anything_is_a_loop_over_routers(batched) -> None:
+    names = ("x", "weight", "bias", "correction_bias", "expert_scale", "experts")
+    values = dict(zip(names, (*six(3), *VECTORS.values(), jnp.array([[0, 1], [5, 2], [3, 3]])), strict=True))
+    if batched != "x, weight and experts":
+        del values["experts"]
+    axes = {name: 0 if name in batched.replace(",", "").split() else None for name in values}
+    stacked = {name: a if axes[name] is None else jnp.stack([a, a[::-1], a]) for name, a in values.items()}
+
+    def run(values: dict) -> jr.Routing:
+        return jr.route(**values, spec=SPEC, return_logits=True)
+
+    one_by_one = [run({n: a if axes[n] is None else a[i] for n, a in stacked.items()}) for i in range(3)]
+    assert_close(jax.vmap(run, (axes,))(stacked), jax.tree.map(lambda *each: jnp.stack(each), *one_by_one))
+
+
+def test_vmap_over_nothing_is_empty() -> None:
+    x, weight, bias = six(0, 3)
+    routing = jax.jit(jax.vmap(route, (0, None, None)))(x, weight, bias)
+    assert [(result.shape, result.dtype) for result in routing[:2]] == [((0, 3, 2), F32), ((0, 3, 2), jnp.int32)]
+
+
+def test_jit_scan_and_remat_change_nothing() -> None:
+    x, weight, bias = six(4, 3)
+    expected = route(x, weight, bias, return_logits=True)
+    with_logits = functools.partial(route, return_logits=True)
+    assert_same(jax.jit(with_logits)(x, weight, bias), expected)
+    assert_same(jax.checkpoint(with_logits)(x, weight, bias), expected)
+    _, scanned = jax.lax.scan(lambda carry, row: (carry, route(row, weight, bias)), None, x)
+    assert_close(scanned, expected._replace(logits=None))
+
+
+def test_donated_buffers_are_given_up_and_the_routing_is_right() -> None:
+    x, weight, bias = six(4)
+    expected, kept = route(x, weight, bias), np.array(x)
+    donating = jax.jit(lambda x: (2 * x, route(x, weight, bias)), donate_argnums=0)
+    doubled, routing = donating(x)
+    assert_same(routing, expected)
+    np.testing.assert_array_equal(doubled, 2 * kept)
+    assert x.is_deleted()
+
+
+def test_abstract_values_are_enough_to_trace_in_32_and_64_bits() -> None:
+    operands = six(2, 3, x=BF16, weight=BF16)
+    for enabled in (False, True):
+        with jax.enable_x64(enabled):
+            routing = jax.eval_shape(functools.partial(route, return_logits=True), *operands)
+            dtypes = [(result.shape, result.dtype) for result in routing]
+            assert dtypes == [((2, 3, 2), F32), ((2, 3, 2), jnp.int32), ((2, 3, 6), F32)]
+            assert [result.dtype for result in route(operands[0][:0], *operands[1:])[:2]] == [F32, jnp.int32]
+
+
+def test_an_open_number_of_tokens_is_exported_with_xla() -> None:
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    x, *others = six(6)
+    experts = jax.random.randint(jax.random.key(1), (6, 2), 0, 6)
+    shapes = jax.ShapeDtypeStruct((tokens, 24), F32), jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        x, others, experts = jax.device_put((x, others, experts), jax.devices("cpu")[0])
+        select = jax.jit(lambda x: route(x, *others, return_logits=True))
+        replay = jax.jit(lambda x, experts: route(x, *others, experts=experts))
+        exported = jax.export.export(select)(shapes[0]), jax.export.export(replay)(*shapes)
+        for count in (6, 1):
+            assert_close(jr.Routing(*exported[0].call(x[:count])), select(x[:count]))
+            assert_close(jr.Routing(*exported[1].call(x[:count], experts[:count])), replay(x[:count], experts[:count]))
+    with pytest.raises(NotImplementedError, match="needs a fixed number of tokens, it is the symbolic tokens"):
+        jax.export.export(jax.jit(lambda x: route(x, *others, implementation="cuda")))(shapes[0])
+
+
+def test_inf_and_nan_stay_in_their_rows() -> None:
+    x, weight, bias = six(4)
+    clean = route(x, weight, bias)
+    routing = route(x.at[1, 2].set(jnp.nan).at[2, 3].set(jnp.inf), weight, bias)
+    assert jnp.isnan(routing.weights[1]).all()
+    for row in (0, 3):
+        assert_same(jax.tree.map(lambda a, row=row: a[row], routing), jax.tree.map(lambda a, row=row: a[row], clean))
+
+
+def test_a_repeated_call_does_not_trace_again() -> None:
+    operands = six(3)
+    route(*operands)
+    request = ops._Request.now(None, dispatch.Device.default(), "float32", SPEC)
+    function = ops._operation(ops._decide(*operands, request))
+    before = function._cache_size()
+    assert before > 0
+    route(*operands)
+    assert function._cache_size() == before
+
+
+def test_the_dispatcher_is_asked_about_the_spec(monkeypatch) -> None:
+    asked, resolve = [], dispatch.resolve
+    monkeypatch.setattr(dispatch, "resolve", lambda problem, *rest: asked.append(problem) or resolve(problem, *rest))
+    operands = six(3, x=BF16, weight=BF16)
+    route(*operands)
+    jr.router_gemm(*operands)
+    problem = dispatch.Problem(3, 24, 6, weight_dtype="bfloat16", bias_dtype="float32")
+    assert asked == [dispatch.Problem(**vars(problem) | {"spec": SPEC}), problem]
+    jr.explain(tokens=3, hidden=24, experts=6, bias="float32", spec=SPEC)
+    assert asked[2] == asked[0]
