@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from jax_router import dispatch, implementations, parity
 from jax_router import parity_routing as judged
 from jax_router.agreement_report import ASKED, COUNTED, Record, bar, print_record
+from jax_router.models import models
 from jax_router.routing import route_logits
 from jax_router.sweep import BAD_INPUT, FAILED, INTERRUPTED, gpu_name, torch_with_gpu
 from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, Shape, route_shapes
@@ -257,7 +258,7 @@ def run(tokens: int, chunk: int, seed: int, names: Sequence[str], output: Path |
     for option, value in (("tokens", tokens), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{option} is {value}. Expected 1 or more; pass a positive number to --{option}.")
-    shapes = route_shapes()
+    shapes = route_shapes(models)
     known = [model for shape in shapes for model in shape.models]
     for name in names:
         if name not in known:

@@ -30,8 +30,12 @@ MODELS = (
 )  # fmt: skip
 HEADLINE_MODELS = ("gpt-oss-120b", "DeepSeek-V3")
 ROUTE_HEADLINE_MODELS = (*HEADLINE_MODELS, "Qwen3-235B-A22B")
-# Families with a bias that moves the selection and not the weights: e_score_correction_bias of their checkpoints.
-CORRECTION_BIAS = ("DeepSeek-V3", "Kimi-K2", "GLM-4.5", "MiniMax-M2", "Nemotron-3")
+# Families with a bias that moves the selection and not the weights: e_score_correction_bias or expert_bias of
+# their modules in transformers.
+CORRECTION_BIAS = (
+    "DeepSeek-V3", "DeepSeek-V4", "Kimi-K2", "Kimi-Linear", "GLM-4.5", "GLM-5", "MiniMax-M2", "Nemotron-3", "LongCat",
+    "ERNIE-4.5", "MiMo-V2", "LFM2", "Hy3",
+)  # fmt: skip
 ALL_TOKENS = tuple(2**power for power in range(15))  # 1 to 16384
 SPARSE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (1, 8, 64, 512)
@@ -136,8 +140,9 @@ def shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
     return tuple(sorted(found, key=lambda shape: _rank(shape, HEADLINE_MODELS)))
 
 
-def route_shapes(presets: Mapping[str, Any] = models) -> tuple[Shape, ...]:
-    """The distinct routers of `presets`, weight and rule, headline models first."""
+def route_shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
+    """The distinct routers of `presets` (None: of MODELS), weight and rule, headline models first."""
+    presets = {name: models[name] for name in MODELS} if presets is None else presets
     names: dict[tuple[Any, ...], list[str]] = {}
     for name, preset in presets.items():
         correction_bias = any(name.lower().startswith(family.lower()) for family in CORRECTION_BIAS)

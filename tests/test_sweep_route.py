@@ -22,6 +22,7 @@ from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import (
     BOTH,
     COMPILED_PEER,
+    MODELS,
     ROUTE_CHAIN_TOKENS,
     ROUTE_FEW_TOKENS,
     ROUTE_HEADLINE_MODELS,
@@ -71,16 +72,18 @@ def routed(data: RouteData, tokens: int = 64) -> tuple[np.ndarray, np.ndarray]:
 
 def test_every_model_is_routed_by_its_own_rule() -> None:
     found = route_shapes()
-    assert sorted(name for shape in found for name in shape.models) == sorted(models)
+    assert sorted(name for shape in found for name in shape.models) == sorted(MODELS)
+    every = route_shapes(models)
+    assert sorted(name for shape in every for name in shape.models) == sorted(models)
     assert [shape.models[0] for shape in found[:3]] == list(ROUTE_HEADLINE_MODELS)
-    for shape in found:
+    for shape in every:
         for name in shape.models:
             assert (shape.spec, shape.hidden, shape.experts) == (
                 models[name].spec,
                 models[name].hidden,
                 models[name].experts,
             )
-    corrected = {name for shape in found for name in shape.models if shape.correction_bias}
+    corrected = {name for shape in every for name in shape.models if shape.correction_bias}
     assert {"DeepSeek-V3", "Kimi-K2", "GLM-4.5", "GLM-4.5-Air", "MiniMax-M2"} <= corrected
     assert corrected.isdisjoint({"gpt-oss-120b", "Qwen3-235B-A22B", "Mixtral-8x7B", "Llama-4-Maverick"})
 
