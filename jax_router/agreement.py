@@ -59,6 +59,7 @@ class Router:
         bias = random.standard_normal(self.shape.experts, np.float32) if self.shape.bias else None
         correction = correction_bias(self.shape.label, self.shape.experts) if self.shape.correction_bias else None
         put = functools.partial(jax.device_put, device=self.device)
+        self.key = put(self.key)
         self.weight = put(weight.astype(jnp.bfloat16))
         self.biases = (None if bias is None else put(bias.astype(jnp.bfloat16)), put(correction))
         self.paths = self._paths()

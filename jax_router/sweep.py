@@ -239,6 +239,8 @@ def _print_summary(console: Console, rows: Sequence[Row], gpu: bool) -> None:
 
 def torch_with_gpu() -> Any | None:
     """The torch module if it is installed and has the GPU."""
+    # Processes that compile kernels take longer to start than the few kernels of a router to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         torch = importlib.import_module("torch")
     except ImportError:

@@ -270,3 +270,15 @@ def test_a_broken_record_is_explained(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=r"is broken \(.*Expected what jax-router agreement writes; run that again"):
         agreement_report.read_record(path)
+
+
+def test_gpu_every_path_of_every_router_is_counted(gpu: jax.Device) -> None:
+    import torch
+
+    found = routers(SHAPES, gpu, 4096, 0, torch)
+    record = counted(found, chunks=2)
+    for router in record["routers"]:
+        assert {*agreement.XLA_PATHS, *agreement.TORCH_PATHS, "xla"} <= set(router["paths"])
+        assert router["tokens"] == 2 * 4096
+        for name, counts in router["paths"].items():
+            assert (counts["outside"] > 20) == ("bf16" in name), router

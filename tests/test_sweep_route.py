@@ -315,3 +315,45 @@ def test_a_peer_that_cannot_be_compiled_here_is_skipped_and_a_broken_one_fails(
     status = {row["candidate"]: row["status"] for row in rows}
     assert status == {"torch_route": "failed", COMPILED_PEER: "skipped"}
     assert rows[1]["reason"] == "PyTorch cannot compile it on this machine: RuntimeError: no Python.h"
+
+
+# On the GPU ------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_route_is_checked_and_timed_beside_pytorch(gpu: jax.Device, tmp_path: Path) -> None:
+    import torch
+
+    kernels, replays, chains = (
+        tuple((each, state) for state in BOTH) for each in ("cupti", "torch_replay", "chain_slope")
+    )
+    shape = Shape(2048, 64, False, ("small",), GROUPED, True)
+    todo = [
+        *(Point(shape, 16, peer, replays) for peer in ROUTE_PEERS),
+        *(Point(shape, 16, name, (*chains, *kernels)) for name in dispatch.IMPLEMENTATIONS),
+        Point(shape, 16, "no_routing", chains),
+    ]
+    writer = RowsWriter(tmp_path / "rows.jsonl")
+    runner = sweep_run.Runner(writer, provenance={}, device=gpu, torch=torch)
+    runner.run(todo)
+    writer.close()
+    rows = read_rows(writer.path)
+    assert not runner.failed
+    measured = {(row["candidate"], row["method"], row["weights"]) for row in rows if "samples_us" in row}
+    skipped = {row["candidate"] for row in rows if row["status"] == "skipped"}
+    expected = {
+        (point.candidate, *each) for point in todo if point.candidate not in skipped for each in point.measurements
+    }
+    assert measured == expected
+    assert not skipped & {"xla", "torch_route", "no_routing"}
+
+
+def test_gpu_the_compiled_peer_agrees_with_the_eager_one(gpu: jax.Device) -> None:
+    import torch
+
+    data = RouteData(Shape(2048, 64, False, ("small",), GROUPED, True), (16,), gpu)
+    x, weights, biases = timing_torch.as_torch(torch, data.operands(16))
+    with torch.no_grad():
+        for compiled in (False, True):
+            results = timing_torch.route_operator(torch, GROUPED, compiled=compiled)(x, weights[0], biases)
+            check = data.check("torch_route", tuple(result.cpu().numpy() for result in results))
+            assert check["passed"], check
