@@ -111,6 +111,19 @@ def _host(array: Any) -> Any:
     return None if array is None else np.asarray(array)
 
 
+def test_every_path_is_held_to_what_its_accumulation_promises() -> None:
+    class FakeGpu:
+        platform = "gpu"
+
+    router = small_routers()[0]
+    router.device = FakeGpu()  # type: ignore[assignment]  # where they differ
+    tensor_cores, any_order = agreement.parity.tensor_core_chain(64), agreement.parity.float32_chain(64)
+    expected = {"cuda": agreement.parity.slice_tree(64), "pallas": tensor_cores, "xla": tensor_cores}
+    expected |= dict(zip(agreement.XLA_PATHS, (tensor_cores, any_order), strict=True))
+    expected |= dict(zip(agreement.TORCH_PATHS, (tensor_cores, any_order), strict=True))
+    assert {name: router.accumulation(name) for name in expected} == expected
+
+
 def test_tokens_are_those_of_the_seed_and_other_in_every_chunk_and_router() -> None:
     first, second = small_routers()
     keys = [router.key for router in (*small_routers(), *routers(SHAPES, CPU, 64, 1, None))]
