@@ -57,11 +57,10 @@ class Router:
         scale = LOGIT_DEVIATION / np.sqrt(self.shape.hidden)
         weight = random.standard_normal((self.shape.experts, self.shape.hidden), np.float32) * scale
         bias = random.standard_normal(self.shape.experts, np.float32) if self.shape.bias else None
-        correction = correction_bias(self.shape.label, self.shape.experts) if self.shape.correction_bias else None
         put = functools.partial(jax.device_put, device=self.device)
         self.key = put(self.key)
         self.weight = put(weight.astype(jnp.bfloat16))
-        self.biases = (None if bias is None else put(bias.astype(jnp.bfloat16)), put(correction))
+        self.biases = (None if bias is None else put(bias.astype(jnp.bfloat16)), put(correction_bias(self.shape)))
         self.paths = self._paths()
         self.torch_paths = {} if self.torch is None else self._torch_paths(self.torch)
 

@@ -22,10 +22,13 @@ from jax_router.timing_torch import route_operator
 CORRECTION_DEVIATION = 0.1  # of scores near 0.5: enough to move most selections
 
 
-def correction_bias(label: str, experts: int) -> NDArray[np.float32]:
-    """A seeded correction bias [experts], of both signs."""
-    random = np.random.default_rng(zlib.crc32(f"correction bias of {label}".encode()))
-    return random.normal(0.0, CORRECTION_DEVIATION, experts).astype(np.float32)
+def correction_bias(shape: Shape) -> NDArray[np.float32] | None:
+    """The seeded correction bias [experts] of a router that has one, of both signs and of its scores' size."""
+    if shape.spec is None or not shape.correction_bias:
+        return None
+    random = np.random.default_rng(zlib.crc32(f"correction bias of {shape.label}".encode()))
+    deviation = 1 / shape.experts if shape.spec.score_function == "softmax" else CORRECTION_DEVIATION
+    return random.normal(0.0, deviation, shape.experts).astype(np.float32)
 
 
 class RouteData(ShapeData):
@@ -35,7 +38,7 @@ class RouteData(ShapeData):
         assert shape.spec is not None
         super().__init__(shape, tokens, device)
         self.spec = shape.spec
-        self.correction = correction_bias(shape.label, shape.experts) if shape.correction_bias else None
+        self.correction = correction_bias(shape)
         self._correction = None if self.correction is None else jax.device_put(self.correction, device)
 
     def operands(self, tokens: int) -> Operands:

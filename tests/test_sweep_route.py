@@ -48,6 +48,7 @@ SPECS = [
     (RoutingSpec(4, "softmax", scaling_factor=16.0, num_groups=4, group_topk=2, group_score="max"), False),
     (RoutingSpec(4, "sqrtsoftplus", renormalize=True, renormalize_epsilon=1e-20), True),
     (RoutingSpec(2, "sigmoid", select_on="logits"), True),
+    (RoutingSpec(4, "softmax", scaling_factor=6.0), True),
 ]
 every_spec = pytest.mark.parametrize(("spec", "corrected"), SPECS, ids=lambda value: str(value)[12:-1])
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
@@ -140,8 +141,10 @@ def test_a_rule_survives_its_row(spec: RoutingSpec, corrected: bool) -> None:
 @every_spec
 def test_the_specification_passes_its_check(spec: RoutingSpec, corrected: bool) -> None:
     data = data_of(spec, corrected)
+    _, experts = routed(data)
     result = data.check("xla", routed(data))
     assert result["passed"], result
+    assert len({tuple(sorted(row)) for row in experts.tolist()}) > 4, "the correction bias alone decides"
     assert result["rows"] == 64
     assert 0 < result["worst_error"] < 1
     assert (data.correction is not None) == corrected
