@@ -128,7 +128,7 @@ def _mask(mask: Any, tokens: tuple[int, ...]) -> jax.Array | None:
             f"mask has shape {mask.shape} but the tokens have {tokens}. Expected a shape that broadcasts to that; pass "
             "one value per token."
         )
-    return jnp.broadcast_to(jnp.asarray(mask) != 0, tokens)
+    return jnp.broadcast_to(jnp.asarray(mask).astype(bool), tokens)
 
 
 def _integers(name: str, value: Any) -> jax.Array | np.ndarray:

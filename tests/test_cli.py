@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -103,3 +104,22 @@ def test_python_dash_m_is_the_same_command() -> None:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("tokens=1, hidden=7168, experts=384")
+
+
+def test_route_asks_about_the_rule_of_the_model(monkeypatch) -> None:
+    spec, asked, explain = jr.RoutingSpec(2), [], cli.dispatch.explain
+    toy = types.SimpleNamespace(
+        name="toy", hidden=16, experts=4, dtype="bfloat16", bias=False, spec=spec, source="here"
+    )
+    monkeypatch.setattr(cli, "models", {"toy": toy})
+    monkeypatch.setattr(cli.dispatch, "explain", lambda **given: asked.append(given["spec"]) or explain(**given))
+    for arguments in (("--route",), ()):
+        result = run("explain", "--model", "toy", "--tokens", "8", "--device", "cpu", *arguments)
+        assert result.exit_code == 0, result.stderr
+    assert asked == [spec, None]
+
+
+def test_route_without_a_model_is_refused() -> None:
+    result = run("explain", "--hidden", "16", "--experts", "4", "--tokens", "3", "--route")
+    assert result.exit_code == 2
+    assert "--route is given without --model. Expected a model, whose rule is asked about; name one." in result.stderr
