@@ -118,6 +118,8 @@ def test_one_group_or_none_is_no_groups() -> None:
         spec = jr.RoutingSpec.from_hf_config(complete("axk2", n_group=groups, topk_group=kept))
         assert (spec.num_groups, spec.group_topk) == (None, None)
         assert spec.masked_choice == -math.inf
+    one = complete("deepseek_v2", topk_method="group_limited_greedy", n_group=1, topk_group=1)
+    assert jr.RoutingSpec.from_hf_config(one) == jr.RoutingSpec.from_hf_config({**one, "topk_method": "greedy"})
 
 
 def test_without_renormalization_there_is_no_epsilon_and_no_minimum() -> None:
