@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,6 @@ from jax_router import dispatch, implementations, parity
 from jax_router import parity_routing as judged
 from jax_router.agreement_report import ASKED, COUNTED, Record, bar, print_record
 from jax_router.models import models
-from jax_router.routing import route_logits
 from jax_router.sweep import BAD_INPUT, FAILED, INTERRUPTED, gpu_name, torch_with_gpu
 from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, Shape, route_shapes
 from jax_router.sweep_route import correction_bias, route_calls
@@ -33,6 +32,8 @@ CHUNK = 65_536  # tokens at a time: of hidden 7168 they take 4 GB in float64
 LOGIT_DEVIATION = 1.5
 # Sums of positive products on tensor cores, of squares in bfloat16: what they may be too small by.
 MAGNITUDE_MARGIN, SQUARES_MARGIN = 1 + 2.0**-10, 1 + 2.0**-6
+# As XLA keeps it: it may leave out a cast there and back, for the precision gained.
+TO_BFLOAT16 = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
 XLA_PATHS = ("xla, bf16 logits", "xla, float32")
 TORCH_PATHS = ("PyTorch, bf16", "PyTorch, float32")
 
@@ -88,11 +89,10 @@ class Router:
             else:
                 self.refused[name] = refusal
 
-        def rounded(x: jax.Array, weight: jax.Array, biases: Any) -> jax.Array:
-            bias, correction = biases
-            gemm = implementations.load("xla").router_gemm
-            logits = gemm(x, weight, bias, out_dtype=jnp.bfloat16).astype(jnp.float32)
-            return route_logits(logits, correction, None, None, spec=self.spec)[1]
+        with_rounding = route_calls(replace(self.spec, round_logits=True))["xla"]
+
+        def rounded(*operands: Any) -> jax.Array:
+            return with_rounding(*operands)[1]
 
         def widened(x: jax.Array, weight: jax.Array, biases: Any) -> jax.Array:
             return calls["xla"](*jax.tree.map(lambda array: array.astype(jnp.float32), (x, weight, biases)))[1]
@@ -132,11 +132,11 @@ class Router:
     ) -> Counts:
         """Counts by path, traced with 64-bit types. The bounds hold for `comparisons` logits together."""
         truth, correction = self._truth(x, weight, biases)
-        exact = judged.exact_choice(truth.logits, correction, self.spec, jnp.bfloat16)
+        exact = judged.exact_choice(truth.logits, correction, self.spec, TO_BFLOAT16)
         counts = {}
         for name, selected in experts.items():
             slack = parity.logit_bound(truth, self.accumulation(name), comparisons)  # type: ignore[arg-type]
-            logits = judged.logit_interval(truth.logits, slack, self.spec, jnp.bfloat16)
+            logits = judged.logit_interval(truth.logits, slack, self.spec, TO_BFLOAT16)
             choice = judged.choice_interval(logits, correction, self.spec)
             verdict = judged.judge_selection(selected, exact, choice)
             found = verdict.differs, verdict.impossible, verdict.undecided

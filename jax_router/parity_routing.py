@@ -21,12 +21,16 @@ Written for numpy and for whatever else has its functions: the arrays' own names
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax_router.parity import FLUSHED, ROUNDING, UNIT_SPACING
 
 if TYPE_CHECKING:
     from jax_router.routing import RoutingSpec
+
+
+Rounding = Callable[[Any], Any]  # of float64 values to what a 16-bit dtype holds
 
 
 class Interval(NamedTuple):
@@ -52,17 +56,16 @@ class Selection(NamedTuple):
     impossible: Any  # no logits within the bound lead to this one
 
 
-def logit_interval(logits: Any, slack: Any, spec: RoutingSpec, dtype: Any) -> Interval:
-    """Float32 logits within `slack` of the exact ones, rounded to `dtype` if the rule says so."""
-    xp = logits.__array_namespace__()
+def logit_interval(logits: Any, slack: Any, spec: RoutingSpec, rounded: Rounding) -> Interval:
+    """Float32 logits within `slack` of the exact ones, rounded by `rounded`, to x's dtype, if the rule says so."""
     interval = Interval(logits - slack, logits + slack)
-    return interval.map(lambda end: end.astype(dtype).astype(xp.float64)) if spec.round_logits else interval
+    return interval.map(rounded) if spec.round_logits else interval
 
 
-def exact_choice(logits: Any, correction_bias: Any | None, spec: RoutingSpec, dtype: Any) -> Any:
+def exact_choice(logits: Any, correction_bias: Any | None, spec: RoutingSpec, rounded: Rounding) -> Any:
     """What the rule compares, [tokens, experts], of exact logits [tokens, experts]."""
     xp = logits.__array_namespace__()
-    logits = logit_interval(logits, 0.0, spec, dtype).low
+    logits = logit_interval(logits, 0.0, spec, rounded).low
     choice = _exact_scores(logits, spec) if _by_score(correction_bias, spec) else logits
     if correction_bias is not None:
         choice = choice + correction_bias
@@ -75,10 +78,10 @@ def exact_choice(logits: Any, correction_bias: Any | None, spec: RoutingSpec, dt
     return xp.where(kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
 
 
-def exact_weights(logits: Any, experts: Any, spec: RoutingSpec, dtype: Any) -> Any:
+def exact_weights(logits: Any, experts: Any, spec: RoutingSpec, rounded: Rounding) -> Any:
     """The weights [tokens, k] of given experts, of exact logits."""
     xp = logits.__array_namespace__()
-    scores = _exact_scores(logit_interval(logits, 0.0, spec, dtype).low, spec)
+    scores = _exact_scores(logit_interval(logits, 0.0, spec, rounded).low, spec)
     selected = xp.take_along_axis(scores, experts, axis=-1)
     if spec.score_function == "softmax_topk":
         selected = _softmax(selected)

@@ -31,6 +31,11 @@ def correction_bias(shape: Shape) -> NDArray[np.float32] | None:
     return random.normal(0.0, deviation, shape.experts).astype(np.float32)
 
 
+def to_bfloat16(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values that bfloat16 holds, nearest to these."""
+    return values.astype(BFLOAT16).astype(np.float64)
+
+
 class RouteData(ShapeData):
     """Operands of the routing of one shape by one rule, and the truth about a fixed set of their rows."""
 
@@ -66,8 +71,8 @@ class RouteData(ShapeData):
         slack = parity.logit_bound(truth, accumulation, truth.logits.size)
         if candidate in ROUTE_PEERS:
             slack = np.maximum(slack, PEER_TOLERANCE * abs(truth.logits).max(-1, keepdims=True))
-        logits = judged.logit_interval(truth.logits, slack, self.spec, BFLOAT16)
-        exact = judged.exact_choice(truth.logits, self.correction, self.spec, BFLOAT16)
+        logits = judged.logit_interval(truth.logits, slack, self.spec, to_bfloat16)
+        exact = judged.exact_choice(truth.logits, self.correction, self.spec, to_bfloat16)
         actual = experts[rows]
         choice = judged.choice_interval(logits, self.correction, self.spec)
         selection = judged.judge_selection(actual, exact, choice)
@@ -87,7 +92,7 @@ class RouteData(ShapeData):
             )
             return result
         bounds = judged.weight_interval(judged.score_interval(logits, self.spec), actual, self.spec)
-        expected = judged.exact_weights(truth.logits, actual, self.spec, BFLOAT16)
+        expected = judged.exact_weights(truth.logits, actual, self.spec, to_bfloat16)
         errors = abs(weights[rows] - expected) / np.maximum(bounds.high - expected, expected - bounds.low)
         outside = ~((bounds.low <= weights[rows]) & (weights[rows] <= bounds.high))
         result["worst_error"] = float(errors.max(initial=0.0))

@@ -22,6 +22,7 @@ from jax_router.agreement import Router, measure, routers
 from jax_router.agreement_report import ASKED, bar, markdown, read_record, totals
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import Shape
+from jax_router.sweep_route import to_bfloat16
 
 GROUPED = RoutingSpec(4, "sigmoid", renormalize=True, num_groups=4, group_topk=2, masked_choice=0.0)
 SHAPES = (
@@ -82,8 +83,8 @@ def test_the_judgement_is_that_of_the_sweep_in_numpy() -> None:
         bias, correction = (None if each is None else np.asarray(each) for each in router.biases)
         truth = agreement.parity.reference(np.asarray(x), np.asarray(router.weight), bias)
         slack = agreement.parity.logit_bound(truth, router.accumulation("xla"), 1000)
-        exact = judged.exact_choice(truth.logits, correction, router.spec, np.float32)
-        logits = judged.logit_interval(truth.logits, slack, router.spec, np.float32)
+        exact = judged.exact_choice(truth.logits, correction, router.spec, to_bfloat16)
+        logits = judged.logit_interval(truth.logits, slack, router.spec, to_bfloat16)
         verdict = judged.judge_selection(experts, exact, judged.choice_interval(logits, correction, router.spec))
         assert found["differing"] == verdict.differs.sum() > 1
         assert found["outside"] == verdict.impossible.sum() > 1

@@ -12,7 +12,9 @@ import pytest
 
 from jax_router import parity
 from jax_router import parity_routing as judged
+from jax_router.agreement import TO_BFLOAT16
 from jax_router.routing import RoutingSpec, route_logits, select_experts
+from jax_router.sweep_route import to_bfloat16
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 EXPERTS, TOKENS = 32, 512
@@ -38,10 +40,10 @@ def logits_of(tokens: int = TOKENS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1.5, (tokens, EXPERTS))
 
 
-def judge(experts: np.ndarray, logits: np.ndarray, spec: RoutingSpec, corrected: bool, slack: float = SLACK):
+def judge(experts, logits, spec: RoutingSpec, corrected: bool, slack: float = SLACK, rounded=to_bfloat16):
     correction = CORRECTION if corrected else None
-    exact = judged.exact_choice(logits, correction, spec, BFLOAT16)
-    interval = judged.logit_interval(logits, slack, spec, BFLOAT16)
+    exact = judged.exact_choice(logits, correction, spec, rounded)
+    interval = judged.logit_interval(logits, slack, spec, rounded)
     return judged.judge_selection(experts, exact, judged.choice_interval(interval, correction, spec))
 
 
@@ -57,7 +59,7 @@ def routed(logits: np.ndarray, spec: RoutingSpec, corrected: bool) -> tuple[np.n
 def tied(spec: RoutingSpec, corrected: bool, gap: float) -> np.ndarray:
     """Logits with this gap at the boundary, between the last selected expert and the first rejected one."""
     logits = logits_of()
-    order = np.argsort(-judged.exact_choice(logits, CORRECTION if corrected else None, spec, BFLOAT16), axis=-1)
+    order = np.argsort(-judged.exact_choice(logits, CORRECTION if corrected else None, spec, to_bfloat16), axis=-1)
     last, first = order[:, spec.top_k - 1], order[:, spec.top_k]
     rows = np.arange(len(logits))
     if corrected and spec.select_on == "logits":
@@ -80,7 +82,7 @@ def test_the_specification_on_logits_within_the_bound_is_always_possible(spec: R
         assert not verdict.impossible.any()
         assert (verdict.undecided | ~verdict.differs).all()
         differing += verdict.differs.sum()
-        interval = judged.logit_interval(logits, slack, spec, BFLOAT16)
+        interval = judged.logit_interval(logits, slack, spec, to_bfloat16)
         low, high = judged.weight_interval(judged.score_interval(interval, spec), experts, spec)
         assert ((low <= weights) & (weights <= high)).all()
         assert ((high - low) <= 20 * slack * spec.scaling_factor + 1e-4 + (0.1 if spec.round_logits else 0)).all()
@@ -91,7 +93,7 @@ def test_the_specification_on_logits_within_the_bound_is_always_possible(spec: R
 def test_the_exact_choice_and_weights_are_those_of_the_specification_in_float64(spec, corrected) -> None:
     logits = logits_of()
     correction = CORRECTION if corrected else None
-    best = judged._best(judged.exact_choice(logits, correction, spec, BFLOAT16), spec.top_k)
+    best = judged._best(judged.exact_choice(logits, correction, spec, to_bfloat16), spec.top_k)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         in_jax = jnp.asarray(logits)
         if spec.round_logits:
@@ -100,7 +102,7 @@ def test_the_exact_choice_and_weights_are_those_of_the_specification_in_float64(
         weights = route_logits(in_jax, None, None, expected, spec=RoutingSpec(**rule(spec)))[0]
     np.testing.assert_array_equal(best, expected)
     np.testing.assert_allclose(
-        judged.exact_weights(logits, np.asarray(expected), spec, BFLOAT16), weights, rtol=1e-12, atol=0
+        judged.exact_weights(logits, np.asarray(expected), spec, to_bfloat16), weights, rtol=1e-12, atol=0
     )
 
 
@@ -116,9 +118,9 @@ def test_the_exact_choice_and_weights_are_those_of_the_independent_reference(spe
     correction = CORRECTION if corrected else None
     in_torch = None if correction is None else torch.from_numpy(correction).double()
     weights, experts, _ = route_float64(rounded, **rule(spec), correction_bias=in_torch)
-    exact = judged.exact_choice(logits, correction, spec, BFLOAT16)
+    exact = judged.exact_choice(logits, correction, spec, to_bfloat16)
     np.testing.assert_array_equal(judged._best(exact, spec.top_k), experts)
-    found = judged.exact_weights(logits, experts.numpy(), spec, BFLOAT16)
+    found = judged.exact_weights(logits, experts.numpy(), spec, to_bfloat16)
     np.testing.assert_allclose(found, weights, rtol=1e-12, atol=0)
 
 
@@ -131,7 +133,7 @@ def test_an_expert_taken_for_a_better_one_beyond_the_bound_is_impossible(spec, c
     logits = logits_of()
     _, experts = routed(logits, spec, corrected)
     right = judge(experts, logits, spec, corrected)
-    worst = judged.exact_choice(logits, CORRECTION if corrected else None, spec, BFLOAT16).argmin(-1)
+    worst = judged.exact_choice(logits, CORRECTION if corrected else None, spec, to_bfloat16).argmin(-1)
     wrong = experts.copy()
     wrong[:, -1] = worst
     assert not right.impossible.any()
@@ -160,7 +162,7 @@ def test_the_bound_is_the_sum_of_both_slacks_and_little_more(spec: RoutingSpec, 
 
 
 def swap_at_the_boundary(logits: np.ndarray, spec: RoutingSpec, corrected: bool) -> np.ndarray:
-    choice = judged.exact_choice(logits, CORRECTION if corrected else None, spec, BFLOAT16)
+    choice = judged.exact_choice(logits, CORRECTION if corrected else None, spec, to_bfloat16)
     best = np.argsort(-choice, axis=-1)
     return np.concatenate([best[:, : spec.top_k - 1], best[:, spec.top_k : spec.top_k + 1]], axis=-1)
 
@@ -207,7 +209,8 @@ def test_jax_arrays_get_the_same_verdict() -> None:
         experts = routed(logits + np.random.default_rng(3).normal(0, 5e-2, logits.shape), spec, corrected)[1]
         expected = judge(experts, logits, spec, corrected, 1e-3)
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-            found = jax.jit(lambda *arrays, s=spec, c=corrected: judge(*arrays, s, c, 1e-3))(experts, logits)
+            in_jax = jax.jit(lambda *arrays, s=spec, c=corrected: judge(*arrays, s, c, 1e-3, TO_BFLOAT16))
+            found = in_jax(experts, logits)
         for name, in_numpy, in_jax in zip(expected._fields, expected, found, strict=True):
             np.testing.assert_array_equal(in_numpy, in_jax, err_msg=f"{name} of {spec}")
         assert expected.differs.any()

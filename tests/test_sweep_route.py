@@ -35,7 +35,7 @@ from jax_router.sweep_points import (
     rule_key,
     spec_of,
 )
-from jax_router.sweep_route import RouteData, route_calls
+from jax_router.sweep_route import RouteData, route_calls, to_bfloat16
 from jax_router.sweep_rows import RowsWriter, key, read_rows, shape_of
 
 ON_GPU = {"gpu": True, "torch_gpu": True}
@@ -150,8 +150,8 @@ def test_the_specification_passes_its_check(spec: RoutingSpec, corrected: bool) 
     assert (data.correction is not None) == corrected
     if corrected:
         assert (data.correction != 0).all()
-        without = judged.exact_choice(data._truth.logits, None, spec, np.float32)
-        moved = judged.exact_choice(data._truth.logits, data.correction, spec, np.float32)
+        without = judged.exact_choice(data._truth.logits, None, spec, to_bfloat16)
+        moved = judged.exact_choice(data._truth.logits, data.correction, spec, to_bfloat16)
         assert (judged._best(without, spec.top_k) != judged._best(moved, spec.top_k)).any()
 
 
@@ -159,7 +159,7 @@ def test_the_specification_passes_its_check(spec: RoutingSpec, corrected: bool) 
 def test_wrong_experts_and_wrong_weights_fail_their_check(spec: RoutingSpec, corrected: bool) -> None:
     data = data_of(spec, corrected)
     weights, experts = routed(data)
-    choice = judged.exact_choice(data._truth.logits, data.correction, spec, np.float32)
+    choice = judged.exact_choice(data._truth.logits, data.correction, spec, to_bfloat16)
     wrong = experts.copy()
     wrong[5, 0] = choice[5].argmin()
     result = data.check("xla", (weights, wrong))
