@@ -1,4 +1,7 @@
-"""The command line: `jax-router explain | build | sweep | report`. Each command but explain lives in its own module."""
+"""The command line: `jax-router explain | build | sweep | agreement | report`.
+
+Each command but explain lives in a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ except ImportError:  # annotations are not evaluated, so that main() can say wha
     typer = None  # type: ignore[assignment]
 
 # Modules with `register(app)`, which adds their command, and the extra that brings what they import.
-COMMANDS = {"build": "cuda", "sweep": "sweep", "report": "sweep"}
+COMMANDS = {"build": "cuda", "sweep": "sweep", "agreement": "sweep", "report": "sweep"}
 
 # Devices that can be asked about without having them, as JAX describes them.
 DEVICES = {

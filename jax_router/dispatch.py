@@ -47,6 +47,11 @@ class Problem:
     spec: RoutingSpec | None = None  # None means the router GEMM alone
 
     @property
+    def operation(self) -> str:
+        """ "router_gemm" or "route"."""
+        return "router_gemm" if self.spec is None else "route"
+
+    @property
     def symbolic(self) -> bool:
         """Whether the number of tokens is open: a dimension variable of `jax.export`."""
         return not isinstance(self.tokens, int | np.integer)
@@ -262,6 +267,7 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     row = table.nearest(problem) if table is not None else None
     if table is not None and row is not None:
         where = f"at tokens={row.tokens} in {table.name}"
+        where = where if problem.spec is None else f"for route {where}"
         times = {name: f"{time:.2f} us {where}" for name, time in row.microseconds.items()}
         measured = {name: (time, f"took {time}") for name, time in times.items()}
         # xla runs everything, so what stands behind it is never chosen: nothing unverified runs unasked.
@@ -271,11 +277,15 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     slower = f"{guess}assumed slower"
     if device.platform != "gpu":
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
-    # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
-    # about 2^20 logits on cuBLAS fills the GPU.
     ranking = {}
     fewest_tokens = 2 if problem.bias_dtype is None else 1
-    if fewest_tokens <= problem.tokens <= 4096 and problem.tokens * problem.experts <= 2**19:
+    if problem.spec is not None:
+        if problem.tokens > 0:
+            fused = "kernel, where XLA needs four to eight and a sort"
+            ranking = {"cuda": (f"{guess}the CUDA {fused}", slower), "pallas": (f"{guess}the Pallas {fused}", slower)}
+    # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
+    # about 2^20 logits on cuBLAS fills the GPU.
+    elif fewest_tokens <= problem.tokens <= 4096 and problem.tokens * problem.experts <= 2**19:
         ranking["cuda"] = (f"{guess}the CUDA kernel up to 4096 tokens and 2^19 logits", slower)
         if 16 <= problem.tokens <= 256:
             ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)

@@ -145,6 +145,41 @@ def output_rounding(values: NDArray[np.float64], dtype: np.dtype) -> NDArray[np.
     return 2.0**-significand * np.abs(values) + 2.0 ** (subnormal - 1)
 
 
+def logit_bound(truth: Reference, accumulation: Accumulation, logits: int) -> NDArray[np.float64]:
+    """What float32 logits [tokens, experts] may be off by, on data in random order: the smaller of two bounds.
+
+    (1) holds for any data. By (2) the error of sub-Gaussian roundings deviates from the truth by `lambda` times what
+    its mean square may be, with the same probability FALSE_ALARM over all `logits` that are compared. The arrays of
+    `truth` may be those of another namespace, as JAX's.
+    """
+    xp = truth.logits.__array_namespace__()
+    lambda_, flushed = _deviations(logits), _flushed(truth.hidden)
+    rounded = 2 * ROUNDING * abs(truth.logits)  # the addition of the bias, and the last one of all
+    by_spread = lambda_ * _random_order(accumulation) * truth.spread + rounded
+    return xp.minimum(truth.magnitude * _any_order(accumulation, lambda_), by_spread) + flushed
+
+
+def _deviations(logits: int) -> float:
+    """lambda: all of that many errors stay below so many deviations but for a probability FALSE_ALARM."""
+    return math.sqrt(2 * math.log(2 * max(logits, 1) / FALSE_ALARM))
+
+
+def _flushed(hidden: int) -> float:
+    """Flushing loses at most 2^-126 for each multiplication and addition."""
+    return (2 * hidden + 2) * FLUSHED
+
+
+def _any_order(accumulation: Accumulation, lambda_: float) -> float:
+    """(1), in units of the magnitude."""
+    walk = lambda_ * math.sqrt(accumulation.rounded) * ROUNDING * (1 + ROUNDING) ** accumulation.rounded
+    return walk + accumulation.truncated * TRUNCATION
+
+
+def _random_order(accumulation: Accumulation) -> float:
+    """Root of the mean square of (2), in units of the spread."""
+    return ROUNDING * math.sqrt(accumulation.rounded) + TRUNCATION * accumulation.truncated
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How logits compare with a `Reference`. `ok` is the verdict; `str()` says what is wrong."""
@@ -193,12 +228,9 @@ def compare(logits: ArrayLike, truth: Reference, accumulation: Accumulation) -> 
     measured = finite & judged & np.isfinite(actual)  # where there is a number to subtract
     count = int(judged.sum())
 
-    # Flushing loses at most 2^-126 for each multiplication and addition.
-    flushed = (2 * truth.hidden + 2) * FLUSHED
-    lambda_ = math.sqrt(2 * math.log(2 * max(count, 1) / FALSE_ALARM))
-    walk = lambda_ * math.sqrt(accumulation.rounded) * ROUNDING * (1 + ROUNDING) ** accumulation.rounded
+    lambda_, flushed = _deviations(count), _flushed(truth.hidden)
     with np.errstate(invalid="ignore", over="ignore"):
-        slack = truth.magnitude * (walk + accumulation.truncated * TRUNCATION) + flushed
+        slack = truth.magnitude * _any_order(accumulation, lambda_) + flushed
         lower = (expected - slack).astype(logits.dtype).astype(np.float64)
         upper = (expected + slack).astype(logits.dtype).astype(np.float64)
         inside = np.where(finite, (lower <= actual) & (actual <= upper), _same_class(actual, expected))
@@ -209,8 +241,7 @@ def compare(logits: ArrayLike, truth: Reference, accumulation: Accumulation) -> 
         significand = _SIGNIFICAND_AND_SUBNORMAL[logits.dtype.name][0]
         explained = output_rounding(expected, logits.dtype) + ROUNDING * np.abs(expected) + flushed
         unexplained = np.where(measured, np.maximum(error - explained, 0.0) / (1 + 2.0**-significand), 0.0)
-        per_spread = ROUNDING * math.sqrt(accumulation.rounded) + TRUNCATION * accumulation.truncated
-        squares = _ratio(unexplained, np.where(measured, per_spread * truth.spread, 1.0)) ** 2
+        squares = _ratio(unexplained, np.where(measured, _random_order(accumulation) * truth.spread, 1.0)) ** 2
 
     wrong = judged & ~inside
     tail = math.log(1 / FALSE_ALARM) / max(count, 1)

@@ -13,12 +13,14 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from jax_router import agreement_report
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
-from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median
-from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, Shape
-from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, read_rows
+from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median, route_headline
+from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, ROUTE_PEERS, Shape
+from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, problem_of, read_rows, shape_of
 from jax_router.sweep_summary import floors, show
+from jax_router.tables import OPERATIONS
 
 RECORD, README = Path("docs/results"), Path("README.md")
 TABLE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -89,20 +91,27 @@ def write_report(rows_file: Path, results: Path, readme: Path) -> list[Path]:
       ValueError: it holds no times, or `readme` has markers that do not match.
     """
     rows, _ = comparable(read_rows(rows_file))
-    if not by_problem(rows):
+    if not any(by_problem(rows, operation) for operation in OPERATIONS):
         raise ValueError(f"rows file {rows_file} holds no times. Expected the rows of a sweep; run `jax-router sweep`.")
     name = gpu_name(rows[-1]["provenance"])
     results.mkdir(parents=True, exist_ok=True)
     record = results / f"sweep-{name}.jsonl"
     record.write_text("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows), encoding="utf-8")
     plots = write_plots(rows, results, name)
-    parts = generated_parts(rows, plots, readme.parent)
+    counted = results / f"agreement-{name}.json"
+    agreement = agreement_report.read_record(counted)
+    parts = generated_parts(rows, plots, readme.parent, agreement)
     tables = results / f"sweep-{name}.md"
     text = "\n".join(
-        f"<!-- generated: {part} -->\n{text}<!-- end generated: {part} -->\n" for part, text in parts.items()
+        f"<!-- generated: {part} -->\n{text}<!-- end generated: {part} -->\n"
+        for part, text in parts.items()
+        if part != "agreement"
     )
     tables.write_text(f"# Shape sweep\n\n{_relative_images(text, readme.parent, results)}", encoding="utf-8")
     written = [record, *(path for paths in plots.values() for path in paths), tables]
+    if agreement is not None:
+        written.append(counted.with_suffix(".md"))
+        written[-1].write_text(f"# Agreement with float64\n\n{parts['agreement']}", encoding="utf-8")
     if readme.exists():
         readme.write_text(rewrite(readme.read_text(encoding="utf-8"), parts, readme), encoding="utf-8")
         written.append(readme)
@@ -129,11 +138,17 @@ def rewrite(text: str, parts: dict[str, str], path: Path) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}{parts[block['name']]}{block[4]}", text)
 
 
-def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Path) -> dict[str, str]:
-    """Markdown by the name of its marker: provenance, table, plot, models-plot, winners, chain, bars, accuracy.
+def generated_parts(
+    rows: Sequence[Row], plots: dict[str, list[Path]], base: Path, agreement: agreement_report.Record | None = None
+) -> dict[str, str]:
+    """Markdown by the name of its marker.
+
+    provenance, table, plot, models-plot, winners, chain, bars, accuracy; of routing: route-table, route-plot,
+    route-chain, agreement.
 
     Args:
       base: the folder that links to plots start from.
+      agreement: the record of `jax-router agreement` on the same GPU, if there is one.
     """
 
     def image(plot: str, text: str) -> str:
@@ -151,8 +166,12 @@ def generated_parts(rows: Sequence[Row], plots: dict[str, list[Path]], base: Pat
         ),
         "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
         "chain": lambda: _chain(rows),
-        "bars": lambda: _bars(rows),
+        "bars": lambda: _bars(rows, agreement),
         "accuracy": lambda: _accuracy(rows),
+        "route-table": lambda: _route_table(rows),
+        "route-plot": lambda: image("route", f"Time of the whole routing against tokens on {device}"),
+        "route-chain": lambda: _chain(rows, OPERATIONS[1]),
+        "agreement": lambda: "Not measured.\n" if agreement is None else agreement_report.markdown(agreement),
     }
     return {part: make() for part, make in made.items()}
 
@@ -219,11 +238,42 @@ def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[
     return show((best("warm"), best("cold")))
 
 
-def _chain(rows: Sequence[Row]) -> str:
+def _route_table(rows: Sequence[Row]) -> str:
+    """The headline models' routing: every implementation, PyTorch, and the router GEMM alone. Cells are warm / cold."""
+    gemms, routes = (by_problem(rows, operation) for operation in OPERATIONS)
+    columns = {
+        **{f"{name}, CUPTI": ((name,), ("cupti", "wall")) for name in IMPLEMENTATIONS},
+        "PyTorch, replay": (ROUTE_PEERS[:1], ("torch_replay",)),
+        "PyTorch compiled, replay": (ROUTE_PEERS[1:], ("torch_replay",)),
+    }
+    body = []
+    headline = route_headline(rows)
+    for model in dict.fromkeys(headline.values()):
+        label = model
+        for problem in sorted((each for each in headline if headline[each] == model), key=lambda each: each[5]):
+            if problem not in routes:
+                continue
+            cells = [_fastest(routes[problem], *column) for column in columns.values()]
+            alone = _fastest(gemms.get((*problem[:6], None), {}), ("cuda",), ("cupti",))
+            body.append([label, str(problem[5]), *cells, alone])
+            label = ""
+    if not body:
+        return "Not measured.\n"
+    note = (
+        "Microseconds, medians, warm / cold weights, from x to experts and weights. PyTorch: bf16 `linear`, then "
+        "scores, `topk` and weights. The last column is the router GEMM alone."
+    )
+    return f"{_markdown(['model', 'T', *columns, 'cuda, logits alone, CUPTI'], body)}\n{note}\n"
+
+
+def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
     """What a decode step pays: the slope over a jitted chain, with its spread, beside the chain without routing."""
     names = (*IMPLEMENTATIONS, NO_ROUTING)
     body = []
-    for problem, candidates in by_problem(rows).items():
+    shapes = {problem_of(row): shape_of(row) for row in rows}
+    for problem, candidates in by_problem(rows, operation).items():
+        shape = shapes[problem]
+        label = f"{shape.hidden}x{shape.experts}" if shape.spec is None else shape.models[0]
         for weights in BOTH:
             cells = []
             for name in names:
@@ -231,19 +281,20 @@ def _chain(rows: Sequence[Row]) -> str:
                 low, middle, high = np.percentile(row["samples_us"], [10, 50, 90]) if row is not None else (0, 0, 0)
                 cells.append("-" if row is None else f"{middle:.1f} ({low:.1f} to {high:.1f})")
             if set(cells) != {"-"}:
-                body.append([f"{problem[0]}x{problem[1]}", str(problem[5]), weights, *cells])
+                body.append([label, str(problem[5]), weights, *cells])
     if not body:
         return "Not measured.\n"
     note = (
         "Microseconds that one more call adds to a jitted chain of routers: medians, 10th to 90th percentile. The last "
         "column is the chain's own elementwise kernel, which the others contain."
     )
-    table = _markdown(["shape", "T", "weights", *names[:-1], "chain without routing"], body)
+    what = "shape" if operation == OPERATIONS[0] else "model"
+    table = _markdown([what, "T", "weights", *names[:-1], "chain without routing"], body)
     return f"{table}\n{note}\n"
 
 
-def _bars(rows: Sequence[Row]) -> str:
-    bars = evaluate(rows)
+def _bars(rows: Sequence[Row], agreement: agreement_report.Record | None) -> str:
+    bars = [*evaluate(rows), agreement_report.bar(agreement, rows[-1]["provenance"]["source_hash"])]
     return _markdown(["bar", "verdict", "figures"], [[bar.claim, bar.verdict, bar.figures] for bar in bars], left=3)
 
 

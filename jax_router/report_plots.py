@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_router.sweep_bars import Problems, median
-from jax_router.sweep_points import IMPLEMENTATIONS, PEERS, Shape
-from jax_router.sweep_rows import Row, by_problem
+from jax_router.sweep_points import IMPLEMENTATIONS, PEERS, ROUTE_PEERS, Shape, rule_key
+from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
 from jax_router.sweep_table import figures
+from jax_router.tables import OPERATIONS
 
 COLORS = {
     "cuda": "#0072B2",
@@ -21,12 +22,21 @@ COLORS = {
     "xla": "#009E73",
     "torch_linear": "#D55E00",
     "torch_mm_float32": "#CC79A7",
+    "torch_route": "#D55E00",
+    "torch_route_compiled": "#CC79A7",
 }
 GREY = "#666666"
-LABELS = {"torch_linear": "cuBLAS, bf16 out", "torch_mm_float32": "cuBLAS, fp32 out"}
+LABELS = {
+    "torch_linear": "cuBLAS, bf16 out",
+    "torch_mm_float32": "cuBLAS, fp32 out",
+    "torch_route": "PyTorch",
+    "torch_route_compiled": "PyTorch, compiled",
+}
 REPLAY, KERNELS, WALL = "CUDA-graph replay", "GPU kernel time through JAX (CUPTI)", "wall time"
+ROUTE = "GPU kernel time through JAX (CUPTI), PyTorch in CUDA-graph replay"
 METHODS = {REPLAY: ("graph_replay", "torch_replay"), KERNELS: ("cupti",), WALL: ("wall",)}
-
+ROUTE_METHODS = {ROUTE: ("cupti", "torch_replay"), WALL: ("wall",)}
+GEMM_ALONE = "logits alone"
 
 End = tuple[tuple[int, float], str, str]  # of a line: its last (tokens, microseconds), its name, its colour
 
@@ -39,15 +49,16 @@ def write_plots(rows: Sequence[Row], folder: Path, name: str) -> dict[str, list[
       name: of the GPU, the beginning of the file names.
 
     Returns:
-      {"time-headline" | "time-models" | "winners": paths}, without those that the rows hold nothing for.
+      {"time-headline" | "time-models" | "winners" | "route": paths}, without those that the rows hold nothing for.
     """
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    problems = by_problem(rows)
-    shapes = _shapes(rows, problems)
+    problems, routes = (by_problem(rows, operation) for operation in OPERATIONS)
+    shapes, routers = _shapes(rows, problems), _shapes(rows, routes)
+    methods = _methods(problems, METHODS)
     headline = [shape for shape in shapes if shape.headline]
     others = [shape for shape in shapes if not shape.headline]
     facts = rows[-1]["provenance"]
@@ -58,9 +69,17 @@ def write_plots(rows: Sequence[Row], folder: Path, name: str) -> dict[str, list[
     written = {}
     with plt.rc_context(style):
         drawn = {
-            "time-headline": _time_figure(plt, problems, headline, _methods(problems), 2, facts),
-            "time-models": _time_figure(plt, problems, others, _methods(problems)[-1:], 3, facts),
+            "time-headline": _time_figure(plt, problems, headline, methods, 2, facts),
+            "time-models": _time_figure(plt, problems, others, methods[-1:], 3, facts),
             "winners": _winners_figure(plt, problems, shapes, facts),
+            "route": _time_figure(
+                plt,
+                problems | routes,
+                [shape for shape in routers if shape.headline],
+                _methods(routes, ROUTE_METHODS)[:1],
+                3,
+                facts,
+            ),
         }
         for plot, figure in drawn.items():
             if figure is None:
@@ -74,15 +93,14 @@ def write_plots(rows: Sequence[Row], folder: Path, name: str) -> dict[str, list[
 
 
 def _shapes(rows: Sequence[Row], problems: Problems) -> list[Shape]:
-    models = {(row["hidden"], row["experts"], row["bias"]): tuple(row["models"]) for row in rows}
+    found = dict.fromkeys(shape_of(row) for row in rows if problem_of(row) in problems)
     # The tiny shapes of the interpreter say nothing about time.
-    found = [Shape(*key, models[key]) for key in dict.fromkeys(problem[:3] for problem in problems) if key in models]
     return [shape for shape in found if not shape.models[0].startswith("tiny")]
 
 
-def _methods(problems: Problems) -> list[str]:
+def _methods(problems: Problems, known: dict[str, tuple[str, ...]]) -> list[str]:
     measured = {method for candidates in problems.values() for rows in candidates.values() for method, _ in rows}
-    return [title for title, methods in METHODS.items() if measured.intersection(methods)]
+    return [title for title, methods in known.items() if measured.intersection(methods)]
 
 
 def _time_figure(
@@ -112,7 +130,8 @@ def _time_figure(
         bottom.set_xlabel("tokens")
     states = "solid: cold weights (from memory), thin: warm (in L2)" if methods != [WALL] else "warm weights"
     what = "" if len(methods) > 1 else f"{methods[0]}, "
-    figure.suptitle(f"Router GEMM on {facts['gpu'] or 'a CPU'}, {what}{states}", x=0.01, ha="left", fontsize=11)
+    operation = "Router GEMM" if shapes[0].spec is None else "Routing"
+    figure.suptitle(f"{operation} on {facts['gpu'] or 'a CPU'}, {what}{states}", x=0.01, ha="left", fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.99), h_pad=1.5, w_pad=2.0)
     for axis, of_axis in ends:
         _place_labels(axis, of_axis)
@@ -123,12 +142,15 @@ def _time_panel(axis: Any, problems: Problems, shape: Shape, title: str) -> list
     """Draw one shape by one method; returns where the lines end."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    mine = {p[5]: c for p, c in problems.items() if p[:3] == (shape.hidden, shape.experts, shape.bias)}
+    of_shape = {p: c for p, c in problems.items() if p[:3] == (shape.hidden, shape.experts, shape.bias)}
+    mine = {p[5]: c for p, c in of_shape.items() if p[6] == rule_key(shape.rule)}
+    bounds = next((c for p, c in of_shape.items() if p[5] is None), {})
     tokens = sorted(count for count in mine if count is not None)
+    methods = (METHODS | ROUTE_METHODS)[title]
     ends: list[End] = []
-    for candidate in (*IMPLEMENTATIONS, *PEERS):
+    for candidate in (*IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS):
         for weights in ("cold", "warm"):
-            found = [(count, _time(mine[count].get(candidate), METHODS[title], weights)) for count in tokens]
+            found = [(count, _time(mine[count].get(candidate), methods, weights)) for count in tokens]
             times = [(count, time) for count, time in found if time is not None]
             if not times:
                 continue
@@ -139,7 +161,12 @@ def _time_panel(axis: Any, problems: Problems, shape: Shape, title: str) -> list
             )  # fmt: skip
             if solid:
                 ends.append((times[-1], LABELS.get(candidate, candidate), COLORS[candidate]))
-    bounds = mine.get(None, {})
+    if shape.spec is not None:
+        alone = {p[5]: _time(c.get("cuda"), methods, "cold") for p, c in of_shape.items() if p[6] is None}
+        times = [(count, time) for count in tokens if (time := alone.get(count)) is not None]
+        if times:
+            axis.plot(*zip(*times, strict=True), color=COLORS["cuda"], linestyle="--", linewidth=1.2, zorder=2)
+            ends.append((times[-1], GEMM_ALONE, COLORS["cuda"]))
     for name, text, line in (("read_weight", "read of the weights", "--"), ("empty", "empty launch", ":")):
         for weights in ("cold", "warm"):
             floor = median(bounds.get(name), "graph_replay", weights)
@@ -159,12 +186,14 @@ def _time_panel(axis: Any, problems: Problems, shape: Shape, title: str) -> list
                     ha="right",
                     va="bottom",
                 )
-    axis.set_title(f"{', '.join(shape.models)}\n{shape.label}{', ' + title if shape.headline else ''}")
+    method = f", {title}" if shape.headline and shape.spec is None else ""
+    axis.set_title(f"{', '.join(shape.models)}\n{shape.size}{method}")
     ticks = tokens if len(tokens) <= 6 else [count for count in tokens if math.log2(count) % 2 == 0] or tokens
     axis.set_xticks(ticks, [str(count) for count in ticks])
     axis.minorticks_off()
     if tokens:  # room for the names of the lines, as a share of the panel
-        room = 0.27 if any(name in LABELS.values() for _, name, _ in ends) else 0.17
+        names = {name for _, name, _ in ends}
+        room = 0.34 if GEMM_ALONE in names else 0.27 if names.intersection(LABELS.values()) else 0.17
         span = max(math.log2(tokens[-1] / tokens[0]), 1.0)
         axis.set_xlim(tokens[0] * 2 ** (-0.04 * span), tokens[-1] * 2 ** (span * room / (1 - room)))
     axis.set_yticks([10.0**power for power in range(-1, 6)], [f"{10.0**power:g}" for power in range(-1, 6)])

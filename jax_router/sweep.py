@@ -26,6 +26,7 @@ def sweep(
     model: Annotated[list[str] | None, typer.Option(help="only shapes of this model; may be repeated")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="only this number of tokens; may be repeated")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="only this candidate; may be repeated")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="only router_gemm or only route")] = None,
     output: Annotated[Path, typer.Option(help="folder of the rows file")] = Path("sweep-results"),
     resume: Annotated[Path | None, typer.Option(help="rows file to go on with; measured points are skipped")] = None,
     write_table: Annotated[
@@ -35,7 +36,7 @@ def sweep(
         int | None, typer.Option(help="executables compiled at a time (default: by cores)")
     ] = None,
 ) -> None:
-    """Check and time router GEMMs: models x tokens x implementations, and PyTorch and two bounds where there is a GPU.
+    """Check and time router GEMMs and routing: models x tokens x implementations, on a GPU beside PyTorch and bounds.
 
     Rows are appended to a JSON-lines file as they come; plots are drawn beside it. Exit status: 0; 1 if a point failed
     or a result could not be written; 2 for bad input; 130 when interrupted, with everything measured so far kept.
@@ -47,6 +48,7 @@ def sweep(
         "model": model or [],
         "tokens": tokens or [],
         "implementation": implementation or [],
+        "operation": operation or [],
     }
     try:
         status = run(suite, filters, output, resume, write_table, compile_threads, console)
@@ -87,10 +89,12 @@ def run(
         only_models=filters["model"],
         only_tokens=filters["tokens"],
         only_candidates=filters["implementation"],
+        only_operations=filters["operation"],
     )
     if not points:
         raise ValueError(
-            "no point is left. Expected filters that leave some; drop one of --model, --tokens, --implementation."
+            "no point is left. Expected filters that leave some; drop one of --model, --tokens, --implementation, "
+            "--operation."
         )
     if write_table and not gpu:
         raise ValueError("--write-table is given and JAX has no GPU. Expected a GPU, whose table it is; leave it out.")
@@ -235,6 +239,8 @@ def _print_summary(console: Console, rows: Sequence[Row], gpu: bool) -> None:
 
 def torch_with_gpu() -> Any | None:
     """The torch module if it is installed and has the GPU."""
+    # Processes that compile kernels take longer to start than the few kernels of a router to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         torch = importlib.import_module("torch")
     except ImportError:

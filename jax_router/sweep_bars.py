@@ -9,12 +9,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jax_router import dispatch
-from jax_router.sweep_points import BOTH, HEADLINE_MODELS, PEERS
-from jax_router.sweep_rows import Row, by_problem, comparable
+from jax_router.sweep_points import (
+    BOTH,
+    HEADLINE_MODELS,
+    NO_ROUTING,
+    PEERS,
+    ROUTE_CHAIN_TOKENS,
+    ROUTE_HEADLINE_MODELS,
+    SPARSE_TOKENS,
+    spec_of,
+)
+from jax_router.sweep_rows import Row, by_problem, comparable, problem_of
 from jax_router.sweep_table import figures, table_path
+from jax_router.tables import OPERATIONS
 
 SMALL_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PALLAS_TOKENS = (16, 32, 64, 128, 256)
+ROUTE_SPEEDUPS = ((1, 64, 3), (256, 4096, 2))  # from, to tokens: how many times faster than xla
+ROUTE_OVER_GEMM = 1.6
+SAME_KERNEL = ("cuda", "pallas")  # implementations whose routing stands behind their router GEMM
 SGEMM = "float32_sgemm"
 
 Problems = dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]
@@ -47,7 +60,16 @@ def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
         bars.append(_rms(rows, model, headline.get(model)))
     for model in HEADLINE_MODELS:
         bars.append(_pallas(problems, model, headline.get(model)))
-    bars.append(_dispatch(problems, chosen or _dispatcher(rows), "" if chosen else _which_table(rows)))
+    chooser, note = chosen or _dispatcher(rows), "" if chosen else _which_table(rows)
+    bars.append(_dispatch("the dispatcher's choice within", problems, chooser, note))
+    routes = by_problem(rows, OPERATIONS[1])
+    routed = route_headline(rows)
+    for fewest, most, times in ROUTE_SPEEDUPS:
+        for method in ("cupti", "chain_slope"):
+            bars.append(_route_versus_xla(routes, routed, method, fewest, most, times))
+    for name in SAME_KERNEL:
+        bars.append(_route_versus_gemm(routes, problems, routed, name))
+    bars.append(_dispatch("the dispatcher's choice for route within", routes, chooser, note))
     return bars
 
 
@@ -56,9 +78,19 @@ def headline_shapes(rows: Iterable[Row]) -> dict[str, tuple[Any, ...]]:
     found = {}
     for row in rows:
         for model in HEADLINE_MODELS:
-            if model in row["models"]:
+            if model in row["models"] and row.get("rule") is None:
                 found[model] = (row["hidden"], row["experts"], row["bias"])
     return found
+
+
+def route_headline(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
+    """The headline models of `route` in the rows by their problems."""
+    return {
+        problem_of(row): model
+        for row in rows
+        for model in ROUTE_HEADLINE_MODELS
+        if model in row["models"] and row.get("rule") is not None
+    }
 
 
 def median(measurements: dict[tuple[str, str], Row] | None, method: str, weights: str) -> float | None:
@@ -72,7 +104,7 @@ def _worst(claim: str, ratios: dict[str, float], limit: float, expected: int | N
         return Bar(claim, None, "no rows")
     where = max(ratios, key=lambda name: ratios[name])
     over = sum(ratio > limit for ratio in ratios.values())
-    text = f"worst {ratios[where]:.3f} {unit} at {where}; {over} of {len(ratios)} over {limit:g}"
+    text = f"worst {ratios[where]:.3f} {unit} at {where}; {over} of {len(ratios)} over {limit:.3g}"
     missing = 0 if expected is None else expected - len(ratios)
     if missing > 0:
         text += f"; {missing} of {expected} not measured"
@@ -90,7 +122,8 @@ def _checks(rows: Sequence[Row]) -> Bar:
 
 
 def _place(row: Row) -> str:
-    return f"{row['hidden']}x{row['experts']} T={row['tokens']}"
+    route = "" if row.get("rule") is None else f"route of {row['models'][0]} "
+    return f"{route}{row['hidden']}x{row['experts']} T={row['tokens']}"
 
 
 def _against_cublas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Bar:
@@ -153,7 +186,40 @@ def _rms(rows: Sequence[Row], model: str, shape: tuple[Any, ...] | None) -> Bar:
     return _worst(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", ratios, 1.0, 2, "x")
 
 
-def _dispatch(problems: Problems, chosen: Chooser, note: str) -> Bar:
+def _route_versus_xla(
+    routes: Problems, headline: dict[tuple[Any, ...], str], method: str, fewest: int, most: int, times: int
+) -> Bar:
+    ratios = {}
+    for problem, model in headline.items():
+        candidates = routes.get(problem, {})
+        for weights in BOTH:
+            ours, xla = (median(candidates.get(name), method, weights) for name in ("cuda", "xla"))
+            # The chain's own kernel is in both; nothing is in kernel times but the call.
+            chain = median(candidates.get(NO_ROUTING), method, weights) if method == "chain_slope" else 0.0
+            if fewest <= problem[5] <= most and None not in (ours, xla, chain):
+                net, net_xla = ours - chain, xla - chain  # type: ignore[operator]
+                ratios[f"{model} T={problem[5]} {weights}"] = net / net_xla if net_xla > 0 else float("inf")
+    tokens = ROUTE_CHAIN_TOKENS if method == "chain_slope" else SPARSE_TOKENS
+    expected = len(ROUTE_HEADLINE_MODELS) * sum(fewest <= count <= most for count in tokens) * len(BOTH)
+    how = {"cupti": "CUPTI", "chain_slope": "chain slope without the chain's own kernel"}[method]
+    claim = f"route: cuda at least {times}x faster than xla, T = {fewest}..{most}, warm and cold ({how})"
+    return _worst(claim, ratios, 1 / times, expected, "x")
+
+
+def _route_versus_gemm(routes: Problems, problems: Problems, headline: dict[tuple[Any, ...], str], name: str) -> Bar:
+    ratios = {}
+    for problem, model in headline.items():
+        gemm = problems.get((*problem[:6], None), {})
+        for weights in BOTH:
+            route, alone = (median(each.get(name), "cupti", weights) for each in (routes.get(problem, {}), gemm))
+            if problem[5] <= SMALL_TOKENS[-1] and route is not None and alone is not None:
+                ratios[f"{model} T={problem[5]} {weights}"] = route / alone
+    expected = len(ROUTE_HEADLINE_MODELS) * sum(count <= SMALL_TOKENS[-1] for count in SPARSE_TOKENS) * len(BOTH)
+    claim = f"route at most {ROUTE_OVER_GEMM}x router_gemm, both {name}, T = 1..64 (CUPTI)"
+    return _worst(claim, ratios, ROUTE_OVER_GEMM, expected, "x")
+
+
+def _dispatch(claim: str, problems: Problems, chosen: Chooser, note: str) -> Bar:
     ratios = {}
     for problem, candidates in problems.items():
         found = figures(candidates)
@@ -162,8 +228,8 @@ def _dispatch(problems: Problems, chosen: Chooser, note: str) -> Bar:
             # A choice that was not measured here is as bad as it gets: nothing vouches for it.
             ratio = found[name] / min(found.values()) if name in found else float("inf")
             ratios[f"{problem[0]}x{problem[1]} T={problem[5]} ({name})"] = ratio
-    bar = _worst("the dispatcher's choice within 3% of the best implementation (CUPTI)", ratios, 1.03, None, "x")
-    return replace(bar, figures=bar.figures + note)
+    bar = _worst(f"{claim} 3% of the best implementation (CUPTI)", ratios, 1.03, None, "x")
+    return replace(bar, figures=bar.figures + note) if ratios else bar
 
 
 def _which_table(rows: Sequence[Row]) -> str:
@@ -187,8 +253,10 @@ def _dispatcher(rows: Sequence[Row]) -> Chooser:
     table = dispatch.load_table(kind)
 
     def chosen(key: tuple[Any, ...]) -> str:
-        hidden, experts, bias, dtype, out_dtype, tokens = key
-        problem = dispatch.Problem(tokens, hidden, experts, dtype, None, dtype if bias else None, out_dtype)
+        hidden, experts, bias, dtype, out_dtype, tokens, rule = key
+        problem = dispatch.Problem(
+            tokens, hidden, experts, dtype, None, dtype if bias else None, out_dtype, spec_of(rule)
+        )
         return dispatch.choose(problem, device, environment={}, table=table).implementation
 
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from jax_router import parity
 from jax_router.sweep_bars import SGEMM
 from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, PEERS, Shape
-from jax_router.timing import Call, Operands, as_torch, cold_copies, torch_operators
+from jax_router.timing import Call, Operands, cold_copies
+from jax_router.timing_torch import as_torch, operators
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ALWAYS_CHECKED = 256  # the first rows; of more tokens, these and samples up to the last row
@@ -52,23 +53,22 @@ class ShapeData:
             self._x_on_device[tokens] = jax.device_put(self.x[:tokens], self.device)
         return Operands(self._x_on_device[tokens], self._weights, self._bias)
 
-    def check(self, candidate: str, logits: NDArray[Any]) -> dict[str, Any]:
+    def bits(self, results: Any) -> NDArray[np.unsignedinteger]:
+        """The bits of a call's results, one row per token."""
+        return parity.bits(results)
+
+    def peer(self, torch: Any, candidate: str) -> Callable[..., Any]:
+        """PyTorch's operator of that name."""
+        return operators(torch)[candidate]
+
+    def check(self, candidate: str, logits: Any) -> dict[str, Any]:
         """Judge logits [T, E] of the first T rows.
 
         Returns:
           "passed", "worst_error" and "rms_error" in units of the float32 bound, "rows" compared, "reason" if it failed.
         """
-        chosen = self._rows < logits.shape[0]
-        truth = parity.Reference(
-            hidden=self._truth.hidden,
-            logits=self._truth.logits[chosen],
-            magnitude=self._truth.magnitude[chosen],
-            spread=self._truth.spread[chosen],
-        )
-        actual = logits[self._rows[chosen]]
-        accumulation = parity.accumulation_of(
-            candidate, hidden=self.shape.hidden, dtype=DTYPE, platform=self.device.platform
-        )
+        rows, truth, accumulation = self._truth_about(candidate, len(logits))
+        actual = logits[rows]
         agreement = parity.compare(actual, truth, accumulation)
         result = {
             "passed": agreement.ok,
@@ -82,19 +82,37 @@ class ShapeData:
             result["passed"] = bool(distance < PEER_TOLERANCE)
         if not result["passed"]:
             result["reason"] = str(agreement)
-        elif candidate in SAME_BITS and self.device.platform == "gpu":
-            self._check_bits(candidate, logits, result)
+        self._check_bits(candidate, self.bits(logits), result)
         return result
 
-    def _check_bits(self, candidate: str, logits: NDArray[Any], result: dict[str, Any]) -> None:
-        previous = self._previous.get(candidate, logits)
-        common = min(len(previous), len(logits))
-        differing = parity.differing_rows(logits[:common], previous[:common])
-        self._previous[candidate] = logits
+    def _truth_about(
+        self, candidate: str, tokens: int
+    ) -> tuple[NDArray[np.intp], parity.Reference, parity.Accumulation]:
+        """The rows to compare of a batch, the truth about them, and how the candidate adds."""
+        chosen = self._rows < tokens
+        truth = parity.Reference(
+            hidden=self._truth.hidden,
+            logits=self._truth.logits[chosen],
+            magnitude=self._truth.magnitude[chosen],
+            spread=self._truth.spread[chosen],
+        )
+        accumulation = parity.accumulation_of(
+            candidate, hidden=self.shape.hidden, dtype=DTYPE, platform=self.device.platform
+        )
+        return self._rows[chosen], truth, accumulation
+
+    def _check_bits(self, candidate: str, bits: NDArray[Any], result: dict[str, Any]) -> None:
+        """Fail what passed so far if a row has other bits than in the batch before, where that is promised."""
+        if not result["passed"] or candidate not in SAME_BITS or self.device.platform != "gpu":
+            return
+        previous = self._previous.get(candidate, bits)
+        common = min(len(previous), len(bits))
+        differing = parity.differing_rows(bits[:common], previous[:common])
+        self._previous[candidate] = bits
         if len(differing):
             result["passed"] = False
             result["reason"] = (
-                f"row {differing[0]} has other bits in a batch of {len(logits)} than in one of {len(previous)} "
+                f"row {differing[0]} has other bits in a batch of {len(bits)} than in one of {len(previous)} "
                 f"({len(differing)} of {common} rows differ)"
             )
 
@@ -144,7 +162,7 @@ def rms_errors(
             torch.backends.cuda.matmul.allow_tf32 = False
             exact = torch.mm(tx.float(), tweight.float().t())
             logits[SGEMM] = (exact if tbias is None else exact + tbias.float()).cpu().numpy()
-            for name, operator in torch_operators(torch).items():
+            for name, operator in operators(torch).items():
                 logits[name] = operator(tx, tweight, tbias).float().cpu().numpy()
     truth = parity.reference(x, weight, bias).logits
     errors = {name: np.asarray(value).astype(np.float64) - truth for name, value in logits.items()}

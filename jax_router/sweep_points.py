@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jax_router.implementations import NAMES as IMPLEMENTATIONS
 from jax_router.models import models
+from jax_router.routing import RoutingSpec
+from jax_router.tables import OPERATIONS
 
-PEERS = ("torch_linear", "torch_mm_float32")  # names of jax_router.timing.torch_operators
+PEERS = ("torch_linear", "torch_mm_float32")  # names of timing_torch.operators
+COMPILED_PEER = "torch_route_compiled"
+ROUTE_PEERS = ("torch_route", COMPILED_PEER)  # timing_torch.route_operator
 BOUNDS = ("empty", "read_weight")  # operations of timing.graph_replay: an empty launch, a read of the weight bytes
 NO_ROUTING = "no_routing"  # the chain of chain_slope with nothing in it
 ACCURACY = "accuracy"
-CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, NO_ROUTING, ACCURACY)
+CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY)
 SUITES = ("quick", "headline", "full")
 
 # What the records on GPUs have. More models would be more shapes to measure.
@@ -24,30 +29,64 @@ MODELS = (
     "Nemotron-3-Nano-30B-A3B",
 )  # fmt: skip
 HEADLINE_MODELS = ("gpt-oss-120b", "DeepSeek-V3")
+ROUTE_HEADLINE_MODELS = (*HEADLINE_MODELS, "Qwen3-235B-A22B")
+# Families with a bias that moves the selection and not the weights: e_score_correction_bias or expert_bias of
+# their modules in transformers.
+CORRECTION_BIAS = (
+    "DeepSeek-V3", "DeepSeek-V4", "Kimi-K2", "Kimi-Linear", "GLM-4.5", "GLM-5", "MiniMax-M2", "Nemotron-3", "LongCat",
+    "ERNIE-4.5", "MiMo-V2", "LFM2", "Hy3",
+)  # fmt: skip
 ALL_TOKENS = tuple(2**power for power in range(15))  # 1 to 16384
 SPARSE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (1, 8, 64, 512)
 CHAIN_TOKENS = (1, 64)
+ROUTE_TOKENS = tuple(2**power for power in range(13))  # 1 to 4096
+ROUTE_QUICK_TOKENS = (1, 64)
+ROUTE_FEW_TOKENS = (1, 64, 4096)  # of models that are not in the headline, and of what takes long to compile
+ROUTE_CHAIN_TOKENS = (1, 64, 256, 4096)  # the ends of the ranges that have a bar
 BOTH = ("warm", "cold")
 DTYPE, OUT_DTYPE = "bfloat16", "float32"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One router weight [experts, hidden] with or without a bias, and every model that has it."""
+    """One router weight [experts, hidden] with or without a bias, and every model that has it.
+
+    With a spec it is the routing of these models, which share the rule too.
+    """
 
     hidden: int
     experts: int
     bias: bool
     models: tuple[str, ...]
+    spec: RoutingSpec | None = None
+    correction_bias: bool = False
 
     @property
-    def label(self) -> str:
+    def size(self) -> str:
         return f"{self.hidden}x{self.experts}{' +bias' if self.bias else ''}"
 
     @property
+    def label(self) -> str:
+        return self.size if self.spec is None else f"route {self.size} of {self.models[0]}"
+
+    @property
     def headline(self) -> bool:
-        return any(_same_name(model, headline) for model in self.models for headline in HEADLINE_MODELS)
+        headline = HEADLINE_MODELS if self.spec is None else ROUTE_HEADLINE_MODELS
+        return any(_same_name(model, name) for model in self.models for name in headline)
+
+    @property
+    def operation(self) -> str:
+        return OPERATIONS[self.spec is not None]
+
+    @property
+    def rule(self) -> dict[str, Any] | None:
+        """The spec for JSON: what differs from the defaults, and whether there is a correction bias."""
+        if self.spec is None:
+            return None
+        pairs = {field.name: (getattr(self.spec, field.name), field.default) for field in fields(RoutingSpec)}
+        changed = {name: value for name, (value, default) in pairs.items() if value != default}
+        return changed | {"correction_bias": self.correction_bias}
 
 
 # The Pallas interpreter takes seconds per call, so without a GPU it runs on these alone.
@@ -67,11 +106,24 @@ class Point:
     def key(self, method: str, weights: str) -> tuple[Any, ...]:
         """Identity of one row in a rows file."""
         shape = self.shape
-        return (shape.hidden, shape.experts, shape.bias, DTYPE, OUT_DTYPE, self.tokens, self.candidate, method, weights)
+        sizes = (shape.hidden, shape.experts, shape.bias, DTYPE, OUT_DTYPE, self.tokens)
+        return (*sizes, rule_key(shape.rule), self.candidate, method, weights)
 
     @property
     def label(self) -> str:
         return f"{self.shape.label} T={self.tokens if self.tokens is not None else '-'} {self.candidate}"
+
+
+def rule_key(rule: Mapping[str, Any] | None) -> str | None:
+    """A rule as a part of keys; None for the router GEMM alone."""
+    return None if rule is None else json.dumps(rule, sort_keys=True)
+
+
+def spec_of(key: str | None) -> RoutingSpec | None:
+    """The spec of a `rule_key`."""
+    if key is None:
+        return None
+    return RoutingSpec(**{name: value for name, value in json.loads(key).items() if name != "correction_bias"})
 
 
 def _same_name(left: str, right: str) -> bool:
@@ -85,13 +137,28 @@ def shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
     for name, preset in presets.items():
         names.setdefault((preset.hidden, preset.experts, bool(preset.bias)), []).append(name)
     found = [Shape(*key, tuple(models_of_key)) for key, models_of_key in names.items()]
-    order = [name.lower() for name in HEADLINE_MODELS]
+    return tuple(sorted(found, key=lambda shape: _rank(shape, HEADLINE_MODELS)))
 
-    def rank(shape: Shape) -> tuple[int, int]:
-        places = [order.index(model.lower()) for model in shape.models if model.lower() in order]
-        return min(places, default=len(order)), shape.hidden * shape.experts
 
-    return tuple(sorted(found, key=rank))
+def route_shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
+    """The distinct routers of `presets` (None: of MODELS), weight and rule, headline models first."""
+    presets = {name: models[name] for name in MODELS} if presets is None else presets
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, preset in presets.items():
+        correction_bias = any(name.lower().startswith(family.lower()) for family in CORRECTION_BIAS)
+        key = (preset.hidden, preset.experts, bool(preset.bias), preset.spec, correction_bias)
+        names.setdefault(key, []).append(name)
+    found = [
+        Shape(hidden, experts, bias, tuple(of_key), spec, corrected)
+        for (hidden, experts, bias, spec, corrected), of_key in names.items()
+    ]
+    return tuple(sorted(found, key=lambda shape: _rank(shape, ROUTE_HEADLINE_MODELS)))
+
+
+def _rank(shape: Shape, headline: Sequence[str]) -> tuple[int, int]:
+    """Headline shapes in their order, then by size."""
+    places = [index for index, name in enumerate(headline) if _has_model(shape, [name])]
+    return min(places, default=len(headline)), shape.hidden * shape.experts
 
 
 def points(
@@ -102,27 +169,32 @@ def points(
     only_models: Sequence[str] = (),
     only_tokens: Sequence[int] = (),
     only_candidates: Sequence[str] = (),
-    all_shapes: Sequence[Shape] | None = None,
+    only_operations: Sequence[str] = (),
 ) -> list[Point]:
-    """The points of a suite, in the order in which they run: shape by shape, then by tokens.
+    """The points of a suite, in the order in which they run: router GEMMs, then routing, shape by shape, by tokens.
 
     Args:
       suite: "quick", "headline" or "full".
       gpu: whether JAX has a GPU; without one only `xla` runs, and interpreted `pallas` on tiny shapes.
       torch_gpu: whether PyTorch has the GPU too.
-      only_models, only_tokens, only_candidates: filters; empty takes everything. Numbers of tokens that the suite does
-        not have are added to it; a shape that shares its numbers with a wanted model is wanted.
+      only_models, only_tokens, only_candidates, only_operations: filters; empty takes everything. Numbers of tokens
+        that the suite does not have are added to it; a shape that shares its numbers with a wanted model is wanted.
 
     Raises:
-      ValueError: an unknown suite, model or candidate, or tokens below 1.
+      ValueError: an unknown suite, model, candidate or operation, or tokens below 1.
     """
-    known = tuple(shapes() if all_shapes is None else all_shapes)
-    _check_filters(suite, known, only_models, only_tokens, only_candidates)
+    known = (*shapes(), *route_shapes())
+    _check_filters(suite, known, only_models, only_tokens, only_candidates, only_operations)
     wanted = [shape for shape in known if not only_models or _has_model(shape, only_models)]
-    if gpu and suite == "quick" and not only_models:
-        wanted = [shape for shape in wanted if shape.headline]
+    if suite == "quick" and not only_models:
+        wanted = [shape for shape in wanted if shape.headline or not (gpu or shape.spec)]
+    wanted = [shape for shape in wanted if not only_operations or shape.operation in only_operations]
     found: list[Point] = []
     for shape in wanted:
+        if shape.spec is not None:
+            for tokens in only_tokens or _route_tokens(suite, shape):
+                found += _route_candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
+            continue
         if gpu:
             found += [
                 Point(shape, None, bound, tuple(("graph_replay", weights) for weights in BOTH)) for bound in BOUNDS
@@ -131,7 +203,7 @@ def points(
             found += _candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
         if gpu and shape.headline and suite != "quick":
             found.append(Point(shape, None, ACCURACY, (("rms", "zero mean"), ("rms", "with a mean"))))
-    if not gpu and not only_models:
+    if not gpu and not only_models and OPERATIONS[0] in (only_operations or OPERATIONS):
         tiny = [tokens for tokens in TINY_TOKENS if not only_tokens or tokens in only_tokens]
         found += [
             Point(shape, tokens, candidate, (("wall", "warm"),))
@@ -166,18 +238,44 @@ def _candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: 
     return found
 
 
+def _route_tokens(suite: str, shape: Shape) -> tuple[int, ...]:
+    if suite == "quick":
+        return ROUTE_QUICK_TOKENS
+    return ROUTE_TOKENS if suite == "full" else SPARSE_TOKENS if shape.headline else ROUTE_FEW_TOKENS
+
+
+def _route_candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: bool) -> list[Point]:
+    if not gpu:
+        return [Point(shape, tokens, "xla", (("wall", "warm"),))]
+    with_chain = suite != "quick" and shape.headline and tokens in ROUTE_CHAIN_TOKENS
+    chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
+    kernel_time = tuple(("cupti", weights) for weights in BOTH)
+    found = [Point(shape, tokens, name, (*chains, *kernel_time)) for name in IMPLEMENTATIONS]
+    if torch_gpu and shape.headline and suite != "quick":
+        peers = [peer for peer in ROUTE_PEERS if peer != COMPILED_PEER or tokens in ROUTE_FEW_TOKENS]
+        found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in peers]
+    if chains:
+        found.append(Point(shape, tokens, NO_ROUTING, chains))
+    return found
+
+
 def _has_model(shape: Shape, wanted: Iterable[str]) -> bool:
     return any(_same_name(model, name) for model in shape.models for name in wanted)
 
 
 def _check_filters(
-    suite: str, known: Sequence[Shape], names: Sequence[str], tokens: Sequence[int], candidates: Sequence[str]
+    suite: str,
+    known: Sequence[Shape],
+    names: Sequence[str],
+    tokens: Sequence[int],
+    candidates: Sequence[str],
+    operations: Sequence[str],
 ) -> None:
     if suite not in SUITES:
         raise ValueError(f"suite is {suite!r}. Expected one of {', '.join(SUITES)}; use --suite quick to try it out.")
     for name in names:
         if not any(_has_model(shape, [name]) for shape in known):
-            every = ", ".join(model for shape in known for model in shape.models)
+            every = ", ".join(dict.fromkeys(model for shape in known for model in shape.models))
             raise ValueError(f"model is {name!r}. Expected one of {every}; pass one of these to --model.")
     for count in tokens:
         if count < 1:
@@ -186,6 +284,10 @@ def _check_filters(
         if name not in CANDIDATES:
             every = ", ".join(CANDIDATES)
             raise ValueError(f"implementation is {name!r}. Expected one of {every}; pass one to --implementation.")
+    for name in operations:
+        if name not in OPERATIONS:
+            every = " or ".join(OPERATIONS)
+            raise ValueError(f"operation is {name!r}. Expected {every}; pass one to --operation.")
 
 
 def geometric_mean(values: Iterable[float]) -> float:

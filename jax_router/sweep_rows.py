@@ -1,8 +1,8 @@
 """The rows file of the sweep: JSON lines, appended as they come, read by `--resume`, the table writer and the report.
 
 A row is one measurement or one check (`status` "ok"), one of these that failed ("failed", with the reason; what fails
-its check is not timed), or one candidate that this machine does not run ("skipped", with the reason). Every row carries
-its provenance.
+its check is not timed), or one candidate that this machine does not run ("skipped", with the reason). It is of one
+operation, `router_gemm` if it does not say, and of `route` it has the rule. Every row carries its provenance.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from jax_router.sweep_points import Shape, rule_key, spec_of
+from jax_router.tables import OPERATIONS
 
 Row = dict[str, Any]
 _KEY = ("hidden", "experts", "bias", "dtype", "out_dtype", "tokens", "candidate", "method", "weights")
@@ -24,7 +27,12 @@ class RowsError(ValueError):
 
 def key(row: Row) -> tuple[Any, ...]:
     """Identity of a measurement, as `Point.key`."""
-    return tuple(row[name] for name in _KEY)
+    return (*problem_of(row), *(row[name] for name in _KEY[6:]))
+
+
+def problem_of(row: Row) -> tuple[Any, ...]:
+    """(hidden, experts, bias, dtype, out_dtype, tokens, rule), the rule as `rule_key` has it."""
+    return (*(row[name] for name in _KEY[:6]), rule_key(row.get("rule")))
 
 
 def identity(provenance: Row) -> tuple[Any, ...]:
@@ -107,11 +115,20 @@ def comparable(rows: Sequence[Row]) -> tuple[list[Row], int]:
     return list(latest.values()), sum(identity(row["provenance"]) != wanted for row in rows)
 
 
-def by_problem(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]:
-    """Timed rows as {(hidden, experts, bias, dtype, out_dtype, tokens): {candidate: {(method, weights): row}}}."""
+def shape_of(row: Row) -> Shape:
+    """What a row was measured on."""
+    rule = row.get("rule")
+    corrected = rule is not None and rule["correction_bias"]
+    models = tuple(row["models"])
+    return Shape(row["hidden"], row["experts"], row["bias"], models, spec_of(rule_key(rule)), corrected)
+
+
+def by_problem(
+    rows: Iterable[Row], operation: str = OPERATIONS[0]
+) -> dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]:
+    """Timed rows of one operation as {problem_of(row): {candidate: {(method, weights): row}}}."""
     found: dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]] = {}
     for row in rows:
-        if row["status"] == "ok" and "samples_us" in row:
-            problem = tuple(row[name] for name in _KEY[:6])
-            found.setdefault(problem, {}).setdefault(row["candidate"], {})[row["method"], row["weights"]] = row
+        if row["status"] == "ok" and "samples_us" in row and row.get("operation", OPERATIONS[0]) == operation:
+            found.setdefault(problem_of(row), {}).setdefault(row["candidate"], {})[row["method"], row["weights"]] = row
     return found

@@ -11,19 +11,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router import dispatch, implementations, parity, timing
+from jax_router import dispatch, implementations, parity, timing, timing_torch
 from jax_router.sweep_data import BFLOAT16, SAME_BITS, ShapeData, implementation_calls, rms_errors
 from jax_router.sweep_points import (
     ACCURACY,
     BOUNDS,
+    COMPILED_PEER,
     DTYPE,
     IMPLEMENTATIONS,
     NO_ROUTING,
     OUT_DTYPE,
     PEERS,
+    ROUTE_PEERS,
     Point,
     Shape,
 )
+from jax_router.sweep_route import RouteData, route_calls
 from jax_router.sweep_rows import Row, RowsWriter
 
 COMPILE_COST = 2  # of one executable, in units of one measurement, for the time left
@@ -104,7 +107,9 @@ class Runner:
 
     def _run_shape(self, shape: Shape, points: list[Point]) -> tuple[ShapeData, dict[tuple[Point, str], Future[Any]]]:
         self.advance(0, f"{shape.label}: data")
-        data = ShapeData(shape, sorted({point.tokens or 1 for point in points}), self.device)
+        data = (ShapeData if shape.spec is None else RouteData)(
+            shape, sorted({point.tokens or 1 for point in points}), self.device
+        )
         executables = self._compile(data, points)
         for point in points:
             missing = [each for each in self._missing(point) if each[0] != "cupti"]
@@ -112,8 +117,7 @@ class Runner:
             try:
                 refused = self._refused(point)
                 if refused is not None:
-                    self.skipped[f"{shape.label} {point.candidate}"] = refused
-                    self._write(point, CHECK, status="skipped", reason=refused)
+                    self._skip(point, refused)
                 else:
                     self._run_point(point, missing, data, executables)
             except DeviceLost:
@@ -149,7 +153,8 @@ class Runner:
 
     def _compile_one(self, data: ShapeData, point: Point, kind: str) -> Any:
         assert point.tokens is not None
-        operands, call = data.operands(point.tokens), self.calls.get(point.candidate)
+        calls = self.calls if point.shape.spec is None else route_calls(point.shape.spec)
+        operands, call = data.operands(point.tokens), calls.get(point.candidate)
         with jax.default_device(self.device):
             if kind == "chain":
                 return timing.compile_chains(call, operands)
@@ -174,6 +179,7 @@ class Runner:
             dtype=DTYPE,
             bias_dtype=DTYPE if point.shape.bias else None,
             out_dtype=OUT_DTYPE,
+            spec=point.shape.spec,
         )
         device = dispatch.Device.of(self.device)
         return dispatch.why_unsupported(problem, device, name) or implementations.load(name).unavailable()
@@ -188,34 +194,51 @@ class Runner:
         if point.candidate in BOUNDS:
             self._time(point, missing, data, executables, None)
             return
-        check, logits = None, None
+        check: Row | None = None
+        results: tuple[Any, ...] = ()
+        peer: Callable[..., Any] | None = None
         if point.candidate != NO_ROUTING:
-            logits = self._logits(point, operands, executables)
-            check = self._judge(point, data, logits)
+            if point.candidate in (*PEERS, *ROUTE_PEERS):
+                peer = data.peer(self.torch, point.candidate)
+                try:
+                    results = (self._of_peer(peer, operands),)
+                except Exception as error:
+                    if point.candidate != COMPILED_PEER:
+                        raise
+                    self._skip(point, f"PyTorch cannot compile it on this machine: {_reason(error)}")
+                    return
+            else:
+                results = self._of_executable(executables[point, "calls"].result(), operands)
+            check = self._judge(point, data, results)
             if not check["passed"]:
                 self._fail(point, CHECK, check["reason"], check=check)
                 return
             self._write(point, CHECK, check=check)
             check = {name: value for name, value in check.items() if name != "unit"}
         self.passed[point] = check
-        self._time(point, missing, data, executables, check, logits)
+        self._time(point, missing, data, executables, check, results, peer)
 
-    def _logits(self, point: Point, operands: timing.Operands, executables: dict[tuple[Point, str], Any]) -> Any:
-        """The logits [T, E] to check: of the first and the last call of the executable that is timed, or of PyTorch."""
-        if point.candidate in PEERS:
-            torch: Any = self.torch
-            x, weights, bias = timing.as_torch(torch, operands)
-            with torch.no_grad():
-                logits = timing.torch_operators(torch)[point.candidate](x, weights[0], bias)
-            host = logits.float().cpu().numpy()  # numpy knows no bfloat16 tensors
-            return (host.astype(BFLOAT16) if logits.dtype == torch.bfloat16 else host,)
-        compiled = executables[point, "calls"].result()
+    def _of_peer(self, peer: Callable[..., Any], operands: timing.Operands) -> Any:
+        """What a PyTorch operator returns, on the host."""
+        torch: Any = self.torch
+        x, weights, bias = timing_torch.as_torch(torch, operands)
+        with torch.no_grad():
+            results = peer(x, weights[0], bias)
+
+        def on_host(result: Any) -> Any:
+            host = result.cpu()
+            return host.float().numpy().astype(BFLOAT16) if result.dtype == torch.bfloat16 else host.numpy()
+
+        return jax.tree.map(on_host, results)  # numpy knows no bfloat16 tensors
+
+    def _of_executable(self, compiled: Any, operands: timing.Operands) -> tuple[Any, Any]:
+        """What the first and the last call of the executable that is timed return, on the host."""
         outputs = compiled(operands.x, operands.weights[:1] * self._calls_per_run, operands.bias)
-        return np.asarray(outputs[0]), np.asarray(outputs[-1])
+        return jax.device_get(outputs[0]), jax.device_get(outputs[-1])
 
-    def _judge(self, point: Point, data: ShapeData, logits: tuple[Any, ...]) -> Row:
-        check = data.check(point.candidate, logits[0])
-        differing = parity.differing_rows(logits[-1], logits[0])
+    def _judge(self, point: Point, data: ShapeData, results: tuple[Any, ...]) -> Row:
+        check = data.check(point.candidate, results[0])
+        differing = parity.differing_rows(data.bits(results[-1]), data.bits(results[0]))
         if check["passed"] and point.candidate in SAME_BITS and len(differing):
             check |= {"passed": False, "reason": f"two calls on the same data differ in {len(differing)} rows"}
         return check
@@ -227,7 +250,8 @@ class Runner:
         data: ShapeData,
         executables: dict[tuple[Point, str], Any],
         check: Row | None,
-        logits: Any = None,
+        results: tuple[Any, ...] = (),
+        peer: Callable[..., Any] | None = None,
     ) -> None:
         operands = data.operands(point.tokens or 1)
         kernel_times: dict[str, timing.Samples] = {}
@@ -237,12 +261,12 @@ class Runner:
                 operation = point.candidate if point.candidate in BOUNDS else "router_gemm"
                 out = timing.out_buffer(operands, OUT_DTYPE)
                 samples = timing.graph_replay(operands, out, weights=weights, operation=operation)
-                if logits is not None and len(parity.differing_rows(np.asarray(out), logits[0])):
+                if results and len(parity.differing_rows(np.asarray(out), results[0])):
                     raise timing.TimingError("the replayed graph wrote other bits than the checked call")
                 return samples
             if method == "torch_replay":
-                operator = timing.torch_operators(self.torch)[point.candidate]
-                return timing.torch_replay(self.torch, operator, operands, weights=weights)
+                assert peer is not None
+                return timing_torch.torch_replay(self.torch, peer, operands, weights=weights)
             if method == "chain_slope":
                 return timing.chain_slope(executables[point, "chain"].result(), operands, weights=weights)
             if method == "wall":
@@ -277,10 +301,15 @@ class Runner:
         except Exception as error:
             raise DeviceLost(f"{self.failed[-1]}. Now the device refuses everything: {_reason(error)}") from error
 
+    def _skip(self, point: Point, reason: str) -> None:
+        self.skipped[f"{point.shape.label} {point.candidate}"] = reason
+        self._write(point, CHECK, status="skipped", reason=reason)
+
     def _write(self, point: Point, measurement: tuple[str, str], *, status: str = "ok", **more: Any) -> None:
         method, weights = measurement
         shape = point.shape
         row = {
+            "operation": shape.operation, **({} if shape.rule is None else {"rule": shape.rule}),
             "models": shape.models, "hidden": shape.hidden, "experts": shape.experts, "bias": shape.bias,
             "dtype": DTYPE, "out_dtype": OUT_DTYPE, "tokens": point.tokens, "candidate": point.candidate,
             "method": method, "weights": weights, "status": status, **more, "provenance": self.provenance,

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from jax_router.sweep_bars import Bar, median
 from jax_router.sweep_points import BOTH, BOUNDS, NO_ROUTING, Shape
-from jax_router.sweep_rows import Row, by_problem
+from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
+from jax_router.tables import OPERATIONS
 
 # Methods whose times can be compared with each other.
 FAMILIES = {
@@ -42,13 +43,11 @@ class Line:
 
 def lines(rows: Sequence[Row]) -> list[Line]:
     """Every timed candidate, in the order of the rows."""
-    problems = by_problem(rows)
-    names = {tuple(row[name] for name in ("hidden", "experts", "bias")): tuple(row["models"]) for row in rows}
+    gemms = by_problem(rows)
+    shapes = {problem_of(row): shape_of(row) for row in rows}
     found = []
-    for problem, candidates in problems.items():
-        hidden, experts, bias, _, _, tokens = problem
-        shape = Shape(hidden, experts, bias, names[hidden, experts, bias])
-        floor = floors(problems, problem)
+    for problem, candidates in [each for operation in OPERATIONS for each in by_problem(rows, operation).items()]:
+        floor = floors(gemms, problem)
         for family, methods in FAMILIES.items():
             times: dict[str, Pair] = {}
             for candidate, measurements in candidates.items():
@@ -64,8 +63,8 @@ def lines(rows: Sequence[Row]) -> list[Line]:
                 check = next(iter(candidates[candidate].values())).get("check")
                 found.append(
                     Line(
-                        shape,
-                        tokens,
+                        shapes[problem],
+                        problem[5],
                         candidate,
                         family,
                         pair,
@@ -78,8 +77,8 @@ def lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def floors(problems: dict[tuple[Any, ...], Any], problem: tuple[Any, ...]) -> Pair:
-    """Microseconds of a read of the weight bytes of this problem's shape, warm and cold."""
-    bound = problems.get((*problem[:5], None), {}).get("read_weight")
+    """Microseconds of a read of the weight bytes of this problem's shape, warm and cold, from the router GEMMs'."""
+    bound = problems.get((*problem[:5], None, None), {}).get("read_weight")
     warm, cold = (median(bound, "graph_replay", weights) for weights in BOTH)
     return warm, cold
 
@@ -131,9 +130,10 @@ def print_lines(console: Console, found: Sequence[Line]) -> None:
     for label, models in shared.items():
         console.print(f"{label}: {models}")
     console.print(
-        "worst error: largest |logits - float64|, in units of the float32 accumulation bound; x floor: over a"
+        "worst error: largest |logits - float64|, in units of the float32 accumulation bound; of route that of the"
     )
-    console.print("graph replay that only reads the weight bytes; x best other: by the same method.")
+    console.print("weights over their bound. x floor: over a graph replay that only reads the weight bytes; x best")
+    console.print("other: by the same method.")
 
 
 def _tokens(tokens: int | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax_router.sweep_points import IMPLEMENTATIONS, geometric_mean
 from jax_router.sweep_rows import Row, by_problem, comparable
-from jax_router.tables import file_name, load_table
+from jax_router.tables import OPERATIONS, file_name, load_table
 
 METRIC = "geometric mean of warm and cold CUPTI microseconds"
 TABLES = Path(__file__).parent / "tables"
@@ -41,7 +41,8 @@ def table_of(rows: Sequence[Row]) -> dict[str, Any]:
     """
     rows, _ = comparable(rows)
     entries = []
-    for (hidden, experts, bias, dtype, out_dtype, tokens), candidates in by_problem(rows).items():
+    every = [(operation, *each) for operation in OPERATIONS for each in by_problem(rows, operation).items()]
+    for operation, (hidden, experts, bias, dtype, out_dtype, tokens, rule), candidates in every:
         found = figures(candidates)
         if not found:
             continue
@@ -56,6 +57,8 @@ def table_of(rows: Sequence[Row]) -> dict[str, Any]:
         }
         entries.append(
             {
+                "operation": operation,
+                **({} if rule is None else {"rule": json.loads(rule)}),
                 "hidden": hidden,
                 "experts": experts,
                 "dtype": dtype,
@@ -71,7 +74,8 @@ def table_of(rows: Sequence[Row]) -> dict[str, Any]:
             "the rows hold no checked implementation with warm and cold CUPTI times. Expected a sweep on a GPU; run "
             "`jax-router sweep --suite headline --write-table` there."
         )
-    entries.sort(key=lambda entry: (entry["hidden"], entry["experts"], entry["bias"], entry["tokens"]))
+    by_size = ("hidden", "experts", "bias", "tokens")
+    entries.sort(key=lambda entry: (OPERATIONS.index(entry["operation"]), *map(entry.get, by_size)))
     provenance = rows[-1]["provenance"]
     return {
         "gpu": provenance["gpu"],

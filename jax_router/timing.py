@@ -2,8 +2,9 @@
 
     graph_replay   the C launcher in a CUDA graph, replayed: what one launch adds to a busy stream. Also the two bounds,
                    an empty launch and a read of the weight bytes
-    torch_replay   the same for a PyTorch operator, so that the two can be compared
-    cupti          GPU time of the kernels of one call through JAX, all of them summed: what the call costs the GPU
+    torch_replay   the same for a PyTorch operator, so that the two can be compared: in timing_torch
+    cupti          GPU time of the kernels of one call through JAX, all of them summed: what the call costs the GPU. Of
+                   two that are launched programmatically, what they run side by side counts in both
     chain_slope    wall time that one more data-chained call adds to a jitted function: what a decode step pays
     wall           wall time of one call, for machines without a GPU
 
@@ -14,6 +15,7 @@ holds, or the L2 filled with other data before the run). x is the same array in 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import statistics
 import time
@@ -77,11 +79,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Operands:
-    """x [T, H], bias [E] or None, and copies of one weight [E, H] in distinct buffers, cold in rotation."""
+    """x [T, H], bias [E] or None, and copies of one weight [E, H] in distinct buffers, cold in rotation.
+
+    Of `route` the bias is a pair: that of the logits and the correction bias, each [E] or None.
+    """
 
     x: jax.Array
     weights: tuple[jax.Array, ...]
-    bias: jax.Array | None
+    bias: Any
 
     def rotation(self, weights: str) -> tuple[jax.Array, ...]:
         return self.weights[:1] if weights == "warm" else self.weights
@@ -124,7 +129,7 @@ def graph_replay(operands: Operands, out: jax.Array, *, weights: str, operation:
     variants = (cuda.RouterGemmArgs * len(rotation))(
         *(cuda.RouterGemmArgs.of(problem, weight=weight.unsafe_buffer_pointer(), **address) for weight in rotation)
     )
-    launches = _launches(rotation)
+    launches = launches_of(rotation)
 
     def replay(repeats: int) -> list[float]:
         samples = (ctypes.c_float * repeats)()
@@ -135,99 +140,40 @@ def graph_replay(operands: Operands, out: jax.Array, *, weights: str, operation:
     return Samples(
         "graph_replay",
         weights,
-        _replays(replay, launches),
+        replays(replay, launches),
         launches,
         f"CUDA-graph replay of {launches} C launches ({operation}), {len(rotation)} weights in rotation",
     )
 
 
-def _launches(rotation: Sequence[Any]) -> int:
+def launches_of(rotation: Sequence[Any]) -> int:
+    """How many a replayed graph has: every weight of the rotation equally often."""
     return len(rotation) * math.ceil(GRAPH_LAUNCHES / len(rotation))
 
 
-def _replays(replay: Callable[[int], list[float]], launches: int) -> tuple[float, ...]:
+def replays(replay: Callable[[int], list[float]], launches: int) -> tuple[float, ...]:
     """Samples of as many replays as the budget allows. The first ones warm up and give the estimate."""
     estimate = statistics.median(replay(3)) * launches
     return tuple(replay(int(min(REPEATS, max(5, REPLAY_BUDGET_US / max(estimate, 1.0))))))
 
 
-def torch_operators(torch: Any) -> dict[str, Callable[..., Any]]:
-    """The PyTorch peers by name. Each takes x [T, H], weight [E, H] and bias [E] or None, all bfloat16."""
-
-    def linear(x: Any, weight: Any, bias: Any) -> Any:
-        return torch.nn.functional.linear(x, weight, bias)
-
-    def mm_float32(x: Any, weight: Any, bias: Any) -> Any:
-        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
-        return logits if bias is None else logits.add_(bias)
-
-    return {"torch_linear": linear, "torch_mm_float32": mm_float32}
-
-
-def as_torch(torch: Any, operands: Operands) -> tuple[Any, tuple[Any, ...], Any]:
-    """The same buffers as PyTorch tensors: x, weights, bias."""
-    jax.block_until_ready((operands.x, operands.weights, operands.bias))
-    bias = None if operands.bias is None else torch.from_dlpack(operands.bias)
-    return torch.from_dlpack(operands.x), tuple(torch.from_dlpack(weight) for weight in operands.weights), bias
-
-
-def torch_replay(torch: Any, operator: Callable[..., Any], operands: Operands, *, weights: str) -> Samples:
-    """Time a PyTorch operator in CUDA-graph replay, as `graph_replay` times the C launcher."""
-    x, copies, bias = as_torch(torch, operands)
-    rotation = copies[: len(operands.rotation(weights))]
-    launches = _launches(rotation)
-    with torch.no_grad():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                operator(x, rotation[0], bias)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # In the default mode a call that one of JAX's threads makes meanwhile invalidates the capture and JAX's stream.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for launch in range(launches):
-                operator(x, rotation[launch % len(rotation)], bias)
-
-    def replay(repeats: int) -> list[float]:
-        samples = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) * 1e3 / launches)
-        return samples
-
-    samples = _replays(replay, launches)
-    graph.reset()
-    return Samples(
-        "torch_replay",
-        weights,
-        samples,
-        launches,
-        f"CUDA-graph replay of {launches} PyTorch calls, {len(rotation)} weights in rotation",
-    )
-
-
-Call = Callable[[jax.Array, jax.Array, "jax.Array | None"], jax.Array]  # (x, weight, bias) -> logits
+Call = Callable[[jax.Array, jax.Array, Any], Any]  # (x, weight, bias) -> logits, or (weights, experts) of `route`
 
 
 def compile_calls(call: Call, operands: Operands, calls: int = CALLS) -> jax.stages.Compiled:
-    """Compile `calls` calls in one jitted function of (x, tuple of weights, bias), which returns every call's logits.
+    """Compile `calls` calls in one jitted function of (x, tuple of weights, bias), which returns every call's results.
 
     One executable serves warm (the same array passed for every weight) and cold (distinct arrays), and its outputs are
     the ones to check. The barriers keep XLA from merging the calls, which share x, into one product.
     """
 
-    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array | None) -> tuple[jax.Array, ...]:
-        logits: list[jax.Array] = []
+    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: Any) -> tuple[Any, ...]:
+        results: list[Any] = []
         for weight in weights:
-            if logits:
-                x, logits[-1] = jax.lax.optimization_barrier((x, logits[-1]))
-            logits.append(call(x, weight, bias))
-        return tuple(logits)
+            if results:
+                x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
+            results.append(call(x, weight, bias))
+        return tuple(results)
 
     (device,) = operands.x.devices()
     options = _WITHOUT_GRAPHS if device.platform == "gpu" else {}
@@ -318,15 +264,17 @@ def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, S
 
 
 def chain(call: Call | None) -> Any:
-    """A jitted function of (x, weights, bias), one layer per weight, whose layer i + 1 needs the logits of layer i.
+    """A jitted function of (x, weights, bias), one layer per weight, whose layer i + 1 needs all results of layer i.
 
     With `call` None the same chain without the routing: what the chain's own elementwise kernel costs.
     """
 
-    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: jax.Array | None) -> jax.Array:
+    def run(x: jax.Array, weights: tuple[jax.Array, ...], bias: Any) -> jax.Array:
         for weight in weights:
             # Behind a barrier: only one column is used, and XLA would be free to compute no other.
-            signal = (x if call is None else jax.lax.optimization_barrier(call(x, weight, bias)))[:, :1]
+            results = x if call is None else jax.lax.optimization_barrier(call(x, weight, bias))
+            columns = [result[:, :1] for result in jax.tree.leaves(results)]
+            signal = functools.reduce(lambda total, column: total + column.astype(total.dtype), columns)
             x = x + (signal * 2.0**-60).astype(x.dtype)  # too small to change x, which XLA cannot know
             x = jax.lax.optimization_barrier(x)
         return x

@@ -33,18 +33,26 @@ MICROSECONDS = {
     "torch_mm_float32": 6.0,
     "no_routing": 3.5,
 }
+ROUTE_MICROSECONDS = {"cuda": 3.0, "pallas": 5.0, "xla": 12.0, "torch_route": 30.0, "torch_route_compiled": 20.0}
 ERRORS = {"cuda": 2e-7, "xla": 3e-6, "float32_sgemm": 5e-7, "torch_linear": 2e-3}
 
 Time = Callable[[sweep_points.Point, str, str], float]
 
 
 def constant_time(point: sweep_points.Point, method: str, weights: str) -> float:
-    return MICROSECONDS[point.candidate] * (1.2 if weights == "cold" else 1.0)
+    cold = 1.2 if weights == "cold" else 1.0
+    if point.shape.spec is None:
+        return MICROSECONDS[point.candidate] * cold
+    chain = MICROSECONDS["no_routing"] if method == "chain_slope" else 0.0  # which holds the chain's own kernel
+    return (ROUTE_MICROSECONDS.get(point.candidate, 0.0) + chain) * cold
 
 
 def row(point: sweep_points.Point, method: str, weights: str, **more: Any) -> dict[str, Any]:
     shape = point.shape
+    of_operation = {} if shape.rule is None else {"rule": shape.rule}
     return {
+        "operation": shape.operation,
+        **of_operation,
         "models": list(shape.models),
         "hidden": shape.hidden,
         "experts": shape.experts,

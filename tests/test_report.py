@@ -15,7 +15,11 @@ from jax_router import cli, report, report_plots, sweep_table
 from jax_router.report import rewrite, write_report
 from jax_router.sweep_rows import by_problem
 
-PARTS = ("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy")
+PARTS = (
+    *("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy"),
+    *("route-table", "route-plot", "route-chain"),
+)
+PLOTS = ("time-headline", "time-models", "winners", "route")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_plots_tables_and_readme_are_written_and_again_the_same(tmp_path: Path, 
         "sweep-h200.jsonl",
         "sweep-h200.md",
         "README.md",
-        *(f"h200-{plot}.{suffix}" for plot in ("time-headline", "time-models", "winners") for suffix in ("png", "svg")),
+        *(f"h200-{plot}.{suffix}" for plot in PLOTS for suffix in ("png", "svg")),
     }
     for path in written:
         assert path.stat().st_size > 1000, path
@@ -156,6 +160,46 @@ def test_every_panel_shows_all_of_its_lines(rows: list[dict[str, Any]]) -> None:
         low, high = axis.get_ylim()
         assert len(axis.lines) >= 6
         assert all(low < time < high for line in axis.lines for time in line.get_ydata())
+    plt.close(figure)
+
+
+def test_the_routing_has_a_table_and_a_chain_of_its_own(rows: list[dict[str, Any]]) -> None:
+    parts = report.generated_parts(rows, {}, Path())
+    table = parts["route-table"]
+    assert (
+        "| gpt-oss-120b | 1 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | 20.0 / 24.0 | 2.50 / 3.00 |"
+        in table
+    )
+    assert "|  | 16 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | - | 2.50 / 3.00 |" in table
+    assert "| DeepSeek-V3 | 1 |" in table
+    assert "Kimi" not in table
+    slope = r"\d+\.\d \(\d+\.\d to \d+\.\d\)"
+    line = rf"^\| DeepSeek-V3 \| 4096 \| warm \| 6\.5 \(.*\) \| {slope} \| 15\.5 \(.*\) \| 3\.5 "
+    assert re.search(line, parts["route-chain"], re.M)
+    assert parts["route-chain"].count("\n| gpt-oss-120b |") == 8  # four numbers of tokens, warm and cold
+    assert "2880x128" not in parts["route-chain"]
+    gemms = [row for row in rows if row["operation"] == "router_gemm"]
+    without = report.generated_parts(gemms, {}, Path())
+    assert {without[part] for part in ("route-table", "route-plot", "route-chain")} == {"Not measured.\n"}
+    for part in ("table", "chain"):
+        assert without[part] == parts[part]
+
+
+def test_the_routing_is_drawn_beside_pytorch_and_the_logits_alone(rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    routes = by_problem(rows, "route")
+    shapes = [shape for shape in report_plots._shapes(rows, routes) if shape.headline]
+    problems = by_problem(rows) | routes
+    figure = report_plots._time_figure(plt, problems, shapes, [report_plots.ROUTE], 3, synthetic_rows.PROVENANCE)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title().split("\n")[0] for axis in panels] == ["gpt-oss-120b", "DeepSeek-V3"]
+    assert "Routing on NVIDIA H200" in figure.get_suptitle()
+    for axis in panels:
+        names = {text.get_text() for text in axis.texts}
+        assert {"cuda", "pallas", "xla", "PyTorch", "PyTorch, compiled", "logits alone", "read of the weights"} <= names
+        (alone,) = [line for line in axis.lines if set(line.get_ydata()) == {3.0} and line.get_linestyle() == "--"]
+        assert list(alone.get_xdata()) == [1, 16, 64, 256, 1024, 4096]
     plt.close(figure)
 
 

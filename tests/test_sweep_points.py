@@ -60,7 +60,12 @@ def test_without_a_gpu_only_xla_runs_and_pallas_on_tiny_shapes() -> None:
 
 def test_filters_select_models_tokens_and_candidates() -> None:
     found = points(
-        "headline", **HEADLINE, only_models=["glm-4.5-air"], only_tokens=[3], only_candidates=["cuda", "torch_linear"]
+        "headline",
+        **HEADLINE,
+        only_models=["glm-4.5-air"],
+        only_tokens=[3],
+        only_candidates=["cuda", "torch_linear"],
+        only_operations=["router_gemm"],
     )
     assert {(point.shape.label, point.tokens, point.candidate) for point in found} == {
         ("4096x128", 3, "cuda"),
@@ -76,6 +81,7 @@ def test_filters_select_models_tokens_and_candidates() -> None:
         ({"only_models": ["gpt-5"]}, "model is 'gpt-5'. Expected one of gpt-oss"),
         ({"only_tokens": [0]}, "tokens is 0. Expected 1 or more"),
         ({"only_candidates": ["triton"]}, "implementation is 'triton'. Expected one of"),
+        ({"only_operations": ["topk"]}, "operation is 'topk'. Expected router_gemm or route; pass one to --operation"),
     ],
 )
 def test_unknown_filters_are_named(arguments: dict[str, Any], message: str) -> None:

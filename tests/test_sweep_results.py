@@ -43,7 +43,7 @@ def test_the_table_names_the_fastest_by_the_geometric_mean_of_warm_and_cold() ->
 
 
 def test_only_checked_candidates_with_warm_and_cold_times_can_win() -> None:
-    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"], only_tokens=[16])
+    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"], only_tokens=[16], only_operations=["router_gemm"])
     for row in rows:
         if row["candidate"] == "cuda" and row["method"] == "cupti":
             row["check"] = {"passed": False, "worst_error": 99.0}
@@ -90,7 +90,7 @@ def one(found: dict[str, Bar], *words: str) -> Bar:
 
 def test_all_bars_are_met_by_rows_that_meet_them() -> None:
     found = bars(synthetic_rows.headline_rows())
-    assert len(found) == 9
+    assert len(found) == 16
     assert {bar.verdict for bar in found.values()} == {"met"}, found
 
 
@@ -120,7 +120,7 @@ def test_a_missed_bar_names_its_worst_case() -> None:
     assert "1.200 x at with a mean" in bar.figures
     assert one(found, "pallas faster", "gpt-oss").met is True
     assert "1.100 x at 7168x256 T=128 warm" in one(found, "pallas faster", "DeepSeek").figures
-    bar = one(found, "dispatcher")
+    bar = one(found, "choice within")
     assert bar.met is False
     assert "2048x64 T=1024 (cuda)" in bar.figures
 
@@ -149,7 +149,7 @@ def test_a_failed_check_and_an_unmeasured_choice_miss_their_bars() -> None:
     found = bars(rows)
     assert one(found, "every point passes").met is False
     assert "cuda 2880x128 T=1" in one(found, "every point passes").figures
-    assert one(bars(synthetic_rows.headline_rows(), chosen="triton"), "dispatcher").met is False
+    assert one(bars(synthetic_rows.headline_rows(), chosen="triton"), "choice within").met is False
     skipped = [{**row, "status": "skipped"} for row in rows if row["method"] == "check"]
     assert one(bars(skipped), "every point passes").met is None
 
@@ -159,13 +159,13 @@ def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.Monke
     monkeypatch.setattr(sweep_bars, "table_path", lambda gpu: tmp_path / "no table.json")
     monkeypatch.setenv("JAX_ROUTER_IMPLEMENTATION", "xla")  # of this process: not of the machine that was measured
     # Where the heuristic takes cuda and the synthetic cuda is the fastest, as it is everywhere.
-    rows = synthetic_rows.headline_rows(only_tokens=[2, 16, 64])
-    (bar,) = [bar for bar in evaluate(rows) if "dispatcher" in bar.claim]
+    rows = synthetic_rows.headline_rows(only_tokens=[2, 16, 64], only_operations=["router_gemm"])
+    (bar,) = [bar for bar in evaluate(rows) if "choice within" in bar.claim]
     assert bar.met, bar
     assert "(cuda)" in bar.figures
     assert bar.figures.endswith("; no table, by the heuristic")
     monkeypatch.setattr(dispatch, "load_table", lambda kind: Table("the twin's table.json", {}))
-    (bar,) = [bar for bar in evaluate(rows) if "dispatcher" in bar.claim]
+    (bar,) = [bar for bar in evaluate(rows) if "choice within" in bar.claim]
     assert bar.figures.endswith("; by the twin's table.json")
 
 
@@ -173,7 +173,9 @@ def test_the_bar_of_the_dispatcher_asks_the_dispatcher(monkeypatch: pytest.Monke
 
 
 def test_lines_compare_like_with_like() -> None:
-    found = lines(synthetic_rows.headline_rows(only_models=["DeepSeek-V3"], only_tokens=[64]))
+    found = lines(
+        synthetic_rows.headline_rows(only_models=["DeepSeek-V3"], only_tokens=[64], only_operations=["router_gemm"])
+    )
     by_name = {(line.candidate, line.method): line for line in found}
     replay, kernels = by_name["cuda", "graph replay"], by_name["cuda", "CUPTI"]
     assert replay.to_best_other == (pytest.approx(2.5 / 6.0), pytest.approx(2.5 / 6.0))  # cuBLAS

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_router import timing
+from jax_router import timing, timing_torch
 from jax_router.implementations import cuda
 from jax_router.ops import router_gemm
 
@@ -211,7 +211,7 @@ def test_slow_kernels_are_replayed_less_often() -> None:
         asked.append(repeats)
         return [10_000.0] * repeats
 
-    assert len(timing._replays(replay, 192)) == 5
+    assert len(timing.replays(replay, 192)) == 5
     assert asked == [3, 5]
 
 
@@ -260,8 +260,8 @@ def test_gpu_replay_runs_what_it_times(operation: str, weights: str, gpu_operand
 def test_gpu_torch_replay_is_timed_like_the_launcher(gpu_operands: timing.Operands) -> None:
     torch = pytest.importorskip("torch")
     assert torch.cuda.is_available()
-    for operator in timing.torch_operators(torch).values():
+    for operator in timing_torch.operators(torch).values():
         for weights in ("warm", "cold"):
             start = time.perf_counter()
-            samples = timing.torch_replay(torch, operator, gpu_operands, weights=weights)
+            samples = timing_torch.torch_replay(torch, operator, gpu_operands, weights=weights)
             assert_within_wall_time(samples, time.perf_counter() - start)

@@ -1,7 +1,9 @@
 """Measured times per GPU, one JSON file per kind of device, written by `jax-router sweep --write-table`.
 
-A file holds, next to its provenance, `entries`: for one (hidden, experts, dtype, bias, out_dtype, tokens) every
-candidate's raw times. Only candidates that were verified in the same run count.
+A file holds, next to its provenance, `entries`: for one (operation, hidden, experts, dtype, bias, out_dtype, tokens)
+every candidate's raw times. Only candidates that were verified in the same run count. An entry without an operation is
+one of `router_gemm`. Of `route` the rule is recorded and decides nothing: what an implementation does not take, it
+refuses itself.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from jax_router.implementations import NAMES
 if TYPE_CHECKING:
     from jax_router.dispatch import Problem
 
-Shape = tuple[int, int, str, bool, str]  # hidden, experts, dtype, has bias, out_dtype
+OPERATIONS = ("router_gemm", "route")
+Shape = tuple[str, int, int, str, bool, str]  # operation, hidden, experts, dtype, has bias, out_dtype
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,18 @@ class Table:
         """
         rows: dict[Shape, list[Row]] = {}
         for entry in document["entries"]:
-            shape = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
+            sizes = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
+            shape = (_operation(entry), *sizes)
             rows.setdefault(shape, []).append(Row(_tokens(entry), _ranking(entry)))
         by_tokens = {shape: tuple(sorted(unsorted, key=lambda row: row.tokens)) for shape, unsorted in rows.items()}
         return cls(name, by_tokens)
 
     def nearest(self, problem: Problem) -> Row | None:
-        """The row of this shape nearest to the problem's tokens in log2, ties to the fewer; None if there is none."""
+        """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
         if problem.weight_dtype not in (None, problem.dtype) or problem.tokens < 1:
             return None
-        shape = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
-        rows = self.rows.get(shape, ())
+        sizes = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
+        rows = self.rows.get((problem.operation, *sizes), ())
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
 
 
@@ -93,6 +97,13 @@ def _read(path: Traversable, name: str) -> Table | None:
             stacklevel=3,
         )
         return None
+
+
+def _operation(entry: Mapping[str, Any]) -> str:
+    operation = entry.get("operation", OPERATIONS[0])
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation is {operation!r}, not one of {', '.join(OPERATIONS)}")
+    return operation
 
 
 def _tokens(entry: Mapping[str, Any]) -> int:
