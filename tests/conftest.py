@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # PyTorch and JAX share the GPU in parity tests: JAX must not take most of its memory at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
+from emulated import Sources
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -21,6 +23,14 @@ def has_gpu() -> bool:
 def gpu() -> jax.Device:
     """The first GPU. A test that asks for it is a GPU test, with or without the marker."""
     return jax.devices("gpu")[0]
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """The CUDA kernels, compiled for the CPU once per session."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulation needs g++")
+    return Sources(tmp_path_factory.mktemp("emulation"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

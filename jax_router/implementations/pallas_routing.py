@@ -29,7 +29,9 @@ from jax_router.routing import RoutingSpec
 
 LANES = 32
 WARPS = 4
-LOWEST = -(2**31)  # a key below those of all floats: no expert, or one that was taken
+# A key below those of all floats: no expert, or one that was taken. Always the last argument of jnp.where: with a constant
+# as its second, jax 0.11.2 takes the result for unsigned, and the maximum of such keys is another.
+LOWEST = -(2**31)
 # Rounds and groups are unrolled, experts are held in registers.
 MAX_TOP_K, MAX_GROUPS, MAX_EXPERTS = 32, 32, 1024
 
@@ -216,7 +218,7 @@ class _Routing:
             else:
                 best = choice_keys.max(-1)
                 expert = self._first(choice_keys, best)
-                choice_keys = jnp.where(self.index == self.spread(expert), LOWEST, choice_keys)
+                choice_keys = jnp.where(self.index != self.spread(expert), choice_keys, LOWEST)
             chosen.append(expert)
             # An expert that does not exist has the lowest key, which is that of a NaN.
             selected.append(_value(self._at(expert, logit_keys)))
@@ -255,12 +257,13 @@ class _Routing:
         if spec.num_groups is None or spec.group_topk is None:
             return keys
         size = self.experts // spec.num_groups
-        members = [(self.index >= group * size) & (self.index < (group + 1) * size) for group in range(spec.num_groups)]
-        group_keys = [self._group_key(jnp.where(member, keys, LOWEST)) for member in members]
+        outside = [(self.index < group * size) | (self.index >= (group + 1) * size) for group in range(spec.num_groups)]
+        inside = [(self.index >= group * size) & (self.index < (group + 1) * size) for group in range(spec.num_groups)]
+        group_keys = [self._group_key(jnp.where(member, keys, LOWEST)) for member in inside]
         masked = _key_of_number(spec.masked_choice)
-        for group, member in enumerate(members):
+        for group, others in enumerate(outside):
             ahead = _ahead(group_keys, group)
-            keys = jnp.where(member & (self.spread(ahead) >= spec.group_topk), masked, keys)
+            keys = jnp.where(others | (self.spread(ahead) < spec.group_topk), keys, masked)
         return keys
 
     def _group_key(self, keys: PerExpert) -> PerToken:
@@ -268,7 +271,7 @@ class _Routing:
         highest = keys.max(-1)
         if self.spec.group_score == "max":
             return highest
-        others = jnp.where(self.index == self.spread(self._first(keys, highest)), LOWEST, keys)
+        others = jnp.where(self.index != self.spread(self._first(keys, highest)), keys, LOWEST)
         return _key(_with_one_nan(_value(highest) + _value(others.max(-1))))
 
     def _weights(self, scores: Callable[..., jax.Array], selected: list[PerToken]) -> list[PerToken]:

@@ -1,0 +1,227 @@
+"""The CUDA kernels that route, on the CPU (see test_emulation.py): one launch and two, against an independent reference.
+
+What this cannot show is what depends on the order of memory or on time, and how the GPU rounds exp and 1 / x.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import routing_cases
+from emulated import WORKSPACE_BYTES, aligned
+from test_emulation import call as call_router_gemm
+
+from jax_router import RoutingSpec
+from jax_router.dispatch import Problem
+from jax_router.implementations.cuda import DTYPES, RouteArgs, RouterGemmArgs, spec_numbers
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    hidden: int
+    experts: int
+    spec: RoutingSpec
+    bias: bool = False
+    correction: bool = False
+    scale: bool = False
+    special: bool = False  # rows of equal, NaN and infinite logits
+
+
+V3 = RoutingSpec(8, "sigmoid", True, 1e-20, scaling_factor=2.5, num_groups=8, group_topk=4)
+# Every kind of kernel, tiles and clusters that are not full, groups of whole lanes and others, ties, every dtype.
+CASES = {
+    "gpt-oss": Case(17, 2880, 32, RoutingSpec(4, "softmax_topk"), bias=True, special=True),
+    "DeepSeek-V3": Case(9, 200, 256, V3, correction=True, special=True),
+    "three slices of K": Case(2, 4168, 96, RoutingSpec(8, "softmax", True), special=True),
+    "groups of five": Case(3, 200, 40, RoutingSpec(6, "softmax", num_groups=8, group_topk=3), special=True),
+    "masked with 0": Case(4, 72, 160, RoutingSpec(8, "sigmoid", num_groups=5, group_topk=2, masked_choice=0.0),
+                          correction=True),
+    "best expert of a group": Case(4, 72, 64, RoutingSpec(3, "sqrtsoftplus", num_groups=4, group_topk=2,
+                                                          group_score="max"), correction=True, scale=True),
+    "rounded": Case(5, 136, 384, RoutingSpec(7, "sigmoid", True, round_logits=True, renormalize_min=3.0), bias=True),
+    "on logits": Case(5, 72, 500, RoutingSpec(32, "sqrtsoftplus", True, select_on="logits"), correction=True),
+    "1024 experts": Case(2, 72, 1024, RoutingSpec(9, "softmax_topk"), scale=True, special=True),
+    "one expert": Case(1, 8, 1, RoutingSpec(1, "softmax")),
+}  # fmt: skip
+
+SELECT, HEADER = "sm90_route_select.cu", "sm90_route.cuh"
+# What to break: file (of the header, in the unit that is compiled with it), old, new, and the case that shows it.
+FAULTS = {
+    "ties are not noticed": (SELECT, "if (equal) return", "if (false) return", "gpt-oss"),
+    "the second highest of a group is its highest": (
+        SELECT,
+        "highest = max(highest, key);\n      for",
+        "second = highest = max(highest, key);\n      for",
+        "DeepSeek-V3",
+    ),
+    "the correction bias leaks into the weights": (
+        SELECT,
+        "weight *= spec.scaling_factor;",
+        "weight *= spec.scaling_factor; if (!kPlain) weight += correction[0];",
+        "DeepSeek-V3",
+    ),
+    "an owner does not wait for the logits": (
+        "sm90_route_fused.cu",
+        "    barrier_wait_for_cluster(all_received, 0);\n",
+        "",
+        "gpt-oss",
+    ),
+    "a token's logits go to its neighbour": (
+        "sm90_route_fused.cu",
+        "store_remote_counted(remote_address(shared_address(&last.received[rank][quad * 4]), token), group,",
+        "store_remote_counted(remote_address(shared_address(&last.received[rank][quad * 4]), token ^ (tokens > 1)), group,",
+        "gpt-oss",
+    ),
+    "the last slice of K is dropped": (
+        "sm90_route_fused.cu",
+        "for (unsigned slice = slot; slice < slices; slice += kSlots) {",
+        "for (unsigned slice = slot; slice < kSlots; slice += kSlots) {",
+        "three slices of K",
+    ),
+}
+
+
+def route(library, arrays, spec: RoutingSpec, replay, config: int):
+    """(weights, experts, logits) by one configuration; None if it does not take the problem."""
+    x, weight, bias, correction, scale = arrays
+    (tokens, hidden), experts = x.shape, len(weight)
+    logits = aligned(np.full((tokens, experts), np.nan, np.float32))
+    weights = aligned(np.full((tokens, spec.top_k), np.nan, np.float32))
+    selected = aligned(np.full((tokens, spec.top_k), -7, np.int32))
+    workspace = aligned(np.full(WORKSPACE_BYTES // 4, np.nan, np.float32))
+
+    def address(array):
+        return None if array is None else array.ctypes.data
+
+    def dtype(array):
+        return -1 if array is None else DTYPES[array.dtype.name]
+
+    problem = Problem(tokens, hidden, experts, x.dtype.name, None, None if bias is None else bias.dtype.name)
+    gemm = RouterGemmArgs.of(
+        problem,
+        x=address(x),
+        weight=address(weight),
+        bias=address(bias),
+        out=address(logits),
+        workspace=address(workspace),
+        workspace_bytes=WORKSPACE_BYTES,
+    )
+    integers, floats = spec_numbers(spec)
+    arguments = RouteArgs(
+        gemm, 1, (ctypes.c_int32 * 8)(*integers), (ctypes.c_float * 4)(*floats), address(correction), address(scale),
+        dtype(correction), dtype(scale), address(replay), address(weights), address(selected), config,
+    )  # fmt: skip
+    if config >= 0 and not library.jr_route_config_fits(config, ctypes.byref(arguments)):
+        return None
+    message = ctypes.create_string_buffer(512)
+    status = library.jr_route(ctypes.byref(arguments), None, message, ctypes.c_size_t(len(message)))
+    assert status == 0, message.value.decode()
+    return weights, selected, logits
+
+
+def operands(case: Case):
+    random = np.random.default_rng(case.experts)
+    dtype = (ml_dtypes.bfloat16, np.float16)[case.tokens % 2]
+    x = random.standard_normal((case.tokens, case.hidden)).astype(dtype)
+    weight = (2 * random.standard_normal((case.experts, case.hidden)) / np.sqrt(case.hidden)).astype(dtype)
+    if case.special:  # equal logits; infinite ones, and NaN where infinities of both signs meet
+        x[0] = 0
+        x[-1, :2] = np.inf
+        weight[: case.experts // 2, 0] = weight[::3, 1] = 0.5
+        weight[1::3, 1] = -0.5
+    vectors = []
+    for wanted, kind, shift in ((case.bias, np.float32, 0), (case.correction, np.float32, 0), (case.scale, dtype, 1)):
+        values = np.round(random.standard_normal(case.experts) * 4) / 8 + shift  # with ties
+        vectors.append(aligned(values.astype(kind)) if wanted else None)
+    return aligned(x), aligned(weight), *vectors
+
+
+def same_bits(result, other) -> bool:
+    """Whether experts and weights have the same bits. Any NaN is as good as another: x86 gives some a sign."""
+    one, two = (np.where(np.isnan(weights), np.float32(np.nan), weights) for weights in (result[0], other[0]))
+    return one.tobytes() == two.tobytes() and result[1].tobytes() == other[1].tobytes()
+
+
+def wrong(case: Case, result, naive, first) -> str:
+    """What is wrong with a result, against the naive kernel's logits and the first configuration's result."""
+    weights, experts, logits = result
+    if logits.tobytes() != naive.tobytes():
+        return "logits differ from those of the naive kernel"
+    if first is not None and not same_bits(result, first):
+        return "experts or weights differ from those of another configuration"
+    *_, correction, scale = operands(case)
+    if case.spec.round_logits:
+        logits = logits.astype((ml_dtypes.bfloat16, np.float16)[case.tokens % 2]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        expected = routing_cases.select(logits, correction, case.spec)
+        undecided = routing_cases.undecided(logits, correction, case.spec, 4)
+        if not (experts == expected)[~undecided].all() or (~undecided).sum() < case.tokens - 1:
+            return f"experts {experts.tolist()} instead of {expected.tolist()}"
+        exact = routing_cases.weigh(logits.astype(np.float64), experts, scale, case.spec)
+        allowed = np.abs(exact) * routing_cases.tolerance(logits, experts, case.spec) + 1e-30
+        close = np.isclose(weights, exact, rtol=0, atol=1e30) & (np.abs(weights - exact) <= allowed)
+    return "" if (close | (np.isnan(weights) & np.isnan(exact))).all() else f"weights {weights} instead of {exact}"
+
+
+def examine(path: str, name: str) -> dict[str, str]:
+    """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
+    library = ctypes.CDLL(path)
+    library.jr_route_config_name.restype = ctypes.c_char_p
+    case, found, first = CASES[name], {}, None
+    arrays = operands(case)
+    naive = call_router_gemm(library, *arrays[:3], np.float32, None)
+    for config in (-1, *range(library.jr_route_num_configs())):
+        result = route(library, arrays, case.spec, None, config)
+        if result is None:
+            continue
+        label = "picked" if config < 0 else library.jr_route_config_name(config).decode()
+        found[label] = wrong(case, result, naive, first)
+        first = result if first is None else first
+        again = route(library, arrays, case.spec, result[1], config)
+        if not same_bits(again, result):
+            found[f"{label}, replayed"] = "other bits"
+        beyond = aligned(np.where(np.arange(case.spec.top_k) == 0, case.experts, result[1]).astype(np.int32))
+        weights, experts, _ = route(library, arrays, case.spec, beyond, config)
+        if not np.isnan(weights[:, 0]).all() or experts.tobytes() != beyond.tobytes():
+            found[f"{label}, replayed beyond the experts"] = f"weights {weights[:, 0]}"
+    alone = route(library, (arrays[0][-1:], *arrays[1:]), case.spec, None, -1)
+    if not same_bits(alone, (first[0][-1:], first[1][-1:])):
+        found["a token alone"] = "other bits than in the batch"
+    return found
+
+
+def in_a_process(library: Path, name: str) -> tuple[dict[str, str], str]:
+    """What `examine` finds, and what the emulation says if it ends the process."""
+    command = [sys.executable, __file__, str(library), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return (json.loads(done.stdout) if done.returncode == 0 else {}), done.stderr[-2000:]
+
+
+def test_every_configuration_routes_as_the_reference(sources) -> None:
+    library = sources.link("routing.so")
+    examined = set()
+    for name in CASES:
+        found, said = in_a_process(library, name)
+        assert found, f"{name}: {said}"
+        assert not any(found.values()), f"{name}: {found}"
+        examined |= set(found)
+    assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_route_num_configs()
+
+
+def test_broken_routing_is_seen(sources) -> None:
+    for fault, (file, old, new, name) in FAULTS.items():
+        of_header = (HEADER, old, new, file) if file == SELECT else (file, old, new)
+        found, said = in_a_process(sources.faulty(*of_header), name)
+        assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(examine(*sys.argv[1:])))
