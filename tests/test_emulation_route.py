@@ -1,4 +1,4 @@
-"""The CUDA kernels that route, on the CPU (see test_emulation.py): one launch and two, against an independent reference.
+"""The CUDA kernels that route, on the CPU (see test_emulation.py): one launch and two, and a reference of its own.
 
 What this cannot show is what depends on the order of memory or on time, and how the GPU rounds exp and 1 / x.
 """
@@ -39,7 +39,7 @@ V3 = RoutingSpec(8, "sigmoid", True, 1e-20, scaling_factor=2.5, num_groups=8, gr
 # Every kind of kernel, tiles and clusters that are not full, groups of whole lanes and others, ties, every dtype.
 CASES = {
     "gpt-oss": Case(17, 2880, 32, RoutingSpec(4, "softmax_topk"), bias=True, special=True),
-    "DeepSeek-V3": Case(9, 200, 256, V3, correction=True, special=True),
+    "DeepSeek-V3": Case(33, 200, 256, V3, correction=True, special=True),
     "three slices of K": Case(2, 4168, 96, RoutingSpec(8, "softmax", True), special=True),
     "groups of five": Case(3, 200, 40, RoutingSpec(6, "softmax", num_groups=8, group_topk=3), special=True),
     "masked with 0": Case(4, 72, 160, RoutingSpec(8, "sigmoid", num_groups=5, group_topk=2, masked_choice=0.0),
@@ -76,8 +76,8 @@ FAULTS = {
     ),
     "a token's logits go to its neighbour": (
         "sm90_route_fused.cu",
-        "store_remote_counted(remote_address(shared_address(&last.received[rank][quad * 4]), token), group,",
-        "store_remote_counted(remote_address(shared_address(&last.received[rank][quad * 4]), token ^ (tokens > 1)), group,",
+        "shared_address(&last.received[rank][quad * 4]), token), group",
+        "shared_address(&last.received[rank][quad * 4]), token ^ (tokens > 1)), group",
         "gpt-oss",
     ),
     "the last slice of K is dropped": (

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_router.implementations import pallas_fused, pallas_routing
+from jax_router.implementations import pallas_routing
 from jax_router.implementations.pallas_gemm import CONFIGS, add_groups, group_sums, pick_config, slices_of
 from jax_router.routing import Routing, RoutingSpec
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 INTERPRET_VARIABLE = "JAX_ROUTER_PALLAS_INTERPRET"
 FIRST_JAX = (0, 11)  # 0.10.2 interprets no transposed wgmma operand and lowers Mosaic kernels in another way
-
-ROUTE_CONFIGS = (*CONFIGS, *pallas_fused.CONFIGS)  # two launches, of which the first has this config, or one
 
 
 def router_gemm(
@@ -53,8 +51,7 @@ def route(
 ) -> Routing:
     """The router GEMM's kernel, then one that adds its groups, scores and selects. Row bits as of `router_gemm`.
 
-    The logits are those of `router_gemm`, bit for bit. `config` indexes `ROUTE_CONFIGS`, None picks one; every
-    configuration that takes the experts gives the same bits.
+    The logits are those of `router_gemm`, bit for bit. `config` is that of the router GEMM.
     """
     router = pallas_routing.Router(
         bias,
@@ -67,11 +64,7 @@ def route(
         dtype=x.dtype,
         return_logits=return_logits,
     )
-    chosen = None if config is None else ROUTE_CONFIGS[config]
-    if isinstance(chosen, pallas_fused.Fused):
-        results = pallas_fused.route(x, weight, chosen, slices_of(x.shape[1]), router, _interpreter())
-    else:
-        results = pallas_routing.route_sums(_group_sums(x, weight, config), router, _interpreter())
+    results = pallas_routing.route_sums(_group_sums(x, weight, config), router, _interpreter())
     return Routing(*results)
 
 
