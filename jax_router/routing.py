@@ -46,7 +46,7 @@ class RoutingSpec:
       scaling_factor: multiplies the weights.
       num_groups: experts are in this many groups of neighbours, and only those of the best groups can be selected.
         None for no groups.
-      group_topk: groups that are kept; ties to the lowest group.
+      group_topk: groups that are kept; ties to the lowest group. If that is all of them there are no groups.
       group_score: of a group: "top2_sum", the sum of its two highest choices, or "max", its highest.
       masked_choice: what experts of the other groups compete with: -inf, or 0.0 as some models have it.
       select_on: what is compared, "scores" or "logits". Scores grow with logits, so this matters only with a correction
@@ -75,6 +75,9 @@ class RoutingSpec:
 
     def __post_init__(self) -> None:
         checks.routing_spec(self)
+        if self.num_groups is not None and self.num_groups == self.group_topk:
+            object.__setattr__(self, "num_groups", None)
+            object.__setattr__(self, "group_topk", None)
 
     @classmethod
     def from_hf_config(cls, config: Any, round_logits: bool = False) -> RoutingSpec:

@@ -138,8 +138,9 @@ def operands(case: Case):
         weight[: case.experts // 2, 0] = weight[::3, 1] = 0.5
         weight[1::3, 1] = -0.5
     vectors = []
-    for wanted, kind, shift in ((case.bias, np.float32, 0), (case.correction, np.float32, 0), (case.scale, dtype, 1)):
-        values = np.round(random.standard_normal(case.experts) * 4) / 8 + shift  # with ties
+    small = ((case.bias, np.float32, 0, 8), (case.correction, np.float32, 0, 64), (case.scale, dtype, 1, 8))
+    for wanted, kind, shift, divisor in small:
+        values = np.round(random.standard_normal(case.experts) * 4) / divisor + shift  # with ties
         vectors.append(aligned(values.astype(kind)) if wanted else None)
     return aligned(x), aligned(weight), *vectors
 

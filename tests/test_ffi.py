@@ -5,6 +5,7 @@ an error, and that the handler declares itself fit for CUDA graphs.
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 
@@ -13,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_router import build
+from jax_router import RoutingSpec, build
 from jax_router.implementations import cuda
 
-ON_CPU = "jax_router_test_router_gemm_on_cpu"
+ON_CPU, ROUTE_ON_CPU = "jax_router_test_router_gemm_on_cpu", "jax_router_test_route_on_cpu"
 
 # config -1 computes x @ weight.T + bias from bfloat16 and a float32 bias; 1 and 2 fail; 3 writes what it was given; 4
 # writes the workspace.
@@ -61,7 +62,51 @@ extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* mess
   return JR_OK;
 }
 
+// Writes what it was given: numbers into the weights, the first of every array that is there into the logits.
+extern "C" int jr_route(const jr_route_args* args, void*, char* message, size_t message_bytes) {
+  const jr_router_gemm_args& gemm = args->gemm;
+  const jr_routing_spec& spec = args->spec;
+  if (args->config == 1) {
+    std::snprintf(message, message_bytes, "stub says %d", args->config);
+    return JR_UNSUPPORTED;
+  }
+  const float facts[] = {float(gemm.tokens), float(gemm.hidden), float(gemm.experts), float(args->return_logits),
+                         float(args->config), float(args->correction_bias_dtype), float(args->expert_scale_dtype),
+                         float(spec.score_function), float(spec.renormalize), float(spec.select_on_logits),
+                         float(spec.round_logits), float(spec.num_groups), float(spec.group_topk),
+                         float(spec.group_score), spec.renormalize_epsilon, spec.renormalize_min,
+                         spec.scaling_factor, spec.masked_choice, float(gemm.workspace_bytes)};
+  std::memcpy(args->weights, facts, sizeof(facts));
+  for (int64_t i = 0; i < gemm.tokens * spec.top_k; ++i)
+    args->experts[i] = args->replay == nullptr ? -1 : args->replay[i];
+  float* out = static_cast<float*>(gemm.out);
+  out[0] = gemm.bias == nullptr ? -1.f : static_cast<const float*>(gemm.bias)[0];
+  out[1] = args->correction_bias == nullptr ? -1.f : static_cast<const float*>(args->correction_bias)[0];
+  out[2] = args->expert_scale == nullptr ? -1.f : widen(args->expert_scale, 0);
+  return JR_OK;
+}
+
 namespace jax_router {
+
+static ffi::Error route_on_cpu_without_stream(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest,
+                                              int32_t operands, int32_t return_logits, int32_t config,
+                                              ffi::Span<const int32_t> integers, ffi::Span<const float> floats,
+                                              ffi::Result<ffi::AnyBuffer> weights, ffi::RemainingRets more) {
+  return route(nullptr, x, weight, rest, operands, return_logits, config, integers, floats, weights, more);
+}
+extern "C" JR_EXPORT XLA_FFI_Error* route_on_cpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(route_on_cpu, route_on_cpu_without_stream,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Attr<int32_t>("operands")
+                                  .Attr<int32_t>("return_logits")
+                                  .Attr<int32_t>("config")
+                                  .Attr<ffi::Span<const int32_t>>("integers")
+                                  .Attr<ffi::Span<const float>>("floats")
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets());
 
 static ffi::Error on_cpu(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
                          ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets more) {
@@ -78,8 +123,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(router_gemm_on_cpu, on_cpu,
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets());
 
-// Asks the real handler for its traits, as XLA does when it is registered.
-extern "C" JR_EXPORT uint32_t handler_traits() {
+// Asks the real handlers for their traits, as XLA does when they are registered.
+extern "C" JR_EXPORT uint32_t handler_traits(int routes) {
   XLA_FFI_Metadata metadata = {};
   metadata.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
   metadata.api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
@@ -90,7 +135,7 @@ extern "C" JR_EXPORT uint32_t handler_traits() {
   XLA_FFI_CallFrame call_frame = {};
   call_frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
   call_frame.extension_start = &extension.extension_base;
-  jr_ffi_router_gemm(&call_frame);
+  routes ? jr_ffi_route(&call_frame) : jr_ffi_router_gemm(&call_frame);
   return metadata.traits;
 }
 
@@ -116,6 +161,7 @@ def shim(tmp_path_factory):
     compile_here(folder, SHIM, "-shared")
     library = ctypes.CDLL(str(folder / "output"))
     jax.ffi.register_ffi_target(ON_CPU, jax.ffi.pycapsule(library.router_gemm_on_cpu), platform="cpu")
+    jax.ffi.register_ffi_target(ROUTE_ON_CPU, jax.ffi.pycapsule(library.route_on_cpu), platform="cpu")
     return library
 
 
@@ -162,7 +208,7 @@ def test_second_result_is_the_workspace(call):
     logits, workspace = call(*operands, config=4, scratch=(48,))
     assert np.asarray(logits)[0, 0] == 48
     assert np.asarray(workspace).tolist() == [7] * 48
-    with pytest.raises(Exception, match=r"got 3 results. Expected the logits and at most one workspace"):
+    with pytest.raises(Exception, match=r"got 3 results. Expected at most one workspace behind the first 1"):
         call(*operands, config=4, scratch=(48, 48))
 
 
@@ -175,15 +221,15 @@ def test_second_result_is_the_workspace(call):
         ((array(4, 8, dtype=jnp.float32), array(6, 8)), {}, "x is f32[4,8]. Expected bf16 or f16"),
         ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16 or f16"),
         ((array(4, 8), array(6, 8, dtype=jnp.float16)), {}, "weight is f16[6,8]. Expected the dtype of x"),
-        ((array(4, 8), array(6, 8)), {"out": (4, 5)}, "the result is f32[4,5]. Expected (4, 6)"),
-        ((array(4, 8), array(6, 8)), {"out": (24,)}, "the result is f32[24]. Expected (4, 6)"),
+        ((array(4, 8), array(6, 8)), {"out": (4, 5)}, "the result is f32[4,5]. Expected shape (4, 6)"),
+        ((array(4, 8), array(6, 8)), {"out": (24,)}, "the result is f32[24]. Expected shape (4, 6)"),
         (
             (array(4, 8), array(6, 8)),
             {"out_dtype": jnp.float16},
             "the result is f16[4,6]. Expected f32 or the",
         ),
-        ((array(4, 8), array(6, 8), array(5)), {}, "bias is bf16[5]. Expected one axis of 6 experts"),
-        ((array(4, 8), array(6, 8), array(1, 6)), {}, "bias is bf16[1,6]. Expected one axis of 6 experts"),
+        ((array(4, 8), array(6, 8), array(5)), {}, "bias is bf16[5]. Expected shape (6), one per expert"),
+        ((array(4, 8), array(6, 8), array(1, 6)), {}, "bias is bf16[1,6]. Expected shape (6), one per expert"),
         ((array(4, 8), array(6, 8), array(6, dtype=jnp.float16)), {}, "bias is f16[6]. Expected f32 or the dtype of x"),
         ((array(4, 8), array(6, 8), array(6), array(6)), {}, "got 4 operands. Expected x, weight and at most one bias"),
     ],
@@ -203,16 +249,97 @@ def test_status_of_the_kernel_becomes_an_error_with_its_words(call):
         call(*operands, config=2)
 
 
-def test_handler_is_command_buffer_compatible(shim):
-    assert shim.handler_traits() & 1, "XLA would not capture it in a CUDA graph"  # COMMAND_BUFFER_COMPATIBLE is 1 << 0
+@pytest.mark.parametrize("routes", [0, 1])
+def test_handlers_are_command_buffer_compatible(shim, routes):
+    # COMMAND_BUFFER_COMPATIBLE is 1 << 0
+    assert shim.handler_traits(routes) & 1, "XLA would not capture it in a CUDA graph"
 
 
-def test_ctypes_structure_has_the_layout_of_the_c_header(tmp_path):
-    lines = [f"static_assert(sizeof(jr_router_gemm_args) == {ctypes.sizeof(cuda.RouterGemmArgs)});"]
-    for name, *_ in cuda.RouterGemmArgs._fields_:
-        field = getattr(cuda.RouterGemmArgs, name)
-        lines.append(f"static_assert(offsetof(jr_router_gemm_args, {name}) == {field.offset});")
-        lines.append(f"static_assert(sizeof(jr_router_gemm_args::{name}) == {field.size});")
+@pytest.fixture
+def route(shim, monkeypatch):
+    """`cuda.route` with the handler on the CPU in the place of the GPU's."""
+    monkeypatch.setattr(cuda, "ROUTE_TARGET", ROUTE_ON_CPU)
+    cpu = jax.local_devices(backend="cpu")[0]
+
+    def run(*operands, spec, config=None):
+        with jax.default_device(cpu):
+            operands = [None if operand is None else jax.device_put(operand, cpu) for operand in operands]
+            routing = cuda.route(*operands, spec=spec, return_logits=True, config=config)
+            return jax.tree.map(np.asarray, routing)
+
+    return run
+
+
+SPEC = RoutingSpec(
+    5, "sigmoid", True, 0.25, 0.5, -2.0, num_groups=3, group_topk=2, group_score="max", masked_choice=0.0,
+    select_on="logits", round_logits=True,
+)  # fmt: skip
+
+
+def test_the_spec_and_sizes_reach_the_kernel_that_routes(route):
+    facts = route(array(7, 8), array(6, 8), None, None, None, None, spec=SPEC).weights.ravel()[:19]
+    no_dtype, config = -1, -1
+    assert facts.tolist() == [7, 8, 6, 1, config, no_dtype, no_dtype, 2, 1, 1, 1, 3, 2, 1, 0.25, 0.5, -2, 0, 0]
+    assert route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC, config=3).weights.ravel()[4] == 3
+    lent = route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC).weights.ravel()[18]
+    assert lent == cuda.workspace_bytes(70, 6) > 0
+
+
+@pytest.mark.parametrize("there", [*itertools.product([False, True], repeat=4)])
+def test_optional_operands_reach_the_kernel_that_routes_whichever_others_are_there(route, there):
+    values = (
+        array(6, dtype=jnp.float32, seed=1),
+        array(6, dtype=jnp.float32, seed=2),
+        array(6, seed=3),
+        np.arange(35, dtype=np.int32).reshape(7, 5),
+    )
+    given = [value if wanted else None for value, wanted in zip(values, there, strict=True)]
+    routing = route(array(7, 8), array(6, 8), *given, spec=SPEC)
+    expected = [-1.0 if value is None else float(value[0]) for value in given[:3]]
+    assert routing.logits.ravel()[:3].tolist() == expected
+    assert routing.experts.tolist() == (values[3] if there[3] else np.full((7, 5), -1)).tolist()
+    assert routing.weights.ravel()[5:7].tolist() == [2 if there[1] else -1, 0 if there[2] else -1]
+
+
+@pytest.mark.parametrize(
+    ("operands", "words"),
+    [
+        ((None, array(5), None, None), "correction_bias is bf16[5]. Expected shape (6), one per expert"),
+        ((None, None, array(6, dtype=jnp.float16), None), "expert_scale is f16[6]. Expected f32 or the dtype of x"),
+        ((None, None, None, np.zeros((7, 4), np.int32)), "the experts to replay is dtype4[7,4]. Expected shape (7, 5)"),
+        ((None, None, None, np.zeros((7, 5), np.float32)), "the experts to replay is f32[7,5]. Expected s32"),
+        ((array(5), None, None, None), "bias is bf16[5]. Expected shape (6), one per expert"),
+    ],
+)
+def test_wrong_operands_of_routing_are_refused_by_name_and_value(route, operands, words):
+    with pytest.raises(Exception, match="INVALID_ARGUMENT") as refused:
+        route(array(7, 8), array(6, 8), *operands, spec=SPEC)
+    assert words in str(refused.value)
+
+
+def test_status_of_the_kernel_that_routes_becomes_an_error_with_its_words(route):
+    with pytest.raises(Exception, match="UNIMPLEMENTED") as refused:
+        route(array(7, 8), array(6, 8), *[None] * 4, spec=SPEC, config=1)
+    assert "with x bf16[7,8], weight bf16[6,8], config 1: stub says 1" in str(refused.value)
+
+
+def test_ctypes_structures_have_the_layout_of_the_c_headers(tmp_path):
+    lines = []
+    for name, structure in {"jr_router_gemm_args": cuda.RouterGemmArgs, "jr_route_args": cuda.RouteArgs}.items():
+        lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
+        for member, *_ in structure._fields_:
+            field = getattr(structure, member)
+            inside = {"integers": "spec.top_k", "floats": "spec.renormalize_epsilon"}.get(member, member)
+            lines.append(f"static_assert(offsetof({name}, {inside}) == {field.offset});")
+            if inside == member:
+                lines.append(f"static_assert(sizeof({name}::{member}) == {field.size});")
+    integers = ("top_k", "score_function", "renormalize", "select_on_logits", "round_logits", "num_groups")
+    integers += ("group_topk", "group_score", "renormalize_epsilon", "renormalize_min", "scaling_factor")
+    for place, member in enumerate((*integers, "masked_choice")):
+        lines.append(f"static_assert(offsetof(jr_routing_spec, {member}) == {4 * place});")
     lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.DTYPES.items()]
+    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.SCORE_FUNCTIONS.items()]
+    lines += [f"static_assert(JR_TOP2_SUM == {cuda.GROUP_SCORES['top2_sum']});"]
+    lines += [f"static_assert(JR_GROUP_MAX == {cuda.GROUP_SCORES['max']});"]
     lines += [f"static_assert(JR_OP_{name.upper()} == {code});" for name, code in cuda.OPERATIONS.items()]
-    compile_here(tmp_path, '#include "router_gemm.h"\n' + "\n".join(lines) + "\n", "-c")
+    compile_here(tmp_path, '#include "route.h"\n' + "\n".join(lines) + "\n", "-c")
