@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,18 +44,20 @@ class Sources:
         self._run("-shared", "-pthread", *objects, "-o", str(self.folder / name))
         return self.folder / name
 
-    def faulty(self, file: str, old: str, new: str, unit: str | None = None) -> Path:
-        """The library with `old` replaced in a file; of a header, only `unit` is compiled with it."""
+    def faulty(self, file: str, old: str, new: str, units: Sequence[str] = ()) -> Path:
+        """The library with `old` replaced in a file; of a header, in all `units`: the linker keeps one of their copies."""
         text = (self.folder / file).read_text()
         assert text.count(old) == 1, f"the fault no longer applies to {file}"
         folder = self.folder / "faulty"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        for path in (*self.folder.glob("*.h"), *self.folder.glob("*.cuh"), self.folder / (unit or file)):
+        made = [folder / unit for unit in units or (file,)]
+        for path in (*self.folder.glob("*.h"), *self.folder.glob("*.cuh"), *(self.folder / unit.name for unit in made)):
             shutil.copy(path, folder)
         (folder / file).write_text(text.replace(old, new))
-        made = folder / (unit or file)
-        return self.link("faulty.so", **{made.stem: self.compile(made)})
+        with ThreadPoolExecutor(2) as pool:
+            objects = dict(zip((unit.stem for unit in made), pool.map(self.compile, made), strict=True))
+        return self.link("faulty.so", **objects)
 
     def _run(self, *arguments: str) -> None:
         done = subprocess.run([str(shutil.which("g++")), *arguments], capture_output=True, text=True, check=False)

@@ -52,18 +52,18 @@ CASES = {
     "one expert": Case(1, 8, 1, RoutingSpec(1, "softmax")),
 }  # fmt: skip
 
-SELECT, HEADER = "sm90_route_select.cu", "sm90_route.cuh"
-# What to break: file (of the header, in the unit that is compiled with it), old, new, and the case that shows it.
+HEADER, UNITS = "sm90_route.cuh", ("sm90_route_select.cu", "sm90_route_fused.cu")
+# What to break: file, old, new, and the case that shows it.
 FAULTS = {
-    "ties are not noticed": (SELECT, "if (equal) return", "if (false) return", "gpt-oss"),
+    "ties are not noticed": (HEADER, "if (equal) return", "if (false) return", "gpt-oss"),
     "the second highest of a group is its highest": (
-        SELECT,
+        HEADER,
         "highest = max(highest, key);\n      for",
         "second = highest = max(highest, key);\n      for",
         "DeepSeek-V3",
     ),
     "the correction bias leaks into the weights": (
-        SELECT,
+        HEADER,
         "weight *= spec.scaling_factor;",
         "weight *= spec.scaling_factor; if (!kPlain) weight += correction[0];",
         "DeepSeek-V3",
@@ -219,8 +219,8 @@ def test_every_configuration_routes_as_the_reference(sources) -> None:
 
 def test_broken_routing_is_seen(sources) -> None:
     for fault, (file, old, new, name) in FAULTS.items():
-        of_header = (HEADER, old, new, file) if file == SELECT else (file, old, new)
-        found, said = in_a_process(sources.faulty(*of_header), name)
+        library = sources.faulty(file, old, new, UNITS if file == HEADER else ())
+        found, said = in_a_process(library, name)
         assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
 
 
