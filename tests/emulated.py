@@ -45,7 +45,7 @@ class Sources:
         return self.folder / name
 
     def faulty(self, file: str, old: str, new: str, units: Sequence[str] = ()) -> Path:
-        """The library with `old` replaced in a file; of a header, in all `units`: the linker keeps one of their copies."""
+        """The library with `old` replaced in a file; of a header, in all `units`: the linker keeps one copy."""
         text = (self.folder / file).read_text()
         assert text.count(old) == 1, f"the fault no longer applies to {file}"
         folder = self.folder / "faulty"
