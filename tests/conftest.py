@@ -10,7 +10,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import pytest
-from emulated import Sources
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -26,8 +25,10 @@ def gpu() -> jax.Device:
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """The CUDA kernels, compiled for the CPU once per session."""
+def sources(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The CUDA kernels, compiled for the CPU once per session: `emulated.Sources`."""
+    from emulated import Sources
+
     if shutil.which("g++") is None:
         pytest.skip("the emulation needs g++")
     return Sources(tmp_path_factory.mktemp("emulation"))

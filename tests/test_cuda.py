@@ -26,6 +26,7 @@ def fresh_cuda(monkeypatch):
 
 class FakeLibrary:
     jr_ffi_router_gemm = ctypes.CFUNCTYPE(None)(lambda: None)
+    jr_ffi_route = ctypes.CFUNCTYPE(None)(lambda: None)
 
     def __init__(self, version: int):
         self.jr_ffi_api_version = lambda: version
@@ -48,12 +49,12 @@ def test_nothing_is_registered_without_a_cuda_backend(fresh_cuda, monkeypatch):
     assert fresh_cuda == []
 
 
-def test_custom_call_is_registered_once(fresh_cuda, monkeypatch):
+def test_custom_calls_are_registered_once(fresh_cuda, monkeypatch):
     monkeypatch.setattr(cuda, "shared_library", lambda: FakeLibrary(build.ffi_version()))
     monkeypatch.setattr(jax, "local_devices", lambda backend: ["a GPU"])
     assert cuda.unavailable() is None
     assert cuda.unavailable() is None
-    assert [name for name, _ in fresh_cuda] == [cuda.TARGET]
+    assert [name for name, _ in fresh_cuda] == [cuda.TARGET, cuda.ROUTE_TARGET]
 
 
 def test_failed_build_is_a_reason_and_is_tried_once_by_all_threads(fresh_cuda, monkeypatch):

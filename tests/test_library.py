@@ -2,8 +2,8 @@
 
 import ctypes
 import itertools
-import json
 import re
+import resource
 import subprocess
 
 import pytest
@@ -14,7 +14,7 @@ from jax_router.implementations import cuda
 
 
 @pytest.fixture(scope="session")
-def real_build(tmp_path_factory):
+def timed_build(tmp_path_factory):
     """The library from the real compilers, compiled in a folder of its own."""
     try:
         toolchain.find_compiler()
@@ -23,12 +23,21 @@ def real_build(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ROUTER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("JAX_ROUTER_LIBRARY", raising=False)
-        return build.build()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        path = build.build()
+        return path, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
-def test_real_build_is_quick_small_and_clean(real_build):
+@pytest.fixture(scope="session")
+def real_build(timed_build):
+    return timed_build[0]
+
+
+def test_real_build_is_quick_small_and_clean(timed_build):
+    real_build, seconds = timed_build
     log = build.compiler_log(real_build)
-    assert json.loads(real_build.with_suffix(".json").read_text())["seconds"] < 60  # the issue's bar, on 2 cores
+    # The bar is a minute on two cores: processor time, because other tests run beside it.
+    assert 10 < seconds < 120
     assert real_build.stat().st_size < 5_000_000  # the issue's bar
     assert toolchain.compiler_warnings(log) == []
     kernels = toolchain.kernel_resources(log)
@@ -41,9 +50,9 @@ def test_library_exports_the_c_interface_and_nothing_else(real_build):
         ["nm", "-D", "--defined-only", real_build], capture_output=True, text=True, check=True
     ).stdout
     exported = {line.split()[-1] for line in listing.splitlines()}
-    header = (build.csrc_directory() / "router_gemm.h").read_text()
-    declared = set(re.findall(r"JR_EXPORT[\w\s*]+?\b(jr_\w+)\(", header))
-    assert exported == declared | {"jr_ffi_router_gemm", "jr_ffi_api_version"}
+    headers = "".join((build.csrc_directory() / name).read_text() for name in ("router_gemm.h", "route.h"))
+    declared = set(re.findall(r"JR_EXPORT[\w\s*]+?\b(jr_\w+)\(", headers))
+    assert exported == declared | {"jr_ffi_router_gemm", "jr_ffi_route", "jr_ffi_api_version"}
 
 
 @pytest.fixture
