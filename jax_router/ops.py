@@ -111,8 +111,8 @@ def route(
         an id out of range comes back as it was given, its weight and every weight it is normalised with as NaN.
       implementation: None picks one and always works. A name ("xla", "pallas", "cuda") is used or raises, and never
         falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
-      return_logits: return the logits too, those of `router_gemm` of the same implementation bit for bit. They are
-        never rounded, whatever spec.round_logits says.
+      return_logits: return the logits too, those of `router_gemm` of the same implementation: of the kernels bit for
+        bit; XLA may compile the two apart on a GPU. They are never rounded, whatever spec.round_logits says.
 
     Returns:
       `Routing(weights, experts, logits)`: float32 `[..., k]`, int32 `[..., k]` with the best expert first, and float32
