@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from types import ModuleType
 
 # PyTorch and JAX share the GPU in parity tests: JAX must not take most of its memory at the start.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -32,6 +34,24 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> object:
     if shutil.which("g++") is None:
         pytest.skip("the emulation needs g++")
     return Sources(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def cuda_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The implementation `cuda` as on a device that looks like an H200, for kernels to be put into."""
+    from jax_router import dispatch, implementations, ops
+
+    module = implementations.load("cuda")
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
+
+    def forget() -> None:
+        ops._forward.cache_clear()
+        ops._operation.cache_clear()
+
+    forget()
+    yield module
+    forget()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,3 +73,10 @@ def aligned(array: np.ndarray) -> np.ndarray:
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def in_a_process(script: str, library: Path, *arguments: object) -> tuple[dict[str, str], str]:
+    """What a test file run as a script prints of a library, and what the emulation says if it ends the process."""
+    command = [sys.executable, script, str(library), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return (json.loads(done.stdout) if done.returncode == 0 else {}), done.stderr[-2000:]

@@ -88,7 +88,9 @@ def tolerance(logits: Array, experts: Array, spec: RoutingSpec) -> Array:
     selected = np.take_along_axis(logits.astype(np.float64), experts, -1)
     over_all = spec.score_function == "softmax"
     highest = logits.max(-1, keepdims=True) if over_all else selected.max(-1, keepdims=True)
-    argument = highest - selected if spec.score_function.startswith("softmax") else np.abs(selected)
+    with np.errstate(invalid="ignore"):
+        argument = highest - selected if spec.score_function.startswith("softmax") else np.abs(selected)
+    argument = np.where(np.isfinite(argument), argument, 0)  # the exponential of infinity is exact
     of_sum = np.sqrt(logits.shape[-1]) / 2 if over_all else 0
     return 2.0**-24 * (8 + spec.top_k + of_sum + 2 * argument.max(-1, keepdims=True))
 

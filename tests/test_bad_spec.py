@@ -124,3 +124,10 @@ def test_what_is_no_spec_is_refused() -> None:
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         checks.spec_fits({"top_k": 4}, 8)
+
+
+def test_groups_that_are_all_kept_are_no_groups() -> None:
+    spec = RoutingSpec(2, "sigmoid", num_groups=4, group_topk=4)
+    assert spec == RoutingSpec(2, "sigmoid")
+    assert (spec.num_groups, spec.group_topk) == (None, None)
+    assert RoutingSpec(2, num_groups=4, group_topk=3).num_groups == 4

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from emulated import WORKSPACE_BYTES, aligned
+from emulated import WORKSPACE_BYTES, aligned, in_a_process
 
 from jax_router import parity
 from jax_router.dispatch import Problem
@@ -164,18 +162,11 @@ def examine(path: str, tokens: int, hidden: int, experts: int) -> dict[str, str]
     return found | {"a row alone": "" if same else "other bits than in the batch"}
 
 
-def in_a_process(library: Path, problem: tuple[int, int, int]) -> tuple[dict[str, str], str]:
-    """What `examine` finds, and what the emulation says if it ends the process."""
-    command = [sys.executable, __file__, str(library), *map(str, problem)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    return (json.loads(done.stdout) if done.returncode == 0 else {}), done.stderr[-2000:]
-
-
 def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None:
     library = sources.link("kernels.so")
     examined = set()
     for problem in PROBLEMS:
-        found, said = in_a_process(library, problem)
+        found, said = in_a_process(__file__, library, *problem)
         assert found, f"{problem}: {said}"
         assert not any(found.values()), f"{problem}: {found}"
         examined |= {name for name in found if "_" in name}
@@ -185,7 +176,7 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
 def test_broken_kernels_are_seen(sources) -> None:
     for fault, (file, old, new, problem) in FAULTS.items():
         assert problem in PROBLEMS, fault
-        found, said = in_a_process(sources.faulty(file, old, new), problem)
+        found, said = in_a_process(__file__, sources.faulty(file, old, new), *problem)
         assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
 
 

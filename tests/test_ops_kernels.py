@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax_router.implementations import xla
 
 # A kernel is whatever `router_gemm` of its module is. This one runs anywhere, and is told apart by its cosine.
 @pytest.fixture
-def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+def kernel(cuda_module, monkeypatch) -> list[tuple[int, ...]]:
     """Put a recognisable kernel in the place of `cuda`, on a device that looks like an H200. Collects traced shapes."""
     traced: list[tuple[int, ...]] = []
 
@@ -26,18 +25,8 @@ def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
         traced.append(x.shape)
         return jnp.cos(xla.router_gemm(x, weight, bias, out_dtype=out_dtype))
 
-    module = implementations.load("cuda")
-    monkeypatch.setattr(module, "router_gemm", router_gemm)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
-
-    def forget() -> None:
-        ops._forward.cache_clear()
-        ops._operation.cache_clear()
-
-    forget()
-    yield traced
-    forget()
+    monkeypatch.setattr(cuda_module, "router_gemm", router_gemm)
+    return traced
 
 
 def test_a_kernel_that_was_picked_gives_way_to_xla_under_jit_for_another_platform(kernel) -> None:

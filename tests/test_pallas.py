@@ -35,13 +35,13 @@ HIDDEN = (8, 72, 720, 2688, 2880, 7168, 16384)
 H200, CPU = Device("gpu", "NVIDIA H200", "9.0"), Device("cpu", "cpu")
 
 
-def in_interpreter(check: str) -> None:
-    """Run a function of this file in a process that interprets the kernel."""
+def in_interpreter(check: str, module: str = "test_pallas") -> None:
+    """Run a function of a test file in a process that interprets the kernels."""
     here = pathlib.Path(__file__).parent
     environment = os.environ | {pallas.INTERPRET_VARIABLE: "1", "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent)])
-    command = [sys.executable, "-c", f"import test_pallas; test_pallas.{check}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-c", f"import {module}; {module}.{check}()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 

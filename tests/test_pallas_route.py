@@ -8,10 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from test_pallas import in_interpreter
 
 import jax_router as jr
 from jax_router import parity
@@ -48,16 +45,6 @@ CASES: dict[str, tuple[int, str | None, str | None, str | None, RoutingSpec]] = 
     "scaled": (8, None, "bfloat16", "float32", RoutingSpec(2, "softmax_topk")),
     "one": (1, "float32", None, "float32", RoutingSpec(1, "sqrtsoftplus")),
 }
-
-
-def in_interpreter(check: str) -> None:
-    """Run a function of this file in a process that interprets the kernels."""
-    here = pathlib.Path(__file__).parent
-    environment = os.environ | {pallas.INTERPRET_VARIABLE: "1", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent)])
-    command = [sys.executable, "-c", f"import test_pallas_route; test_pallas_route.{check}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def operands(case: str, tokens: int, hidden: int, dtype: str = "bfloat16") -> tuple[Any, ...]:
@@ -198,7 +185,7 @@ CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
 @mosaic
 @pytest.mark.parametrize("check", CHECKS)
 def test_interpreted(check: str) -> None:
-    in_interpreter(check)
+    in_interpreter(check, "test_pallas_route")
 
 
 def lower(spec: RoutingSpec, hidden: int, experts: int, number: int, tokens: int, config: int | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +9,12 @@ import pytest
 from test_ops import BF16
 from test_route import assert_close, route, six
 
-from jax_router import dispatch, implementations, ops
+from jax_router import implementations, ops
 from jax_router.implementations import xla
 
 
 @pytest.fixture
-def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
+def kernel(cuda_module, monkeypatch) -> list[tuple[int, ...]]:
     """Put a kernel in the place of `cuda`, told apart by weights of negative sign. Collects traced shapes."""
     traced: list[tuple[int, ...]] = []
 
@@ -25,19 +23,9 @@ def kernel(monkeypatch) -> Iterator[list[tuple[int, ...]]]:
         routing = xla.route(x, *others, **options)
         return routing._replace(weights=-jnp.abs(jnp.cos(routing.weights)))
 
-    module = implementations.load("cuda")
-    monkeypatch.setattr(module, "route", kernel, raising=False)
-    monkeypatch.setattr(module, "why_unsupported", lambda problem, device: None)
-    monkeypatch.setattr(module, "unavailable", lambda: None)
-    monkeypatch.setattr(ops, "_device", lambda *_: dispatch.Device("gpu", "NVIDIA H200 of a test", "9.0"))
-
-    def forget() -> None:
-        ops._forward.cache_clear()
-        ops._operation.cache_clear()
-
-    forget()
-    yield traced
-    forget()
+    monkeypatch.setattr(cuda_module, "route", kernel)
+    monkeypatch.setattr(cuda_module, "why_unsupported", lambda problem, device: None)
+    return traced
 
 
 def operands(*leading: int) -> tuple:
