@@ -1,11 +1,12 @@
-// Standalone check of the kernels, no Python: a CPU reference in float64, every kernel against it, then the times.
+// Standalone check of the kernels, no Python: references on the CPU, every kernel against them, then the times.
 //
 //   nvcc -O3 -std=c++20 -gencode=arch=compute_90a,code=sm_90a csrc/*.cu -o router_gemm_check
-//   ./router_gemm_check            checks, then times
-//   ./router_gemm_check --check    checks only
-//   ./router_gemm_check --overlap  launches between programmatic neighbours under memory traffic only
-//   ./router_gemm_check --small    checks of small awkward shapes only, for compute-sanitizer
-//   ./router_gemm_check --time     times only
+//   ./router_gemm_check                       checks, launches between neighbours, then times
+//   ./router_gemm_check --check               checks only: router GEMM, then routing (check_route.cu)
+//   ./router_gemm_check --small               the same on a few small awkward shapes, for compute-sanitizer
+//   ./router_gemm_check --overlap [launches]  only launches between programmatic neighbours under memory traffic, so
+//                                             many per case: router GEMM, then routing (check_overlap*.cu)
+//   ./router_gemm_check --time [shapes]       only times of the router GEMM, of the first so many shapes
 //
 // Accuracy is judged against the float64 reference; every configuration must then give the naive kernel's bits, for
 // every number of tokens and every position of a row. Outputs are poisoned before each launch and followed by a canary.
@@ -20,78 +21,18 @@
 #include <vector>
 
 #include "check_overlap.h"
+#include "check_route.h"
+#include "check_support.h"
 #include "reduction_tree.cuh"
 #include "router_gemm.h"
-#include "sm90_primitives.cuh"
 
 namespace {
 
 using namespace jax_router;
+using namespace jax_router_check;
 
-#define CUDA_OK(call)                                                                                  \
-  do {                                                                                                 \
-    if (const cudaError_t error = (call); error != cudaSuccess) {                                      \
-      fprintf(stderr, "%s:%d: %s failed: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      exit(2);                                                                                         \
-    }                                                                                                  \
-  } while (0)
-
-constexpr uint8_t kPoison = 0xA5;
-constexpr size_t kCanaryBytes = 256;
 constexpr int kTokens[] = {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 255, 1024};
 constexpr int kMaxTokens = 1024;
-constexpr size_t kWorkspaceBytes = size_t(64) << 20;
-
-struct DeviceBuffer {
-  void* data = nullptr;
-  explicit DeviceBuffer(size_t bytes) { CUDA_OK(cudaMalloc(&data, std::max<size_t>(bytes, 16))); }
-  ~DeviceBuffer() { cudaFree(data); }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-};
-
-size_t bytes_of(int dtype) { return dtype == JR_FLOAT32 ? 4 : 2; }
-
-// A host array of one dtype with its float64 values.
-struct HostArray {
-  std::vector<uint8_t> bytes;
-  std::vector<double> values;
-
-  HostArray(size_t count, int dtype, double scale, double mean, std::mt19937& random)
-      : bytes(count * bytes_of(dtype)), values(count) {
-    std::normal_distribution<float> normal{static_cast<float>(mean), static_cast<float>(scale)};
-    for (size_t i = 0; i < count; ++i) {
-      const float v = normal(random);
-      if (dtype == JR_FLOAT32) {
-        memcpy(&bytes[4 * i], &v, 4);
-        values[i] = v;
-      } else if (dtype == JR_BFLOAT16) {
-        const bfloat16 rounded = __float2bfloat16(v);
-        memcpy(&bytes[2 * i], &rounded, 2);
-        values[i] = __bfloat162float(rounded);
-      } else {
-        const float16 rounded = __float2half(v);
-        memcpy(&bytes[2 * i], &rounded, 2);
-        values[i] = __half2float(rounded);
-      }
-    }
-  }
-};
-
-double read_as_double(const uint8_t* bytes, int dtype) {
-  if (dtype == JR_FLOAT32) {
-    float v;
-    memcpy(&v, bytes, 4);
-    return v;
-  }
-  if (dtype == JR_BFLOAT16) {
-    bfloat16 v;
-    memcpy(&v, bytes, 2);
-    return __bfloat162float(v);
-  }
-  float16 v;
-  memcpy(&v, bytes, 2);
-  return __half2float(v);
-}
 
 struct Case {
   int experts, hidden, dtype, bias_dtype, out_dtype;
@@ -112,27 +53,23 @@ struct Checker {
 
   // Poisons the output and the workspace, launches, checks the canaries and returns the output bytes. config -2 is the
   // naive kernel.
-  std::vector<uint8_t> run(const Case& c, jr_router_gemm_args args, int config, void* out, size_t out_bytes) {
+  std::vector<uint8_t> run(const Case& c, jr_router_gemm_args args, int config, const DeviceBuffer& out,
+                           size_t out_bytes) {
     char message[512] = "";
-    CUDA_OK(cudaMemset(out, kPoison, out_bytes + kCanaryBytes));
-    CUDA_OK(cudaMemset(workspace.data, kPoison, kWorkspaceBytes + kCanaryBytes));
-    args.out = out;
+    out.poison(out_bytes + kCanaryBytes);
+    workspace.poison(kWorkspaceBytes + kCanaryBytes);
+    args.out = out.data;
     args.config = config;
-    const int status = config == -2 ? jr_router_gemm_naive(&args, nullptr, message, sizeof(message))
-                                    : jr_router_gemm(&args, nullptr, message, sizeof(message));
-    if (status != JR_OK) {
-      fprintf(stderr, "launch refused: %s\n", message);
-      exit(2);
-    }
+    launch_ok(config == -2 ? jr_router_gemm_naive(&args, nullptr, message, sizeof(message))
+                           : jr_router_gemm(&args, nullptr, message, sizeof(message)),
+              message);
     CUDA_OK(cudaDeviceSynchronize());
     std::vector<uint8_t> result(out_bytes + kCanaryBytes), past_workspace(kCanaryBytes);
-    CUDA_OK(cudaMemcpy(result.data(), out, result.size(), cudaMemcpyDeviceToHost));
-    CUDA_OK(cudaMemcpy(past_workspace.data(), static_cast<uint8_t*>(workspace.data) + kWorkspaceBytes, kCanaryBytes,
-                       cudaMemcpyDeviceToHost));
-    const auto touched = [](uint8_t byte) { return byte != kPoison; };
-    if (std::any_of(result.begin() + out_bytes, result.end(), touched))
+    out.read(result.data(), result.size());
+    workspace.read(past_workspace.data(), kCanaryBytes, kWorkspaceBytes);
+    if (!poisoned(&result[out_bytes], kCanaryBytes))
       fail(c, "wrote past the output", jr_router_gemm_config_name(config), int(args.tokens), 0);
-    if (std::any_of(past_workspace.begin(), past_workspace.end(), touched))
+    if (!poisoned(past_workspace.data(), kCanaryBytes))
       fail(c, "wrote past the workspace", jr_router_gemm_config_name(config), int(args.tokens), 0);
     result.resize(out_bytes);
     ++launches;
@@ -147,9 +84,9 @@ struct Checker {
     const size_t row_bytes = c.experts * bytes_of(c.out_dtype);
     DeviceBuffer device_x(x.bytes.size()), device_weight(weight.bytes.size()), device_bias(bias.bytes.size()),
         out(kMaxTokens * row_bytes + kCanaryBytes);
-    CUDA_OK(cudaMemcpy(device_x.data, x.bytes.data(), x.bytes.size(), cudaMemcpyHostToDevice));
-    CUDA_OK(cudaMemcpy(device_weight.data, weight.bytes.data(), weight.bytes.size(), cudaMemcpyHostToDevice));
-    CUDA_OK(cudaMemcpy(device_bias.data, bias.bytes.data(), bias.bytes.size(), cudaMemcpyHostToDevice));
+    device_x.write(x.bytes.data(), x.bytes.size());
+    device_weight.write(weight.bytes.data(), weight.bytes.size());
+    device_bias.write(bias.bytes.data(), bias.bytes.size());
 
     jr_router_gemm_args args = {};
     args.x = device_x.data;
@@ -163,7 +100,7 @@ struct Checker {
     args.out_dtype = c.out_dtype;
     args.workspace = workspace.data;
     args.workspace_bytes = kWorkspaceBytes;
-    const std::vector<uint8_t> expected = run(c, args, -2, out.data, kMaxTokens * row_bytes);
+    const std::vector<uint8_t> expected = run(c, args, -2, out, kMaxTokens * row_bytes);
     check_accuracy(c, x, weight, bias, expected);
 
     checked.resize(jr_router_gemm_num_configs());
@@ -176,9 +113,9 @@ struct Checker {
         part.tokens = tokens;
         if (config >= 0 && !jr_router_gemm_config_fits(config, &part)) continue;
         if (config >= 0) checked[config] = true;
-        part.x = static_cast<const uint8_t*>(device_x.data) + size_t(start) * c.hidden * 2;
+        part.x = device_x.at(size_t(start) * c.hidden * 2);
         // A row of hidden % 8 == 0 two-byte elements keeps the alignment.
-        const std::vector<uint8_t> got = run(c, part, config, out.data, tokens * row_bytes);
+        const std::vector<uint8_t> got = run(c, part, config, out, tokens * row_bytes);
         const auto difference = std::mismatch(got.begin(), got.end(), expected.begin() + start * row_bytes).first;
         if (difference != got.end())
           fail(c, "bits differ from the naive kernel", config < 0 ? "auto" : jr_router_gemm_config_name(config), tokens,
@@ -283,13 +220,9 @@ void time_shape(int experts, int hidden, bool with_bias) {
   const HostArray weight(size_t(experts) * hidden, JR_BFLOAT16, 0.02, 0.0, random);
   DeviceBuffer device_x(size_t(16384) * hidden * 2), device_bias(bias.bytes.size()),
       device_weight(copies * weight_bytes), out(size_t(16384) * experts * 4), workspace(kWorkspaceBytes);
-  for (int i = 0; i < 16; ++i)
-    CUDA_OK(cudaMemcpy(static_cast<uint8_t*>(device_x.data) + i * x.bytes.size(), x.bytes.data(), x.bytes.size(),
-                       cudaMemcpyHostToDevice));
-  for (int i = 0; i < copies; ++i)
-    CUDA_OK(cudaMemcpy(static_cast<uint8_t*>(device_weight.data) + i * weight_bytes, weight.bytes.data(), weight_bytes,
-                       cudaMemcpyHostToDevice));
-  CUDA_OK(cudaMemcpy(device_bias.data, bias.bytes.data(), bias.bytes.size(), cudaMemcpyHostToDevice));
+  for (int i = 0; i < 16; ++i) device_x.write(x.bytes.data(), x.bytes.size(), i * x.bytes.size());
+  for (int i = 0; i < copies; ++i) device_weight.write(weight.bytes.data(), weight_bytes, i * weight_bytes);
+  device_bias.write(bias.bytes.data(), bias.bytes.size());
 
   jr_router_gemm_args args = {};
   args.x = device_x.data;
@@ -305,7 +238,7 @@ void time_shape(int experts, int hidden, bool with_bias) {
   const auto time = [&](int operation, int tokens, int config, bool cold) {
     std::vector<jr_router_gemm_args> variants(cold ? copies : 1, args);
     for (size_t i = 0; i < variants.size(); ++i) {
-      variants[i].weight = static_cast<const uint8_t*>(device_weight.data) + i * weight_bytes;
+      variants[i].weight = device_weight.at(i * weight_bytes);
       variants[i].tokens = tokens;
       variants[i].config = config;
     }
@@ -342,8 +275,9 @@ int main(int argc, char** argv) {
     fprintf(stderr, "usage: %s [--check | --small | --overlap [launches] | --time [shapes]]\n", argv[0]);
     return 2;
   }
-  int status = check ? check_all(small) : 0;
-  if (overlap) status |= check_overlap(argc > 2 ? atoi(argv[2]) : 1000);
+  int status = check ? check_all(small) | check_route(small) : 0;
+  const int launches_per_case = argc > 2 ? atoi(argv[2]) : 1000;
+  if (overlap) status |= check_overlap(launches_per_case) | check_overlap_route(launches_per_case);
   if (time) {
     const int shapes[][2] = {{128, 2880}, {256, 7168}, {384, 7168}, {32, 2880}, {128, 2048}, {128, 4096},
                              {512, 2048}, {160, 5120}, {256, 3072}, {8, 4096},  {128, 5120}, {64, 2048}};

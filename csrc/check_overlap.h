@@ -1,6 +1,10 @@
-// Part of the standalone check: see check_overlap.cu.
+// Launches between programmatically launched neighbours: see check_overlap.cu and check_overlap_route.cu.
 #pragma once
 
-// Runs every configuration `launches_per_case` times per shape between programmatically launched neighbours; 0 when all
-// logits had the naive kernel's bits.
+namespace jax_router_check {
+
+// Each runs every configuration `launches_per_case` times per shape; 0 when all outputs had the expected bits.
 int check_overlap(int launches_per_case);
+int check_overlap_route(int launches_per_case);
+
+}  // namespace jax_router_check

@@ -44,7 +44,19 @@ HOST_FLAGS = ("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffunction-s
 LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--version-script=exports.map,-s,--gc-sections,-z,defs")
 # The C interface and the FFI handler; cudart's and the C++ library's symbols must not meet those of other libraries.
 EXPORTS = "{ global: jr_*; local: *; };\n"
-STANDALONE_PROGRAM = ("check.cu", "check_overlap.cu", "check_overlap.h")  # in csrc, but no part of the library
+STANDALONE_PROGRAM = (  # in csrc, but no part of the library
+    "check.cu",
+    "check_neighbours.cu",
+    "check_neighbours.h",
+    "check_overlap.cu",
+    "check_overlap.h",
+    "check_overlap_route.cu",
+    "check_route.cu",
+    "check_route.h",
+    "check_route_reference.cu",
+    "check_route_reference.h",
+    "check_support.h",
+)
 
 CACHE_VARIABLE = "JAX_ROUTER_CACHE"
 LIBRARY_VARIABLE = "JAX_ROUTER_LIBRARY"
