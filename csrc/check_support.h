@@ -37,7 +37,7 @@ struct DeviceBuffer {
 
   uint8_t* at(size_t byte) const { return static_cast<uint8_t*>(data) + byte; }
   void write(const void* from, size_t bytes, size_t at_byte = 0) const {
-    CUDA_OK(cudaMemcpy(at(at_byte), from, bytes, cudaMemcpyHostToDevice));
+    if (bytes > 0) CUDA_OK(cudaMemcpy(at(at_byte), from, bytes, cudaMemcpyHostToDevice));
   }
   void read(void* to, size_t bytes, size_t at_byte = 0) const {
     CUDA_OK(cudaMemcpy(to, at(at_byte), bytes, cudaMemcpyDeviceToHost));
