@@ -45,7 +45,6 @@ class Real:
             error = inherited + np.where(exact, 0, roundings * ROUNDING * (np.abs(value) + inherited) + FLUSHED)
         return cls(value, np.where(np.isfinite(value) & np.isfinite(error), error, 0))
 
-    @np.errstate(invalid="ignore")
     def __add__(self, other: Real | Array | float) -> Real:
         other = real(other)
         zero = (self.value == 0) & (self.error == 0) | (other.value == 0) & (other.error == 0)
@@ -57,14 +56,12 @@ class Real:
     def __sub__(self, other: Real | Array | float) -> Real:
         return self + -real(other)
 
-    @np.errstate(invalid="ignore")
     def __mul__(self, other: Real | Array | float) -> Real:
         a, b = self, real(other)
         inherited = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
         trivial = [(np.abs(c.value) == 1) & (c.error == 0) | (c.value == 0) & (c.error == 0) for c in (a, b)]
         return Real.of(a.value * b.value, inherited, exact=trivial[0] | trivial[1])
 
-    @np.errstate(invalid="ignore", divide="ignore")
     def __truediv__(self, other: Real | Array | float) -> Real:
         other = real(other)
         value = self.value / other.value
@@ -80,7 +77,6 @@ class Real:
     def take(self, index: Array) -> Real:
         return Real(np.take_along_axis(self.value, index, -1), np.take_along_axis(self.error, index, -1))
 
-    @np.errstate(invalid="ignore")
     def sum(self, axis: int | tuple[int, ...] = -1, *, keepdims: bool = False) -> Real:
         how = {"axis": axis, "keepdims": keepdims}
         value, inherited = self.value.sum(**how), self.error.sum(**how)
@@ -98,12 +94,10 @@ class Real:
     def sqrt(self) -> Real:
         value = np.sqrt(self.value)
         low, high = np.sqrt(np.maximum(self.value - self.error, 0)), np.sqrt(self.value + self.error)
-        with np.errstate(invalid="ignore"):
-            return Real.of(value, np.maximum(value - low, high - value), ROOT)
+        return Real.of(value, np.maximum(value - low, high - value), ROOT)
 
     def log(self) -> Real:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Real.of(np.log(self.value), -np.log1p(-self.error / self.value), LOGARITHM)
+        return Real.of(np.log(self.value), -np.log1p(-self.error / self.value), LOGARITHM)
 
     def log1p(self) -> Real:
         return Real.of(np.log1p(self.value), self.error / (1 + self.value - self.error), LOGARITHM)
@@ -145,10 +139,10 @@ def exponentials(logits: Real) -> tuple[Real, Array]:
     return (logits - highest).exp(), highest
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # infinities and NaN go through
 def softmax(logits: Real, spec: RoutingSpec | None = None) -> Real:
     """An error of the sum scales all scores of a token alike: of a spec that renormalises them it cancels."""
-    with np.errstate(invalid="ignore"):
-        powers, _ = exponentials(logits)
+    powers, _ = exponentials(logits)
     total = powers.sum(keepdims=True)
     # A sum of selected scores is at least k / E of 1, far above such a least sum.
     cancels = spec is not None and spec.renormalize and spec.renormalize_epsilon == 0 and spec.renormalize_min < 1e-6
@@ -159,15 +153,16 @@ def softplus(logits: Real) -> Real:
     return Real(np.maximum(logits.value, 0), logits.error) + Real(-np.abs(logits.value), logits.error).exp().log1p()
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # infinities and NaN go through
 def scores(logits: Real, score_function: str) -> Real:
     if score_function == "softmax":
         return softmax(logits)
     if score_function == "sigmoid":
-        with np.errstate(over="ignore"):
-            return real(1) / ((-logits).exp() + 1)
+        return real(1) / ((-logits).exp() + 1)
     return softplus(logits).sqrt() if score_function == "sqrtsoftplus" else logits
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # infinities and NaN go through
 def weights(logits: Real, experts: Array, expert_scale, spec: RoutingSpec) -> Real:
     """Weights `[T, k]` of logits `[T, E]`."""
     selected, total = selected_scores(logits, experts, spec)

@@ -37,17 +37,19 @@ def assert_same(actual: jr.Routing, expected: jr.Routing) -> None:
 
 
 def assert_close(actual: jr.Routing, expected: jr.Routing, x, weight, bias, expert_scale=None) -> None:
-    """The same experts; logits and weights that both lie within the roundings of their own order of additions."""
+    """The same experts; logits and weights that lie within their roundings, in whatever order things were added."""
     np.testing.assert_array_equal(actual.experts, expected.experts)
     assert (actual.logits is None) == (expected.logits is None)
     assert actual.weights.shape == expected.weights.shape
     scale = VECTORS["expert_scale"] if expert_scale is None else expert_scale
     logits = bounds.gemm(np.reshape(x, (-1, x.shape[-1])), weight, bias)
-    weights = bounds.weights(logits, np.reshape(actual.experts, (-1, SPEC.top_k)), scale, SPEC)
+    experts = np.reshape(actual.experts, (-1, SPEC.top_k))
     for routing in (actual, expected):
-        bounds.within(np.reshape(routing.weights, (-1, SPEC.top_k)), weights)
+        scored = logits
         if routing.logits is not None:
             bounds.within(np.reshape(routing.logits, logits.value.shape), logits)
+            scored = bounds.given(np.reshape(routing.logits, logits.value.shape))
+        bounds.within(np.reshape(routing.weights, experts.shape), bounds.weights(scored, experts, scale, SPEC))
 
 
 GRID = [
