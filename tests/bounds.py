@@ -29,6 +29,7 @@ from jax_router.parity import FALSE_ALARM, FLUSHED, ROUNDING
 
 Array = np.ndarray
 EXPONENTIAL, DIVISION, ROOT, LOGARITHM, COSINE = 4, 4, 2, 4, 4  # the constants above
+FLOAT64 = 2.0**-29  # a rounding of float64 in units of one of float32: 29 bits more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,7 +167,7 @@ def test_the_float64_gradients_agree_with_differences() -> None:
             moved = [float(function(logits + each * steps * step * direction)[0].value) for each in (-2, -1, 1, 2)]
             return (8 * (moved[2] - moved[1]) - (moved[3] - moved[0])) / (12 * steps * step)
 
-        rounding = float(loss.error) * 2.0**-29  # float64 has 29 bits more than float32
+        rounding = float(loss.error) * bounds.FLOAT64
         allowed = abs(slope(1) - slope(2)) + (1.5 + 0.75) * rounding / step
         assert abs((gradient.value * direction).sum() - slope(1)) <= allowed
 

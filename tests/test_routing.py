@@ -30,7 +30,6 @@ needs_torch = pytest.mark.skipif(
     reason="PyTorch is not installed: its reference is not compared. numpy's formulation is.",
 )
 SPECIAL = np.array([np.nan, np.inf, 3.0, 1.0, 0.0, -0.0, -1.0, -2.5, -np.inf], np.float32)
-FLOAT64 = 2.0**-40  # relative, what thousands of float64 roundings may add up to where numpy is compared with numpy
 SUBNORMAL = np.array([1e-45, -1e-45], np.float32)  # may count for 0 where numbers are added
 
 
@@ -110,7 +109,8 @@ def test_zeros_of_groups_keep_their_signs() -> None:
 def test_scores_agree_with_float64(score_function) -> None:
     logits = np.concatenate([ordinary(64, 96), ordinary(64, 96, 20.0)])
     truth = bounds.scores(bounds.given(logits), score_function)
-    np.testing.assert_allclose(truth.value, cases.score(logits.astype(np.float64), score_function), rtol=FLOAT64)
+    in_float64 = bounds.Real(truth.value, 2 * bounds.FLOAT64 * truth.error)  # both sides are rounded
+    bounds.within(cases.score(logits.astype(np.float64), score_function), in_float64)
     bounds.within(routing.scores(jnp.asarray(logits), RoutingSpec(2, score_function)), truth)
 
 
@@ -202,12 +202,11 @@ def test_the_torch_reference_agrees_with_numpy(name, dtype) -> None:
     ordinary_ones = slice(0, 300) if dtype == np.float64 else slice(0, 0)
     np.testing.assert_array_equal(experts[ordinary_ones], chosen[ordinary_ones])
     with np.errstate(invalid="ignore"):
-        truth = cases.weigh(logits, experts, scale, spec)
+        truth = cases.weigh(logits.astype(np.float64), experts, scale, spec)
     roundings = bounds.weights(bounds.given(logits), experts, scale, spec).error
-    if dtype == np.float64:
-        roundings = roundings * 2.0**-29  # it has 29 bits more than float32
-    # Both sides are rounded.
-    bounds.within(weights, bounds.Real(truth.astype(np.float64), 2 * roundings))
+    if dtype == np.float64:  # then both sides are rounded
+        roundings = 2 * bounds.FLOAT64 * roundings
+    bounds.within(weights, bounds.Real(truth, roundings))
     replayed = torch_route(logits, None, scale, experts.astype(np.int32), spec)
     np.testing.assert_array_equal(replayed[0], weights)
     np.testing.assert_array_equal(replayed[1], experts)
