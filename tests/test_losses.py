@@ -6,11 +6,11 @@ import functools
 import importlib.util
 import re
 
+import bounds
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import jax_router as jr
 from jax_router import losses
@@ -34,6 +34,13 @@ def routed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def probabilities_of(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits.astype(np.float64))
     return powers / powers.sum(-1, keepdims=True)
+
+
+def balance_bound(logits: np.ndarray, experts: np.ndarray) -> tuple[bounds.Real, bounds.Real]:
+    """The loss of the tokens that count, by softmax, and its gradient in their logits."""
+    probabilities = bounds.softmax(bounds.given(logits))
+    loss, of_each = bounds.load_balancing(probabilities, experts)
+    return loss, bounds.softmax_pulled_back(probabilities, of_each)
 
 
 masked = pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
@@ -74,7 +81,7 @@ def test_load_balancing_is_that_of_transformers_as_a_formula(with_mask) -> None:
     expected = EXPERTS * (one_hot.mean(0) * probabilities.mean(0)).sum()
     actual = jr.load_balancing_loss(jax.nn.softmax(routed()[0]), routed()[1], mask=mask_if(with_mask))
     assert (actual.shape, actual.dtype) == ((), jnp.float32)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    bounds.within(actual, bounds.Real(expected, balance_bound(logits, experts)[0].error))
 
 
 @needs_transformers
@@ -95,11 +102,13 @@ def test_load_balancing_is_the_function_of_transformers_over_layers(with_mask) -
         return jr.load_balancing_loss(jax.nn.softmax(layers), of_layers, mask=mask_if(with_mask))
 
     value, gradient = jax.value_and_grad(loss)(layers)
-    np.testing.assert_allclose(value, expected.item(), rtol=1e-6)
-    truth = np.stack([layer.grad.numpy() for layer in flat]).reshape(layers.shape)
-    # A softmax passes on differences of what it gets, here E / tokens at most: some roundings of that remain.
-    atol = 8 * 2.0**-24 * EXPERTS / len(kept(with_mask)[0])
-    np.testing.assert_allclose(gradient, truth, rtol=1e-5, atol=atol)
+    chosen = np.broadcast_to(mask == 1 if with_mask else True, layers.shape[:-1])
+    truth, of_logits = balance_bound(layers[chosen], of_layers[chosen])
+    of_torch = np.stack([layer.grad.numpy() for layer in flat]).reshape(layers.shape)
+    for loss_found, gradient_found in ((value, gradient), (expected.item(), of_torch)):
+        bounds.within(loss_found, truth)
+        bounds.within(gradient_found[chosen], of_logits)
+        assert not gradient_found[~chosen].any()
 
 
 @masked
@@ -109,7 +118,8 @@ def test_load_balancing_over_k_is_that_of_megatron(with_mask) -> None:
     counts = np.bincount(experts.ravel(), minlength=EXPERTS)
     expected = (probabilities.sum(0) * counts).sum() * EXPERTS / (TOP_K * tokens * tokens)
     actual = jr.load_balancing_loss(jax.nn.softmax(routed()[0]), routed()[1], mask=mask_if(with_mask)) / TOP_K
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    halved = balance_bound(logits, experts)[0].error / TOP_K  # exactly
+    bounds.within(actual, bounds.Real(expected, halved))
 
 
 @masked
@@ -118,21 +128,48 @@ def test_the_z_loss_is_that_of_megatron(with_mask) -> None:
     expected = np.square(np.log(np.exp(logits.astype(np.float64)).sum(-1))).mean()
     actual = jr.router_z_loss(routed()[0], mask=mask_if(with_mask))
     assert (actual.shape, actual.dtype) == ((), jnp.float32)
-    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    bounds.within(actual, bounds.Real(expected, bounds.z_loss(bounds.given(logits))[0].error))
 
 
 def test_balanced_tokens_cost_the_number_of_experts_each_has() -> None:
     experts = jnp.array([[0, 1], [2, 3], [4, 5]])
-    assert float(jr.load_balancing_loss(jnp.full((3, 6), 1 / 6), experts)) == pytest.approx(2)
+    probabilities = jnp.full((3, 6), 1 / 6)
+    loss, _ = bounds.load_balancing(bounds.given(probabilities), np.asarray(experts))
+    assert abs(float(loss.value) - 2) <= 2 * 2.0**-24  # by as much as 1 / 6 is off in float32
+    bounds.within(jr.load_balancing_loss(probabilities, experts), loss)
     assert float(jr.load_balancing_loss(jnp.eye(6)[:1], jnp.array([[0]]))) == 6
 
 
-def test_gradients_agree_with_finite_differences() -> None:
-    logits, experts, mask = map(jnp.asarray, routed())
-    for chosen in (None, mask):
-        balance = lambda logits, m=chosen: jr.load_balancing_loss(jax.nn.softmax(logits), experts, mask=m)  # noqa: E731
-        check_grads(balance, (logits,), order=1, eps=1e-2, rtol=1e-2, atol=1e-3)
-        check_grads(functools.partial(jr.router_z_loss, mask=chosen), (logits,), order=1, eps=1e-2, rtol=1e-2)
+@masked
+def test_gradients_agree_with_float64(with_mask) -> None:
+    logits, experts, mask = routed()
+    chosen = mask == 1 if with_mask else np.ones(TOKENS, bool)
+    balance = lambda logits: jr.load_balancing_loss(jax.nn.softmax(logits), experts, mask=mask_if(with_mask))  # noqa: E731
+    z_loss = functools.partial(jr.router_z_loss, mask=mask_if(with_mask))
+    of_balance, of_z = balance_bound(logits[chosen], experts[chosen])[1], bounds.z_loss(bounds.given(logits[chosen]))[1]
+    for function, truth in ((balance, of_balance), (z_loss, of_z)):
+        gradient = np.asarray(jax.grad(function)(logits))
+        bounds.within(gradient[chosen], truth)
+        assert not gradient[~chosen].any()
+
+
+def test_the_float64_gradients_agree_with_differences() -> None:
+    logits, experts = (array.astype(np.float64) for array in kept(False))
+    experts, direction, step = experts.astype(int), np.random.default_rng(1).standard_normal(logits.shape), 2.0**-12
+    for loss_and_gradient in (
+        lambda moved: balance_bound(moved, experts),
+        lambda moved: bounds.z_loss(bounds.given(moved)),
+    ):
+        loss, gradient = loss_and_gradient(logits)
+
+        def slope(steps: int, function=loss_and_gradient) -> float:
+            """Of fourth order: it errs by c steps^4, and by 18 / 12 of the rounding over the step."""
+            moved = [float(function(logits + each * steps * step * direction)[0].value) for each in (-2, -1, 1, 2)]
+            return (8 * (moved[2] - moved[1]) - (moved[3] - moved[0])) / (12 * steps * step)
+
+        rounding = float(loss.error) * bounds.FLOAT64
+        allowed = abs(slope(1) - slope(2)) + (1.5 + 0.75) * rounding / step
+        assert abs((gradient.value * direction).sum() - slope(1)) <= allowed
 
 
 def test_padding_may_be_anything() -> None:
@@ -154,7 +191,8 @@ def test_masks_are_bools_or_integers_and_broadcast() -> None:
     logits, experts, mask = routed()
     expected = jr.router_z_loss(logits, mask=mask)
     assert expected == jr.router_z_loss(logits, mask=mask == 1) == jr.router_z_loss(logits, mask=7 * mask)
-    np.testing.assert_allclose(jr.router_z_loss(np.stack([logits, logits]), mask=mask), expected, rtol=1e-6)
+    twice = np.concatenate([logits[mask == 1]] * 2)
+    bounds.within(jr.router_z_loss(np.stack([logits, logits]), mask=mask), bounds.z_loss(bounds.given(twice))[0])
     column = np.array([[True], [False], [False]])
     np.testing.assert_array_equal(
         jr.tokens_per_expert(experts, EXPERTS, mask=column), jr.tokens_per_expert(experts[0], EXPERTS)
@@ -176,8 +214,11 @@ def test_half_precision_is_summed_in_float32_and_jit_changes_nothing() -> None:
     assert jr.router_z_loss(half) == jr.router_z_loss(widened)
     probabilities = jax.nn.softmax(widened).astype(jnp.bfloat16)
     balance = jax.jit(jr.load_balancing_loss)
-    expected = jr.load_balancing_loss(probabilities.astype(jnp.float32), experts, mask=mask)
-    np.testing.assert_allclose(balance(probabilities, experts, mask=mask), expected, rtol=1e-6)
+    counted = np.asarray(probabilities.astype(jnp.float32))[mask == 1], experts[mask == 1]
+    truth, _ = bounds.load_balancing(bounds.given(counted[0]), counted[1])
+    for form in (probabilities, probabilities.astype(jnp.float32)):
+        bounds.within(balance(form, experts, mask=mask), truth)
+    bounds.within(jr.load_balancing_loss(probabilities, experts, mask=mask), truth)
 
 
 def test_a_router_is_trained_towards_balance() -> None:
