@@ -28,12 +28,14 @@ def gpu() -> jax.Device:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The CUDA kernels, compiled for the CPU once per session: `emulated.Sources`."""
+    """The CUDA kernels, compiled for the CPU once per session, with pytest-xdist too: `emulated.Sources`."""
     from emulated import Sources
 
     if shutil.which("g++") is None:
         pytest.skip("the emulation needs g++")
-    return Sources(tmp_path_factory.mktemp("emulation"))
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return Sources(session / "emulation", tmp_path_factory.mktemp("emulation-of-a-worker"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -17,49 +18,70 @@ from jax_router import build
 
 EMULATION = Path(__file__).parent / "emulation"
 PLAIN_LAUNCH = re.compile(r"(\w+<\w+>)<<<(\w+), (\w+), 0, stream>>>\((\w+)\);")
-FLAGS = ("-std=c++20", "-O2", "-w", "-fPIC", "-pthread", "-include", "cuda_runtime.h")  # nvcc includes that by itself
+FLAGS = ("-std=c++20", "-w", "-fPIC", "-pthread", "-include", "cuda_runtime.h")  # nvcc includes that by itself
+# glibc's checked longjmp takes the jump to another fiber's stack for an error, where a distribution asks for checks.
+FLAGS += ("-U_FORTIFY_SOURCE",)
 WORKSPACE_BYTES = 16 << 20
 
 
 class Sources:
-    """The kernels' sources beside the emulation, compiled to objects that faulty copies can be linked with."""
+    """The kernels' sources beside the emulation, compiled to objects that faulty copies can be linked with.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+      shared: a folder of all workers of pytest-xdist: the first that needs the objects makes them, the others wait.
+      own: a folder of this worker, for libraries and faulty copies.
+    """
+
+    def __init__(self, shared: Path, own: Path):
+        self.folder, self.own = shared, own
+        shared.mkdir(exist_ok=True)
+        complete = shared / "complete"
+        with (shared / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                self._copy_sources()
+            self.units = [*sorted(shared.glob("*.cu")), shared / "launch.cc"]
+            self.objects = {unit: unit.with_suffix(".o") for unit in self.units}
+            if not complete.exists():
+                self._compile(self.units, "-O2")  # these run for long
+                complete.touch()
+
+    def _copy_sources(self) -> None:
         for path in build.source_files():
             if path.name not in ("ffi.cc", "bench.cu"):
                 text = PLAIN_LAUNCH.sub(r"emulation::launch_plain(\2, \3, [=] { \1(\4); });", path.read_text())
-                (folder / path.name).write_text(text)
+                (self.folder / path.name).write_text(text)
         for path in EMULATION.iterdir():
-            shutil.copy(path, folder)
-        self.units = [*sorted(folder.glob("*.cu")), folder / "launch.cc"]
-        with ThreadPoolExecutor(2) as pool:
-            self.objects = dict(zip(self.units, pool.map(self.compile, self.units), strict=True))
+            shutil.copy(path, self.folder)
 
-    def compile(self, unit: Path) -> Path:
-        made = unit.with_suffix(".o")
-        self._run(*FLAGS, "-I", str(unit.parent), "-x", "c++", "-c", str(unit), "-o", str(made))
-        return made
+    def _compile(self, units: Sequence[Path], optimization: str) -> list[Path]:
+        def compile_one(unit: Path) -> Path:
+            made = unit.with_suffix(".o")
+            include = ("-I", str(unit.parent), "-x", "c++", "-c", str(unit))
+            self._run(*FLAGS, optimization, *include, "-o", str(made))
+            return made
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(compile_one, units))
 
     def link(self, name: str, **replaced: Path) -> Path:
         objects = [str(replaced.get(unit.stem, made)) for unit, made in self.objects.items()]
-        self._run("-shared", "-pthread", *objects, "-o", str(self.folder / name))
-        return self.folder / name
+        self._run("-shared", "-pthread", *objects, "-o", str(self.own / name))
+        return self.own / name
 
     def faulty(self, file: str, old: str, new: str, units: Sequence[str] = ()) -> Path:
         """The library with `old` replaced in a file; of a header, in all `units`: the linker keeps one copy."""
         text = (self.folder / file).read_text()
         assert text.count(old) == 1, f"the fault no longer applies to {file}"
-        folder = self.folder / "faulty"
+        folder = self.own / "faulty"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         made = [folder / unit for unit in units or (file,)]
         for path in (*self.folder.glob("*.h"), *self.folder.glob("*.cuh"), *(self.folder / unit.name for unit in made)):
             shutil.copy(path, folder)
         (folder / file).write_text(text.replace(old, new))
-        with ThreadPoolExecutor(2) as pool:
-            objects = dict(zip((unit.stem for unit in made), pool.map(self.compile, made), strict=True))
-        return self.link("faulty.so", **objects)
+        objects = self._compile(made, "-Og")  # these run once: half the time in all
+        return self.link("faulty.so", **dict(zip((unit.stem for unit in made), objects, strict=True)))
 
     def _run(self, *arguments: str) -> None:
         done = subprocess.run([str(shutil.which("g++")), *arguments], capture_output=True, text=True, check=False)

@@ -15,6 +15,7 @@ import sys
 
 import ml_dtypes
 import numpy as np
+import pytest
 from emulated import WORKSPACE_BYTES, aligned, in_a_process
 
 from jax_router import parity
@@ -173,11 +174,12 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
     assert len(examined) == ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
 
 
-def test_broken_kernels_are_seen(sources) -> None:
-    for fault, (file, old, new, problem) in FAULTS.items():
-        assert problem in PROBLEMS, fault
-        found, said = in_a_process(__file__, sources.faulty(file, old, new), *problem)
-        assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_kernels_are_seen(sources, fault) -> None:
+    file, old, new, problem = FAULTS[fault]
+    assert problem in PROBLEMS
+    found, said = in_a_process(__file__, sources.faulty(file, old, new), *problem)
+    assert any(found.values()) or "emulation: " in said, "not seen"
 
 
 if __name__ == "__main__":

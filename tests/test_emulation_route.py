@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import pytest
 import routing_cases
 from emulated import WORKSPACE_BYTES, aligned, in_a_process
 from test_emulation import call as call_router_gemm
@@ -209,11 +210,12 @@ def test_every_configuration_routes_as_the_reference(sources) -> None:
     assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_route_num_configs()
 
 
-def test_broken_routing_is_seen(sources) -> None:
-    for fault, (file, old, new, name) in FAULTS.items():
-        library = sources.faulty(file, old, new, UNITS if file == HEADER else ())
-        found, said = in_a_process(__file__, library, name)
-        assert any(found.values()) or "emulation: " in said, f"not seen: {fault}"
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_routing_is_seen(sources, fault) -> None:
+    file, old, new, name = FAULTS[fault]
+    library = sources.faulty(file, old, new, UNITS if file == HEADER else ())
+    found, said = in_a_process(__file__, library, name)
+    assert any(found.values()) or "emulation: " in said, "not seen"
 
 
 if __name__ == "__main__":

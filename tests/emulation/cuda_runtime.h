@@ -5,6 +5,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -80,7 +81,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   return {uint16_t(v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 inline float __half2float(__half v) {
-  _Float16 value;
+  const uint32_t magnitude = v.bits & 0x7FFF;  // of a finite number: its bits moved, then 2^(127 - 15) for the bias
+  if (magnitude < 0x7C00) return copysignf(__uint_as_float(magnitude << 13) * 0x1p112f, v.bits >> 15 ? -1.f : 1.f);
+  _Float16 value;  // by a function call, where the CPU is not known to have an instruction
   memcpy(&value, &v, 2);
   return float(value);
 }
@@ -120,7 +123,9 @@ struct MBarrier {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf waiting;
+  bool started = false;
   std::unique_ptr<char[]> stack;
   std::function<bool()> ready;  // empty: it can run
   int cluster_generation = 0;
@@ -144,7 +149,7 @@ struct Block {
   std::deque<std::function<void()>> copies;  // of the copy engine, in flight
   std::mutex mutex;                          // of what other blocks of the cluster reach
   std::map<uint32_t, MBarrier> barriers;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* current = nullptr;
 };
 
@@ -182,7 +187,7 @@ inline void wait_until(std::function<bool()> ready) {
   const dim3 mine = threadIdx;
   Fiber& fiber = *block->current;
   fiber.ready = std::move(ready);
-  swapcontext(&fiber.context, &block->scheduler);
+  if (_setjmp(fiber.waiting) == 0) _longjmp(block->scheduler, 1);
   threadIdx = mine;
 }
 inline void meet(Barrier& barrier) {
@@ -207,7 +212,15 @@ inline void fiber_main() {
   grid->kernel();
   if (!block->current->copies.empty() || !block->current->committed.empty()) fail("copies that nobody waited for");
   block->current->done = true;
-  swapcontext(&block->current->context, &block->scheduler);
+  _longjmp(block->scheduler, 1);
+}
+
+// Runs the current fiber until it waits or is done. swapcontext would ask the kernel for the signal mask every time.
+inline void resume(Block& b) {
+  if (_setjmp(b.scheduler) != 0) return;
+  if (b.current->started) _longjmp(b.current->waiting, 1);
+  b.current->started = true;
+  setcontext(&b.current->start);
 }
 
 inline void run_block(Block& b) {
@@ -218,10 +231,10 @@ inline void run_block(Block& b) {
   b.fibers = std::vector<Fiber>(threads);
   for (Fiber& fiber : b.fibers) {
     fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
   }
   for (unsigned left = threads, idle = 0; left > 0;) {
     bool progress = false;
@@ -232,7 +245,7 @@ inline void run_block(Block& b) {
       fiber.ready = nullptr;
       b.current = &fiber;
       threadIdx = {i, 0, 0};
-      swapcontext(&b.scheduler, &fiber.context);
+      resume(b);
       left -= fiber.done;
       progress = true;
     }
