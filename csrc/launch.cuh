@@ -50,6 +50,10 @@ int check_gemm(const jr_router_gemm_args& a, const Report& report);
 // A router GEMM as a kernel with tiles of so many experts sees it.
 Problem device_problem(const jr_router_gemm_args& a, int block_experts);
 
+// Picks a configuration for a checked router GEMM and launches it. With `routed`, for a launch behind it that routes
+// and finds the logits there: as `parts` where a configuration with splits was picked, else (`parts` is null) in `out`.
+int enqueue_gemm(const jr_router_gemm_args& a, Problem* routed, cudaStream_t stream, const Report& report);
+
 // Runs something once per device and process; again after a failure.
 class OncePerDevice {
  public:

@@ -136,11 +136,11 @@ int launch_fused(const FusedConfig& config, const jr_route_args& a, cudaStream_t
 }
 
 int launch_two(const jr_route_args& a, cudaStream_t stream, const Report& report) {
-  if (const int status = jr_router_gemm(&a.gemm, stream, report.message, report.bytes); status != JR_OK) return status;
-  RoutedProblem routed = {device_problem(a.gemm, 1), device_routing(a)};
-  routed.routing.logits = nullptr;  // they are there
+  RoutedProblem routed = {{}, device_routing(a)};
   const SelectKernel* select = select_kernels;
   while (select->per_lane != logits_per_lane(int(a.gemm.experts))) ++select;
+  if (const int status = enqueue_gemm(a.gemm, &routed.problem, stream, report); status != JR_OK) return status;
+  if (routed.problem.parts == nullptr) routed.routing.logits = nullptr;  // they are there
   const dim3 blocks(unsigned((a.gemm.tokens + kSelectWarps - 1) / kSelectWarps));
   return enqueue(Launch(blocks, 32 * kSelectWarps, 0, 1, stream), select->kernel[kind(a)], &routed, "route_select",
                  a.gemm, report);

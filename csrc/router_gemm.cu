@@ -62,10 +62,9 @@ int expert_tiles(const Config& config, const jr_router_gemm_args& a) {
   return ceil_div(int(a.experts), config.block_experts);
 }
 
-int64_t workspace_bytes(const Config& config, const jr_router_gemm_args& a) {
-  if (config.splits == 1) return 0;
-  return config.splits * token_tiles(config, a) * config.block_tokens * expert_tiles(config, a) * config.block_experts *
-         int64_t(sizeof(float));
+int part_row(const jr_router_gemm_args& a) { return ceil_div(int(a.experts), 4) * 4; }
+int64_t parts_bytes(const Config& config, const jr_router_gemm_args& a) {
+  return config.splits == 1 ? 0 : config.splits * a.tokens * part_row(a) * int64_t(sizeof(float));
 }
 
 // Whether a configuration takes this problem: its blocks fit a multiprocessor, its tiles a grid, its partial sums the
@@ -74,14 +73,14 @@ bool fits(const Config& config, const jr_router_gemm_args& a) {
   constexpr int kMaxGridY = 65535;
   return a.tokens <= config.max_tokens && a.hidden <= config.max_hidden &&
          config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes && expert_tiles(config, a) <= kMaxGridY &&
-         workspace_bytes(config, a) <= a.workspace_bytes;
+         parts_bytes(config, a) <= a.workspace_bytes;
 }
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
 
 // Estimated microseconds of a configuration: waves of clusters, each as long as its bytes. Ranks configurations; says
 // nothing about bits, which are equal.
-double estimate(const Config& config, const jr_router_gemm_args& a) {
+double estimate(const Config& config, const jr_router_gemm_args& a, bool routed) {
   // cudaOccupancyMaxActiveClusters of an H200, one block on a multiprocessor. Not asked again on an H100.
   const int at_once = config.cluster == 8 ? 15 : config.cluster == 4 ? 30 : config.cluster == 2 ? 66 : 132;
   const int hidden = int(a.hidden), shared = config.shared_bytes(hidden) + kReservedSharedBytes;
@@ -93,15 +92,17 @@ double estimate(const Config& config, const jr_router_gemm_args& a) {
   const double kilobytes =
       (tokens + config.block_experts) * hidden / (config.cluster * config.splits) * 2e-3;  // of a block
   const Cost& cost = config.cost;
-  return cost.first + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
+  const double saved = routed && waves == 1 ? config.summed_elsewhere : 0;
+  return cost.first - saved + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
          double(clusters) * config.cluster * kilobytes * 1e-3 * cost.per_megabyte;
 }
 
 // The cheapest configuration that fits; there is one for every problem that check_problem takes.
-int pick(const jr_router_gemm_args& a) {
+int pick(const jr_router_gemm_args& a, bool routed) {
   int best = -1;
   for (int i = 0; i < kConfigs; ++i) {
-    if (fits(config_at(i), a) && (best < 0 || estimate(config_at(i), a) < estimate(config_at(best), a))) best = i;
+    if (!fits(config_at(i), a)) continue;
+    if (best < 0 || estimate(config_at(i), a, routed) < estimate(config_at(best), a, routed)) best = i;
   }
   return best;
 }
@@ -115,10 +116,10 @@ int prepare_current_device(const Report& report) {
       for (const void* kernel : config_at(i).kernel) {
         JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
       }
-      for (const void* kernel : config_at(i).sum_splits) {
-        cudaFuncAttributes loaded;  // now, and not during a capture
-        if (kernel != nullptr) JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
-      }
+    }
+    for (const void* kernel : sum_parts_kernels) {
+      cudaFuncAttributes loaded;  // now, and not during a capture
+      JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
     }
     return JR_OK;
   });
@@ -149,9 +150,13 @@ int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int6
                      static_cast<long long>(rows), static_cast<long long>(hidden), box_rows, matrix, int(result));
 }
 
-int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stream, const Report& report) {
+// See enqueue_gemm().
+int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, cudaStream_t stream,
+           const Report& report) {
   TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
   Problem& problem = tiled.problem;
+  if (config.splits > 1) problem.parts = static_cast<float*>(a.workspace);
+  problem.followed = routed != nullptr || config.splits > 1;
   if (config.tiled) {
     // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
     problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;
@@ -160,16 +165,18 @@ int launch(const Config& config, const jr_router_gemm_args& a, cudaStream_t stre
       status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
     if (status != JR_OK) return status;
   }
-  const unsigned tiles = unsigned(token_tiles(config, a)), parts = unsigned(config.cluster * config.splits);
-  const dim3 blocks(tiles * parts, unsigned(problem.expert_tiles));
+  const int64_t parts = token_tiles(config, a) * config.cluster * config.splits;
+  const dim3 blocks(unsigned(parts), unsigned(problem.expert_tiles));
   void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
   const int status = enqueue(
       Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream),
       config.kernel[a.dtype], parameter, config.name, a, report);
-  if (status != JR_OK || config.splits == 1) return status;
-  const int blocks_per_tile = config.block_tokens * config.block_experts / (4 * kSumSplitsThreads);
-  return enqueue(Launch(dim3(tiles * unsigned(blocks_per_tile), blocks.y), kSumSplitsThreads, 0, 1, stream),
-                 config.sum_splits[a.dtype], &problem, config.name, a, report);
+  if (routed != nullptr) *routed = problem;
+  if (status != JR_OK || config.splits == 1 || routed != nullptr) return status;
+  const int64_t quads = a.tokens * (problem.part_row / 4);
+  const dim3 sum_blocks(unsigned((quads + kSumPartsThreads - 1) / kSumPartsThreads));
+  return enqueue(Launch(sum_blocks, kSumPartsThreads, 0, 1, stream), sum_parts_kernels[a.dtype], &problem, config.name,
+                 a, report);
 }
 
 }  // namespace
@@ -180,8 +187,32 @@ int check_gemm(const jr_router_gemm_args& a, const Report& report) {
 }
 
 Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
-  return {a.x,           a.weight,       a.bias,       a.out,       static_cast<float4*>(a.workspace),       a.tokens,
-          int(a.hidden), int(a.experts), a.bias_dtype, a.out_dtype, ceil_div(int(a.experts), block_experts), 0};
+  return {.x = a.x,
+          .weight = a.weight,
+          .bias = a.bias,
+          .out = a.out,
+          .parts = nullptr,
+          .tokens = a.tokens,
+          .hidden = int(a.hidden),
+          .experts = int(a.experts),
+          .bias_dtype = a.bias_dtype,
+          .out_dtype = a.out_dtype,
+          .expert_tiles = ceil_div(int(a.experts), block_experts),
+          .box_tokens = 0,
+          .part_row = part_row(a),
+          .followed = false};
+}
+
+int enqueue_gemm(const jr_router_gemm_args& a, Problem* routed, cudaStream_t stream, const Report& report) {
+  if (const int status = prepare_current_device(report); status != JR_OK) return status;
+  const int config = a.config == -1 ? pick(a, routed != nullptr) : a.config;
+  if (!jr_router_gemm_config_fits(config, &a))
+    return report.fail(JR_UNSUPPORTED,
+                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld and "
+                       "%lld bytes of workspace",
+                       config, kConfigs - 1, static_cast<long long>(a.tokens), static_cast<long long>(a.hidden),
+                       static_cast<long long>(a.experts), static_cast<long long>(a.workspace_bytes));
+  return launch(config_at(config), a, routed, stream, report);
 }
 
 }  // namespace jax_router
@@ -199,22 +230,13 @@ int jr_router_gemm_config_fits(int config, const jr_router_gemm_args* args) {
 }
 
 int jr_router_gemm_pick_config(const jr_router_gemm_args* args) {
-  return check_problem(*args, Report{}) == JR_OK ? pick(*args) : -1;
+  return check_problem(*args, Report{}) == JR_OK ? pick(*args, false) : -1;
 }
 
 int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {
   const Report report{message, message_bytes};
   if (const int status = check_gemm(*args, report); status != JR_OK) return status;
-  if (args->tokens == 0) return JR_OK;
-  if (const int status = prepare_current_device(report); status != JR_OK) return status;
-  const int config = args->config == -1 ? pick(*args) : args->config;
-  if (!jr_router_gemm_config_fits(config, args))
-    return report.fail(JR_UNSUPPORTED,
-                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld and "
-                       "%lld bytes of workspace",
-                       config, kConfigs - 1, static_cast<long long>(args->tokens), static_cast<long long>(args->hidden),
-                       static_cast<long long>(args->experts), static_cast<long long>(args->workspace_bytes));
-  return launch(config_at(config), *args, static_cast<cudaStream_t>(stream), report);
+  return args->tokens == 0 ? JR_OK : enqueue_gemm(*args, nullptr, static_cast<cudaStream_t>(stream), report);
 }
 
 int jr_router_gemm_naive(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes) {

@@ -13,10 +13,14 @@ using float16 = __half;
 
 // ---- Launch overlap: a kernel touches global memory, but for prefetching into L2, only after the wait, and a block
 // lets the next grid start when it ends. So it is safe beside neighbours that were launched programmatically. The wait
-// returns at once in a plain launch.
+// returns at once in a plain launch. Only a grid that is followed by another of the same call lets that one start
+// earlier, after its own wait: the other's wait then covers both.
 
 // Returns when all grids this one depends on have completed and their writes are visible.
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next grid start once all blocks of this one got here or ended.
+__device__ __forceinline__ void grid_launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- Warps ---------------------------------------------------------------------------------------------------------
 

@@ -62,6 +62,43 @@ __device__ __forceinline__ float load_per_expert(const void* values, int dtype, 
                               : to_float(static_cast<const float16*>(values)[expert]);
 }
 
+// The values of this lane's experts, all loaded at once and not looked at before they are needed. Experts past the end
+// repeat the last; without values they are zeros.
+template <int kPerLane>
+struct PerExpert {
+  uint32_t raw[kPerLane];
+
+  __device__ __forceinline__ void load(const void* values, int dtype, int experts, unsigned lane) {
+    const int first = int(lane) * kPerLane, last = experts - 1;
+    if (dtype == JR_NONE) {
+#pragma unroll
+      for (uint32_t& each : raw) each = 0;
+    } else if (dtype == JR_FLOAT32) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) raw[j] = static_cast<const uint32_t*>(values)[min(first + j, last)];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) raw[j] = static_cast<const uint16_t*>(values)[min(first + j, last)];
+    }
+  }
+  __device__ __forceinline__ float value(int j, int dtype) const {
+    if (dtype == JR_FLOAT32 || dtype == JR_NONE) return __uint_as_float(raw[j]);
+    return dtype == JR_BFLOAT16 ? __uint_as_float(raw[j] << 16) : to_float(__ushort_as_half(uint16_t(raw[j])));
+  }
+};
+
+// Stores the logits of this lane's experts.
+template <int kPerLane>
+__device__ __forceinline__ void store_logits(const Problem& p, float* to, unsigned token, unsigned lane,
+                                             const float (&logits)[kPerLane]) {
+  const int first = int(lane) * kPerLane;
+  float* const row = to + uint64_t(token) * unsigned(p.experts);
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (first + j < p.experts) row[first + j] = logits[j];
+  }
+}
+
 // The logits of a token as softmax needs them.
 struct Softmax {
   float highest, inverse_sum;
@@ -108,43 +145,33 @@ struct TokenRouter {
     alignas(16) float logits[32 * kPerLane];
     alignas(16) uint32_t keys[32 * kPerLane];
   };
-  float correction[kPerLane];
+  const int lane;
+  PerExpert<kPerLane> correction;
+
+  __device__ __forceinline__ explicit TokenRouter(unsigned lane_) : lane(int(lane_)) {}
 
   // Fetches what does not depend on logits, while these are on their way.
   __device__ __forceinline__ void fetch(const Problem& p, const Routing& r) {
-    if constexpr (!kPlain) {
-      const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
-#pragma unroll
-      for (float& c : correction) c = 0.f;
-      if (r.correction_bias_dtype == JR_FLOAT32) {
-#pragma unroll
-        for (int j = 0; j < kPerLane; ++j)
-          correction[j] = static_cast<const float*>(r.correction_bias)[min(first + j, last)];
-      } else if (r.correction_bias_dtype != JR_NONE) {
-#pragma unroll 1
-        for (int j = 0; j < kPerLane; ++j) {
-          const float loaded = load_per_expert(r.correction_bias, r.correction_bias_dtype, min(first + j, last));
-#pragma unroll
-          for (int i = 0; i < kPerLane; ++i) correction[i] = i == j ? loaded : correction[i];
-        }
-      }
-    }
+    if constexpr (!kPlain) correction.load(r.correction_bias, r.correction_bias_dtype, p.experts, unsigned(lane));
   }
 
   // All lanes of the warp. `logits` of experts that do not exist may be anything.
   __device__ __forceinline__ void route(const Problem& p, const Routing& r, unsigned token, float (&logits)[kPerLane],
                                         Scratch& scratch) const {
     const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32), exist = p.experts - lane * kPerLane;  // of this lane
+    const int exist = p.experts - lane * kPerLane;  // of this lane
     const bool mine = lane < spec.top_k;
     if (spec.round_logits != 0) {
 #pragma unroll
       for (float& l : logits)
         l = r.dtype == JR_BFLOAT16 ? to_float(from_float<bfloat16>(l)) : to_float(from_float<float16>(l));
     }
+    const bool replays = r.replay != nullptr;
+    if (!kPlain || kScore == JR_SOFTMAX) {
 #pragma unroll
-    for (int j = 0; j < kPerLane; ++j) logits[j] = j < exist ? logits[j] : -INFINITY;
-    store(scratch.logits, logits);
+      for (int j = 0; j < kPerLane; ++j) logits[j] = j < exist ? logits[j] : -INFINITY;
+    }
+    if (!kPlain || replays) store(scratch.logits, logits);  // where logits are compared, a winner's key is its logit
 
     Softmax softmax = {};
     if constexpr (kScore == JR_SOFTMAX) {
@@ -159,8 +186,9 @@ struct TokenRouter {
     }
 
     int expert = -1;
-    if (r.replay == nullptr) {
-      expert = select(p, r, softmax, logits, scratch);
+    uint32_t key = ~0u;
+    if (!replays) {
+      expert = select(p, r, softmax, logits, scratch, key);
     } else {
       if (mine) expert = r.replay[uint64_t(token) * unsigned(spec.top_k) + lane];
       __syncwarp();
@@ -168,11 +196,13 @@ struct TokenRouter {
 
     // The weights, one per lane. An expert that does not exist has NaN.
     const bool exists = unsigned(expert) < unsigned(p.experts);
-    const float logit = mine && exists ? scratch.logits[expert] : choice_of_key(~0u);
+    float logit = choice_of_key(key);
+    if (!kPlain || replays) logit = mine && exists ? scratch.logits[expert] : choice_of_key(~0u);
     const int lanes = 1 << (32 - __clz(spec.top_k - 1));  // the next power of two
     float weight;
     if constexpr (kScore == JR_SOFTMAX_TOPK) {
-      const float highest = choice_of_key(__reduce_max_sync(~0u, mine ? choice_key(logit) : 0u));
+      const float highest = choice_of_key(kPlain && !replays ? __shfl_sync(~0u, key, 0)
+                                                             : __reduce_max_sync(~0u, mine ? choice_key(logit) : 0u));
       weight = mine ? expf(logit - highest) : 0.f;
       weight *= reciprocal(sum_lanes(weight, lanes));
     } else {
@@ -192,11 +222,12 @@ struct TokenRouter {
   }
 
  private:
-  // The expert of round `lane`.
+  // The expert of round `lane`, and its key.
   __device__ __forceinline__ int select(const Problem& p, const Routing& r, const Softmax& softmax,
-                                        const float (&logits)[kPerLane], Scratch& scratch) const {
+                                        const float (&logits)[kPerLane], Scratch& scratch, uint32_t& key) const {
     const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32), exist = p.experts - lane * kPerLane;
+    const int exist = p.experts - lane * kPerLane;
+    const bool mine = lane < spec.top_k;
     uint32_t keys[kPerLane];
     if constexpr (kPlain) {
 #pragma unroll
@@ -211,7 +242,7 @@ struct TokenRouter {
       }
       if (r.correction_bias_dtype != JR_NONE) {
 #pragma unroll
-        for (int j = 0; j < kPerLane; ++j) choices[j] += correction[j];
+        for (int j = 0; j < kPerLane; ++j) choices[j] += correction.value(j, r.correction_bias_dtype);
       }
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) keys[j] = j < exist ? choice_key(choices[j]) : 0u;
@@ -220,7 +251,7 @@ struct TokenRouter {
     store(scratch.keys, keys);
     sort_keys<0, kPerLane == 12 ? 16 : kPerLane>(keys);
 
-    uint32_t mine = 0, last = 0, winners = 0;  // key and lanes of this lane's round, key of the round before
+    uint32_t last = 0, winners = 0;  // key of the round before, lanes that have this lane's
     bool equal = false;
 #pragma unroll 4
     for (int round = 0; round < spec.top_k; ++round) {
@@ -232,16 +263,18 @@ struct TokenRouter {
       keys[kPerLane - 1] = wins ? 0u : keys[kPerLane - 1];
       equal = equal || (win & (win - 1)) != 0 || highest == last;
       last = highest;
-      if (lane == round) mine = highest, winners = win;
+      if (lane == round) key = highest, winners = win;
     }
     __syncwarp();
-    if (equal) return select_of_equals(spec.top_k, scratch);
     int expert = -1;
-    if (lane < spec.top_k) {
+    if (equal) {
+      expert = select_of_equals(spec.top_k, scratch);
+      if (mine) key = scratch.keys[expert];
+    } else if (mine) {
+      // The lowest of those with the key: the last round may have taken one of several in its lane.
       const int first = (__ffs(int(winners)) - 1) * kPerLane;
-      expert = first;
 #pragma unroll
-      for (int j = 1; j < kPerLane; ++j) expert = scratch.keys[first + j] == mine ? first + j : expert;
+      for (int j = kPerLane - 1; j >= 0; --j) expert = scratch.keys[first + j] == key ? first + j : expert;
     }
     return expert;
   }
@@ -268,16 +301,15 @@ struct TokenRouter {
   }
 
   // Replaces the choices outside the best groups.
-  static __device__ __forceinline__ void keep_groups(const Routing& r, int exist, uint32_t (&keys)[kPerLane],
-                                                     Scratch& scratch) {
+  __device__ __forceinline__ void keep_groups(const Routing& r, int exist, uint32_t (&keys)[kPerLane],
+                                              Scratch& scratch) const {
     const jr_routing_spec& spec = r.spec;
-    const int lane = int(threadIdx.x % 32);
     const int group_lanes = r.group_experts / kPerLane;
     const bool whole_lanes = group_lanes * kPerLane == r.group_experts && (group_lanes & (group_lanes - 1)) == 0;
     uint32_t highest = 0, second = 0;
-    int scorer = 1, group = lane;  // lane `scorer * g` scores group g
+    int scorers = 1, group = lane;  // neighbouring lanes that have a group's score, from lane `scorers * group` on
     if (whole_lanes) {
-      scorer = group_lanes;
+      scorers = group_lanes;
       group = lane >> (31 - __clz(group_lanes));
 #pragma unroll
       for (const uint32_t key : keys) second = max(second, min(key, highest)), highest = max(highest, key);
@@ -299,11 +331,13 @@ struct TokenRouter {
       __syncwarp();
     }
     if (spec.group_score == JR_TOP2_SUM) highest = choice_key(choice_of_key(highest) + choice_of_key(second));
-    int place = 0;
-#pragma unroll 8
-    for (int other_group = 0; other_group < spec.num_groups; ++other_group) {
-      const uint32_t other = __shfl_sync(~0u, highest, other_group * scorer);
-      place += other > highest || (other == highest && other_group < group);
+    int place = 0;  // how many groups are better; every scorer looks at others
+    for (int first = 0; first < spec.num_groups; first += scorers) {
+      const int other_group = first + (lane & (scorers - 1));
+      const uint32_t other = __shfl_sync(~0u, highest, other_group * scorers);
+      const bool better = other > highest || (other == highest && other_group < group);
+      const uint32_t lanes = __ballot_sync(~0u, better && other_group < spec.num_groups);
+      place += __popc(lanes >> (lane & ~(scorers - 1)) & ((1u << scorers) - 1));
     }
     const uint32_t masked = choice_key(spec.masked_choice);
     if (whole_lanes) {
@@ -322,7 +356,7 @@ struct TokenRouter {
 
   // Lane by lane, as wide as it goes.
   template <typename Value>
-  static __device__ __forceinline__ void store(Value* to, const Value (&values)[kPerLane]) {
+  __device__ __forceinline__ void store(Value* to, const Value (&values)[kPerLane]) const {
     constexpr int kWidth = kPerLane % 4 == 0 ? 4 : 2;
     struct alignas(kWidth * 4) Wide {
       Value values[kWidth];
@@ -332,7 +366,7 @@ struct TokenRouter {
       Wide wide;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) wide.values[i] = values[j + i];
-      *reinterpret_cast<Wide*>(to + int(threadIdx.x % 32) * kPerLane + j) = wide;
+      *reinterpret_cast<Wide*>(to + lane * kPerLane + j) = wide;
     }
   }
 };

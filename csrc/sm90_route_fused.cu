@@ -85,12 +85,11 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
     __syncwarp();
     cluster_arrive_relaxed();
     grid_dependency_wait();
-    typename F::Router router;
-    float bias[F::kPerLane];
+    typename F::Router router(lane);
+    PerExpert<F::kPerLane> bias;
     if (owns) {
       router.fetch(p, routed.routing);
-#pragma unroll
-      for (int j = 0; j < F::kPerLane; ++j) bias[j] = load_bias<Element>(p, lane * F::kPerLane + j);
+      bias.load(p.bias, p.bias_dtype, p.experts, lane);
     }
     cluster_wait();
     if (!owns) return;
@@ -107,17 +106,10 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_route_fused(const RoutedProb
       const float values[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        logits[j + i] = p.bias_dtype == JR_NONE ? values[i] : values[i] + bias[j + i];
+        logits[j + i] = p.bias_dtype == JR_NONE ? values[i] : values[i] + bias.value(j + i, p.bias_dtype);
       }
     }
-    if (routed.routing.logits != nullptr) {
-      float* const out = routed.routing.logits + uint64_t(block_token + rank) * unsigned(p.experts);
-#pragma unroll
-      for (int j = 0; j < F::kPerLane; ++j) {
-        const int expert = lane * F::kPerLane + j;
-        if (expert < p.experts) out[expert] = logits[j];
-      }
-    }
+    if (routed.routing.logits != nullptr) store_logits(p, routed.routing.logits, block_token + rank, lane, logits);
     router.route(p, routed.routing, block_token + rank, logits, last.scratch);
     return;
   }

@@ -1,13 +1,15 @@
-// Routing behind a launch of the router GEMM: one warp reads the float32 logits of one token and routes it.
+// Routing behind a launch of the router GEMM: one warp reads the float32 logits of one token, or adds them up where
+// that one left parts of them, and routes it.
 //
 // What limits it: latency for few tokens (launch, one read, top_k rounds of about a hundred cycles), instructions for
 // many. Bytes: experts * 4 and top_k * 8 per token.
 //
-// Work: grid.x = tokens / kSelectWarps. Memory: logits [tokens, experts] of the launch before. Shared memory: a token's
-// logits per warp.
+// Work: grid.x = tokens / kSelectWarps. Memory: logits [tokens, experts] or parts (sm90_sum_parts.cuh) of the launch
+// before. Shared memory: per warp what selection needs.
 #include <type_traits>
 
 #include "sm90_route_kernels.cuh"
+#include "sm90_sum_parts.cuh"
 
 namespace jax_router {
 
@@ -16,14 +18,33 @@ __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const Rou
   const Problem& p = routed.problem;
   using Router = TokenRouter<kPerLane, kScore, kPlain>;
   __shared__ typename Router::Scratch scratch[kSelectWarps];
-  const unsigned warp = threadIdx.x / 32, token = blockIdx.x * kSelectWarps + warp;
-  const int first = int(threadIdx.x % 32) * kPerLane, last = p.experts - 1;
+  const unsigned lane = settled(threadIdx.x % 32), warp = uniform_warp(), token = blockIdx.x * kSelectWarps + warp;
+  const int first = int(lane) * kPerLane, last = p.experts - 1;
   const float* const row = static_cast<const float*>(p.out) + uint64_t(token) * unsigned(p.experts);
   grid_dependency_wait();
   if (token >= unsigned(p.tokens)) return;
 
+  Router router(lane);
   float logits[kPerLane];
-  if (kPerLane % 4 == 0 && p.experts % 4 == 0) {
+  router.fetch(p, routed.routing);
+  if (p.parts != nullptr) {
+    PerExpert<kPerLane> bias;
+    bias.load(p.bias, p.bias_dtype, p.experts, lane);
+    if constexpr (kPerLane % 4 == 0) {
+#pragma unroll
+      for (int j = 0; j < kPerLane; j += 4) {
+        const float4 four = sum_parts(p, token, unsigned(min(first + j, p.part_row - 4)));
+        logits[j] = four.x, logits[j + 1] = four.y, logits[j + 2] = four.z, logits[j + 3] = four.w;
+      }
+    } else {
+      const float4 four = sum_parts(p, token, unsigned(min(first, last)) / 4 * 4);
+      logits[0] = lane % 2 == 0 ? four.x : four.z, logits[1] = lane % 2 == 0 ? four.y : four.w;
+    }
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j)
+      logits[j] = p.bias_dtype == JR_NONE ? logits[j] : logits[j] + bias.value(j, p.bias_dtype);
+    if (routed.routing.logits != nullptr) store_logits(p, routed.routing.logits, token, lane, logits);
+  } else if (kPerLane % 4 == 0 && p.experts % 4 == 0) {
 #pragma unroll
     for (int j = 0; j + 3 < kPerLane; j += 4) {
       const float4 four = *reinterpret_cast<const float4*>(row + min(first + j, last - 3));
@@ -33,8 +54,6 @@ __global__ void __launch_bounds__(32 * kSelectWarps) sm90_route_select(const Rou
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) logits[j] = row[min(first + j, last)];
   }
-  Router router;
-  router.fetch(p, routed.routing);
   router.route(p, routed.routing, token, logits, scratch[warp]);
 }
 

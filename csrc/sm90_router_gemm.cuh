@@ -11,7 +11,8 @@ namespace jax_router {
 constexpr int kMaxSharedBytes = 232448;     // of one block
 constexpr int kReservedSharedBytes = 1024;  // of every block besides
 constexpr int kRegisters = 65536;
-constexpr int kSumSplitsThreads = 256;  // of the second launch of a configuration with splits, one per four logits
+constexpr int kSplits = 4;             // of a configuration with splits
+constexpr int kSumPartsThreads = 256;  // of its second launch
 
 // Fitted to kernel times (CUPTI) on an H200, the sweep's shapes with 1 to 16384 tokens, 2026-11-26, so that the picks
 // are 0.4% from the best on average; used only to rank configurations.
@@ -26,17 +27,17 @@ struct Cost {
 struct Config {
   const char* name;
   int block_tokens, block_experts;
-  int cluster = 1;                 // blocks that share one tile and add up through distributed shared memory
-  int splits = 1;                  // blocks that share one tile and leave partial sums in the workspace
-  int registers;                   // per thread, at launch
-  bool tiled = false;              // takes a TiledProblem instead of a Problem
-  const void* kernel[2];           // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
-  const void* sum_splits[2] = {};  // the second launch of a kernel with splits, by jr_dtype
+  int cluster = 1;        // blocks that share one tile and add up through distributed shared memory
+  int splits = 1;         // blocks that share one tile and leave partial sums in the workspace
+  int registers;          // per thread, at launch
+  bool tiled = false;     // takes a TiledProblem instead of a Problem
+  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
   int max_hidden = kMaxHidden;
   int max_tokens = 1 << 27;
   Cost cost;
+  double summed_elsewhere = 0;  // microseconds that it takes less in one wave when a launch that routes adds up its parts
 };
 
 constexpr int kOneTokenConfigs = 2;
@@ -45,6 +46,7 @@ constexpr int kManyTokensConfigs = 13;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
+extern const void* const sum_parts_kernels[2];  // the second launch of a configuration with splits, by jr_dtype
 
 cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream);
 

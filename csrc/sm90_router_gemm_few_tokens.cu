@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sm90_router_gemm_few_tokens
         cluster_sum.init();
         barrier_init_fence();
       }
+      if (p.followed) grid_launch_next();
       cluster_sum.fetch_bias(p, block_expert);
       cluster_sum.arrive(log2_tiles);
     }

@@ -1,5 +1,5 @@
 // Router GEMM for many tokens: the same tree with wgmma. Blocks that share one output tile split K, as a cluster of 1
-// to 8 (sm90_cluster_sum.cuh) or 4 that leave their sums to a second launch (sm90_split_sum.cuh); inside a block one
+// to 8 (sm90_cluster_sum.cuh) or 4 that leave their sums to a second launch (sm90_sum_parts.cuh); inside a block one
 // warpgroup feeds the copy engine and two multiply, walking groups slice by slice and keeping running totals. With
 // tiles of 128 tokens each of the two takes 64 tokens; with tiles of 64 each takes half of the block's K.
 //
@@ -15,7 +15,7 @@
 
 #include "sm90_cluster_sum.cuh"
 #include "sm90_router_gemm.cuh"
-#include "sm90_split_sum.cuh"
+#include "sm90_sum_parts.cuh"
 #include "sm90_wgmma.cuh"
 
 namespace jax_router {
@@ -62,7 +62,6 @@ struct ManyTokens {
 
   struct Nothing {};
   using Cluster = ClusterSum<Element, kBlockTokens, kBlockExperts, kParts>;
-  using Split = SplitSum<Element, kBlockTokens, kBlockExperts, kParts>;
   struct alignas(kSwizzleAlignment) Shared {
     union {
       struct {
@@ -204,6 +203,7 @@ __global__ void __launch_bounds__(
       named_barrier_arrive(kOtherStages, kConsumers + 32 * M::kCopiers);
     }
     grid_dependency_wait();
+    if (p.followed) grid_launch_next();
   }
 
   if (warp >= kProducerWarp) {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(
       const int quad = quad_of(j);
       const float4 total = M::kRings == 1 ? sum_of(j) : sum_of(j) + shared.sums[quad];
       if constexpr (kSplit) {
-        M::Split::leave(p, rank, quad, total);
+        leave_part(p, rank, block_token + token_tile * kTileTokens, block_expert + j * kTileExperts, lane, total);
       } else if constexpr (M::Cluster::kPushed) {
         if (quad < M::Cluster::quads(log2_tiles)) shared.cluster_sum.push(rank, log2_tiles, quad, total);
       } else {
@@ -313,37 +313,31 @@ namespace {
 template <int kBlockTokens, int kBlockExperts, int kParts, int kStages, bool kSplit>
 constexpr Config config(const char* name, Cost cost) {
   using M = ManyTokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>;
-  Config config = {
-      .name = name,
-      .block_tokens = kBlockTokens,
-      .block_experts = kBlockExperts,
-      .cluster = kSplit ? 1 : kParts,
-      .splits = kSplit ? kParts : 1,
-      .registers = M::kLaunchRegisters,
-      .tiled = true,
-      .kernel = {reinterpret_cast<const void*>(
-                     &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>),
-                 reinterpret_cast<const void*>(
-                     &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>)},
-      .threads = [](int) { return kThreads; },
-      .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
-      .cost = cost};
-  if constexpr (kSplit) {
-    config.sum_splits[JR_BFLOAT16] =
-        reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<bfloat16, kBlockTokens, kBlockExperts, kParts>);
-    config.sum_splits[JR_FLOAT16] =
-        reinterpret_cast<const void*>(&sm90_router_gemm_sum_splits<float16, kBlockTokens, kBlockExperts, kParts>);
-  }
-  return config;
+  return {.name = name,
+          .block_tokens = kBlockTokens,
+          .block_experts = kBlockExperts,
+          .cluster = kSplit ? 1 : kParts,
+          .splits = kSplit ? kParts : 1,
+          .registers = M::kLaunchRegisters,
+          .tiled = true,
+          .kernel = {reinterpret_cast<const void*>(
+                         &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>),
+                     reinterpret_cast<const void*>(
+                         &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>)},
+          .threads = [](int) { return kThreads; },
+          .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
+          .cost = cost};
 }
 
 template <int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
 constexpr Config cluster(const char* name, Cost cost) {
   return config<kBlockTokens, kBlockExperts, kCluster, kStages, false>(name, cost);
 }
-template <int kBlockTokens, int kBlockExperts, int kSplits, int kStages>
-constexpr Config split(const char* name, Cost cost) {
-  return config<kBlockTokens, kBlockExperts, kSplits, kStages, true>(name, cost);
+template <int kBlockTokens, int kBlockExperts, int kStages>
+constexpr Config split(const char* name, Cost cost, double summed_elsewhere) {
+  Config split = config<kBlockTokens, kBlockExperts, kSplits, kStages, true>(name, cost);
+  split.summed_elsewhere = summed_elsewhere;
+  return split;
 }
 
 }  // namespace
@@ -360,8 +354,8 @@ const Config many_tokens_configs[kManyTokensConfigs] = {
     cluster<64, 80, 2, 10>("many_64x80_c2", {3.938, 2.192, 0.003032, 0.08224}),
     cluster<64, 128, 2, 6>("many_64x128_c2", {4.081, 4.047, 0.005897, 0.04771}),
     cluster<128, 64, 1, 8>("many_128x64_c1", {3.086, 10.27, 0.006914, 0.05402}),
-    split<64, 80, 4, 10>("many_64x80_s4", {3.904, 1.849, 0.002674, 0.08498}),
-    split<64, 128, 4, 8>("many_64x128_s4", {3.967, 2.387, 0.006426, 0.05592}),
+    split<64, 80, 10>("many_64x80_s4", {3.904, 1.849, 0.002674, 0.08498}, 0),
+    split<64, 128, 8>("many_64x128_s4", {3.967, 2.387, 0.006426, 0.05592}, 0.6),
 };
 
 }  // namespace jax_router

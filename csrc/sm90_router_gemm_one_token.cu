@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(32 * kHalves * kMaxSlices) sm90_router_gemm_on
   };
   copy_unit(std::integral_constant<int, 0>());
   copy_unit(std::integral_constant<int, 1>());
+  if (p.followed) grid_launch_next();
 
   // Meanwhile: what else a thread needs to know, and then the bias, whose branch keeps the compiler from working that
   // out where the sums wait for it. The diagonal is column g of row g: one of the columns 2t and 2t + 1 of the thread

@@ -19,12 +19,14 @@ struct Problem {
   const void* weight;
   const void* bias;
   void* out;
-  float4* workspace;
+  float* parts;  // where blocks that share a tile leave their sums (sm90_sum_parts.cuh). Null: they add up
   int64_t tokens;
   int hidden, experts;
   int bias_dtype, out_dtype;  // jr_dtype
   int expert_tiles;           // tiles of the launched kernel along experts
   int box_tokens;             // rows of x that one copy brings
+  int part_row;               // experts rounded up to four
+  bool followed;              // by another launch of the same call
 };
 
 // What the kernels that use the copy engine take: boxes are one unit wide with the 128-byte swizzle, so that 16-byte

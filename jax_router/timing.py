@@ -3,8 +3,8 @@
     graph_replay   the C launcher in a CUDA graph, replayed: what one launch adds to a busy stream. Also the two bounds,
                    an empty launch and a read of the weight bytes
     torch_replay   the same for a PyTorch operator, so that the two can be compared: in timing_torch
-    cupti          GPU time of the kernels of one call through JAX, all of them summed: what the call costs the GPU. Of
-                   two that are launched programmatically, what they run side by side counts in both
+    cupti          GPU time of the kernels of one call through JAX: how long at least one of them ran. What two that are
+                   launched programmatically run side by side counts once, gaps between kernels do not count
     chain_slope    wall time that one more data-chained call adds to a jitted function: what a decode step pays
     wall           wall time of one call, for machines without a GPU
 
@@ -18,9 +18,11 @@ import ctypes
 import functools
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -181,56 +183,70 @@ def compile_calls(call: Call, operands: Operands, calls: int = CALLS) -> jax.sta
     return function.lower(operands.x, operands.weights[:1] * calls, operands.bias).compile()
 
 
-class _Runs:
-    """Runs one executable over several argument lists.
+@dataclass(frozen=True, order=True)
+class Kernel:
+    """One execution of a GPU kernel: when it began and ended, in microseconds of the GPU's clock."""
 
-    Mosaic's profiler takes it for a jitted function, and so times it as it is instead of tracing it.
-    """
-
-    def __init__(self, compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]):
-        self.compiled, self.arguments = compiled, arguments
-
-    def __call__(self) -> Any:
-        for arguments in self.arguments:
-            outputs = self.compiled(*arguments)
-        return outputs
-
-    def lower(self) -> Any:
-        raise NotImplementedError
-
-    trace = eval_shape = lower
+    start_us: float
+    end_us: float
+    name: str
 
 
-def kernel_times(compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[list[tuple[str, float]]]:
-    """GPU kernels (name, microseconds) of each execution of `compiled`, one list per element of `arguments`.
+def kernel_times(compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[list[Kernel]]:
+    """The GPU kernels of each execution of `compiled`, one list per element of `arguments`, as CUPTI records them.
 
-    Everything runs once before CUPTI is attached. Copies and fills that are not kernels are not recorded by CUPTI here.
+    Everything runs once before CUPTI is attached. Copies and fills that are not kernels are left out.
 
     Raises:
       TimingError: executions with different kernels, so that times cannot be assigned to them.
     """
-    from jax.experimental.mosaic.gpu import profiler  # takes a second to import
 
-    _, recorded = profiler.measure(_Runs(compiled, arguments), aggregate=False)()
-    return split_executions(recorded or [], len(arguments))
+    def run() -> None:
+        for each in arguments:
+            outputs = compiled(*each)
+        jax.block_until_ready(outputs)
+
+    run()
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        recorded = [
+            Kernel(event.start_ns / 1e3, event.end_ns / 1e3, event.name)
+            for path in Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+            if not event.name.startswith(("Memcpy", "Memset"))
+        ]
+    return split_executions(sorted(recorded), len(arguments))
 
 
-def split_executions(recorded: Sequence[tuple[str, float]], executions: int) -> list[list[tuple[str, float]]]:
-    """Cut CUPTI's record (name, milliseconds) of equal executions into one list (name, microseconds) each."""
+def split_executions(recorded: Sequence[Kernel], executions: int) -> list[list[Kernel]]:
+    """Cut CUPTI's record of equal executions, in order of time, into one list each."""
     per_execution, rest = divmod(len(recorded), executions)
     if rest or not per_execution:
         raise TimingError(
             f"CUPTI recorded {len(recorded)} kernels for {executions} equal executions. Expected a positive multiple; "
             "look for another profiler attached to this process, and run the point again."
         )
-    runs = [
-        [(name, milliseconds * 1e3) for name, milliseconds in recorded[start : start + per_execution]]
-        for start in range(0, len(recorded), per_execution)
-    ]
-    names = [name for name, _ in runs[0]]
-    if any([name for name, _ in run] != names for run in runs):
+    runs = [list(recorded[start : start + per_execution]) for start in range(0, len(recorded), per_execution)]
+    names = [kernel.name for kernel in runs[0]]
+    if any([kernel.name for kernel in run] != names for run in runs):
         raise TimingError("CUPTI recorded different kernels for equal executions; run the point again.")
     return runs
+
+
+def busy_us(kernels: Sequence[Kernel]) -> float:
+    """How long at least one of the kernels ran, in microseconds."""
+    total, reached = 0.0, -math.inf
+    for kernel in sorted(kernels):
+        total += max(kernel.end_us - max(kernel.start_us, reached), 0.0)
+        reached = max(reached, kernel.end_us)
+    return total
 
 
 def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, Samples]:
@@ -244,8 +260,8 @@ def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, S
     cold = groups * math.ceil(REPEATS / len(groups))
     warm = [weights[:1] * CALLS] * (REPEATS + 2)
     runs = kernel_times(compiled, [(x, group, bias) for group in cold + warm])
-    samples = [sum(microseconds for _, microseconds in run) / CALLS for run in runs]
-    kernels = [name for name, _ in runs[0]]
+    samples = [busy_us(run) / CALLS for run in runs]
+    kernels = [kernel.name for kernel in runs[0]]
     kernels = kernels[: len(kernels) // CALLS] if len(kernels) % CALLS == 0 else kernels
 
     def result(state: str, state_samples: list[float]) -> Samples:

@@ -32,6 +32,7 @@ class Case:
     correction: bool = False
     scale: bool = False
     special: bool = False  # rows of equal, NaN and infinite logits
+    equal: int = 1  # how many neighbouring experts have the same logits
 
 
 V3 = RoutingSpec(8, "sigmoid", True, 1e-20, scaling_factor=2.5, num_groups=8, group_topk=4)
@@ -48,13 +49,34 @@ CASES = {
     "rounded": Case(5, 136, 384, RoutingSpec(7, "sigmoid", True, round_logits=True, renormalize_min=3.0), bias=True),
     "on logits": Case(5, 72, 500, RoutingSpec(32, "sqrtsoftplus", True, select_on="logits"), correction=True),
     "1024 experts": Case(2, 72, 1024, RoutingSpec(9, "softmax_topk"), scale=True, special=True),
+    "twins": Case(5, 200, 70, RoutingSpec(5, "sigmoid"), equal=2),
+    "triplets": Case(3, 72, 250, RoutingSpec(8, "softmax"), equal=3),
     "one expert": Case(1, 8, 1, RoutingSpec(1, "softmax")),
 }  # fmt: skip
 
-HEADER, UNITS = "sm90_route.cuh", ("sm90_route_select.cu", "sm90_route_fused.cu")
+HEADER = "sm90_route.cuh"
+UNITS = {HEADER: ("sm90_route_select.cu", "sm90_route_fused.cu"), "sm90_sum_parts.cuh": ("sm90_route_select.cu",)}
 # What to break: file, old, new, and the case that shows it.
 FAULTS = {
-    "ties are not noticed": (HEADER, "if (equal) return", "if (false) return", "gpt-oss"),
+    "ties are not noticed": (HEADER, "if (equal) {", "if (false) {", "gpt-oss"),
+    "the last of several in a lane": (
+        HEADER,
+        "for (int j = kPerLane - 1; j >= 0; --j) expert =",
+        "for (int j = 0; j < kPerLane; ++j) expert =",
+        "twins",
+    ),
+    "a group is compared with one neighbour": (
+        HEADER,
+        "for (int first = 0; first < spec.num_groups; first += scorers)",
+        "for (int first = 0; first < scorers; first += scorers)",
+        "DeepSeek-V3",
+    ),
+    "parts in another order": (
+        "sm90_sum_parts.cuh",
+        "return parts[part]; });",
+        "return parts[part % 3 == 0 ? part : 3 - part]; });",
+        "DeepSeek-V3",
+    ),
     "the second highest of a group is its highest": (
         HEADER,
         "highest = max(highest, key);\n      for",
@@ -64,7 +86,7 @@ FAULTS = {
     "the correction bias leaks into the weights": (
         HEADER,
         "weight *= spec.scaling_factor;",
-        "weight *= spec.scaling_factor; if (!kPlain) weight += correction[0];",
+        "weight *= spec.scaling_factor; if (!kPlain) weight += correction.value(0, JR_FLOAT32);",
         "DeepSeek-V3",
     ),
     "an owner does not wait for the logits": (
@@ -88,7 +110,7 @@ FAULTS = {
 }
 
 
-def route(library, arrays, spec: RoutingSpec, replay, config: int):
+def route(library, arrays, spec: RoutingSpec, replay, config: int, gemm_config: int = -1):
     """(weights, experts, logits) by one configuration; None if it does not take the problem."""
     x, weight, bias, correction, scale = arrays
     (tokens, hidden), experts = x.shape, len(weight)
@@ -112,6 +134,7 @@ def route(library, arrays, spec: RoutingSpec, replay, config: int):
         out=address(logits),
         workspace=address(workspace),
         workspace_bytes=WORKSPACE_BYTES,
+        config=gemm_config,
     )
     integers, floats = spec_numbers(spec)
     arguments = RouteArgs(
@@ -131,6 +154,7 @@ def operands(case: Case):
     dtype = (ml_dtypes.bfloat16, np.float16)[case.tokens % 2]
     x = random.standard_normal((case.tokens, case.hidden)).astype(dtype)
     weight = (2 * random.standard_normal((case.experts, case.hidden)) / np.sqrt(case.hidden)).astype(dtype)
+    weight = weight[np.arange(case.experts) // case.equal * case.equal]
     if case.special:  # equal logits; infinite ones, and NaN where infinities of both signs meet
         x[0] = 0
         x[-1, :2] = np.inf
@@ -175,7 +199,7 @@ def wrong(case: Case, result, naive, first) -> str:
 def examine(path: str, name: str) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
-    library.jr_route_config_name.restype = ctypes.c_char_p
+    library.jr_route_config_name.restype = library.jr_router_gemm_config_name.restype = ctypes.c_char_p
     case, found, first = CASES[name], {}, None
     arrays = operands(case)
     naive = call_router_gemm(library, *arrays[:3], np.float32, None)
@@ -193,6 +217,11 @@ def examine(path: str, name: str) -> dict[str, str]:
         weights, experts, _ = route(library, arrays, case.spec, beyond, config)
         if not np.isnan(weights[:, 0]).all() or experts.tobytes() != beyond.tobytes():
             found[f"{label}, replayed beyond the experts"] = f"weights {weights[:, 0]}"
+    for gemm_config in range(library.jr_router_gemm_num_configs()):
+        label = library.jr_router_gemm_config_name(gemm_config).decode()
+        if "_s" in label:  # leaves its sums to the launch that routes
+            behind = route(library, arrays, case.spec, None, library.jr_route_num_configs() - 1, gemm_config)
+            found[label] = wrong(case, behind, naive, first)
     alone = route(library, (arrays[0][-1:], *arrays[1:]), case.spec, None, -1)
     if not same_bits(alone, (first[0][-1:], first[1][-1:])):
         found["a token alone"] = "other bits than in the batch"
@@ -213,7 +242,7 @@ def test_every_configuration_routes_as_the_reference(sources) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_routing_is_seen(sources, fault) -> None:
     file, old, new, name = FAULTS[fault]
-    library = sources.faulty(file, old, new, UNITS if file == HEADER else ())
+    library = sources.faulty(file, old, new, UNITS.get(file, ()))
     found, said = in_a_process(__file__, library, name)
     assert any(found.values()) or "emulation: " in said, "not seen"
 

@@ -141,6 +141,28 @@ def test_experts_and_weights_are_those_of_the_specification(implementation, name
 
 @every_implementation
 @every_case
+@pytest.mark.parametrize("equal", [2, 3])
+def test_of_equal_neighbours_the_lowest_is_taken(implementation, name, equal) -> None:
+    """Experts with the same weight rows: some stand on both sides of the last place, and none may be taken early."""
+    case, tokens = CASES[name], 16
+    if tokens not in taken(implementation, name):
+        return
+    twin = np.arange(case.experts) // equal * equal
+    x, weight, bias, correction, scale = operands(name, tokens)
+    bias, correction = (None if vector is None else vector[twin] for vector in (bias, correction))
+    _, experts, logits = routed(implementation, name, (x, weight[twin], bias, correction, scale))
+    assert same_bits(logits, logits[:, twin])
+    specification = jax.jit(functools.partial(routing.route_logits, spec=case.spec, dtype=case.dtype))
+    expected = np.asarray(specification(logits, correction, scale, None)[1])
+    decided = ~cases.undecided(
+        rounded(name, logits), None if correction is None else np.asarray(correction), case.spec, ULPS
+    )
+    assert decided.sum() >= tokens - 2
+    np.testing.assert_array_equal(experts[decided], expected[decided])
+
+
+@every_implementation
+@every_case
 def test_replay_gives_the_recorded_weights_bit_for_bit(implementation, name) -> None:
     spec, (_, scale) = CASES[name].spec, CASES[name].vectors()
     for tokens in taken(implementation, name):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -123,35 +128,71 @@ def test_wall_divides_by_the_calls() -> None:
 # CUPTI -----------------------------------------------------------------------------------------------------------
 
 
+def kernels(*spans: tuple[str, float, float]) -> list[timing.Kernel]:
+    return [timing.Kernel(start, end, name) for name, start, end in spans]
+
+
 def test_records_are_cut_into_executions() -> None:
-    recorded = [("pad", 0.001), ("gemm", 0.002)] * 3
-    runs = timing.split_executions(recorded, 3)
-    assert runs == [[("pad", 1.0), ("gemm", 2.0)]] * 3
+    recorded = kernels(("pad", 0, 1), ("gemm", 1, 3), ("pad", 4, 5), ("gemm", 4.5, 7))
+    assert timing.split_executions(recorded, 2) == [recorded[:2], recorded[2:]]
 
 
 @pytest.mark.parametrize(
-    ("recorded", "executions"),
-    [([], 2), ([("gemm", 1.0)] * 3, 2), ([("gemm", 1.0), ("pad", 1.0), ("pad", 1.0), ("gemm", 1.0)], 2)],
+    ("names", "executions"),
+    [((), 2), (("gemm", "gemm", "gemm"), 2), (("gemm", "pad", "pad", "gemm"), 2)],
     ids=["nothing recorded", "one kernel lost", "kernels differ"],
 )
-def test_records_that_do_not_fit_are_refused(recorded: list[tuple[str, float]], executions: int) -> None:
+def test_records_that_do_not_fit_are_refused(names: tuple[str, ...], executions: int) -> None:
+    recorded = kernels(*((name, at, at + 1) for at, name in enumerate(names)))
     with pytest.raises(timing.TimingError, match="run the point again"):
         timing.split_executions(recorded, executions)
 
 
-def test_the_profiler_takes_the_runs_for_one_jitted_function() -> None:
-    calls = []
-    runs = timing._Runs(lambda *arguments: calls.append(arguments), [(1,), (2,)])
-    assert isinstance(runs, jax.stages.Wrapped)  # otherwise the profiler would trace it, and the executions would merge
-    runs()
-    assert calls == [(1,), (2,)]
+def test_what_kernels_run_side_by_side_counts_once_and_gaps_do_not() -> None:
+    assert timing.busy_us([]) == 0
+    assert timing.busy_us(kernels(("gemm", 1, 3), ("select", 2, 4), ("inside", 2.5, 3.5), ("next", 6, 7))) == 4
+    assert timing.busy_us(kernels(("late", 5, 6), ("early", 1, 2))) == 2
 
 
-def test_cupti_sums_the_kernels_of_a_call_and_tells_warm_from_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_times_reads_the_record_of_the_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is made up: no GPU is needed. Copies, fills and what is not on a stream are left out."""
+    traced: list[str] = []
+
+    @contextlib.contextmanager
+    def trace(folder: str, profiler_options: Any) -> Iterator[None]:
+        assert (profiler_options.host_tracer_level, profiler_options.python_tracer_level) == (0, 0)
+        traced.append("begin")
+        yield
+        traced.append("end")
+        (Path(folder) / "plugins").mkdir()
+        (Path(folder) / "plugins" / "host.xplane.pb").touch()
+
+    def event(name: str, start: float, end: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, start_ns=start * 1e3, end_ns=end * 1e3)
+
+    events = [
+        event("route", 7, 8),
+        event("gemm", 1, 2),
+        event("gemm", 5, 6),
+        event("route", 3, 4),
+        event("MemcpyD2D", 2, 3),
+    ]
+    streams = [SimpleNamespace(name="Stream #7", events=events), SimpleNamespace(name="XLA Ops", events=events)]
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=streams), SimpleNamespace(name="/host:CPU", lines=streams)]
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    monkeypatch.setattr(
+        jax.profiler, "ProfileData", SimpleNamespace(from_file=lambda path: SimpleNamespace(planes=planes))
+    )
+    runs = timing.kernel_times(lambda *arguments: traced.append(str(arguments)) or jnp.zeros(1), [(1,), (2,)])
+    assert traced == ["(1,)", "(2,)", "begin", "(1,)", "(2,)", "end"]
+    assert runs == [kernels(("gemm", 1, 2), ("route", 3, 4)), kernels(("gemm", 5, 6), ("route", 7, 8))]
+
+
+def test_cupti_is_the_time_of_a_call_and_tells_warm_from_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     data = operands(copies=24)
     seen: list[tuple[int, ...]] = []
 
-    def kernel_times(compiled: Any, arguments: list[Any]) -> list[list[tuple[str, float]]]:
+    def kernel_times(compiled: Any, arguments: list[Any]) -> list[list[timing.Kernel]]:
         runs = []
         warm_before = 0
         for x, weights, _ in arguments:
@@ -160,7 +201,16 @@ def test_cupti_sums_the_kernels_of_a_call_and_tells_warm_from_cold(monkeypatch: 
             warm = len(set(seen[-1])) == 1
             warm_before += warm
             each = 2.0 if not warm else 1000.0 if warm_before <= 2 else 1.0  # the cache is not warm at once
-            runs.append([("pad", each), ("gemm", 3.0)] * timing.CALLS)
+            one = kernels(("pad", 0, each), ("gemm", each, each + 3))
+            runs.append(
+                [
+                    dataclasses.replace(
+                        kernel, start_us=kernel.start_us + 2000 * call, end_us=kernel.end_us + 2000 * call
+                    )
+                    for call in range(timing.CALLS)
+                    for kernel in one
+                ]
+            )
         return runs
 
     monkeypatch.setattr(timing, "kernel_times", kernel_times)

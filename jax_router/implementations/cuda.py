@@ -110,16 +110,14 @@ MAX_WORKSPACE_BYTES = 16 << 20
 
 
 def workspace_bytes(tokens: int, experts: int) -> int:
-    """How much scratch to lend the kernel: four float32 partial sums of every logit, tiles rounded up.
+    """How much scratch to lend the kernel: four float32 partial sums of every logit, experts rounded up to four.
 
     Only an offer. With none, or with less than a configuration needs, the launcher takes another one; the bits are the
     same. Up to 64 tokens no configuration that needs it is the fastest, and where four partial sums are too large there
     are tiles enough without it (docs/kernels.md).
     """
-    if tokens <= 64:
-        return 0
-    sums = 4 * 4 * (-(-tokens // 64) * 64) * (-(-experts // 32) * 32 + 96)
-    return min(sums, MAX_WORKSPACE_BYTES) if sums <= 2 * MAX_WORKSPACE_BYTES else 0
+    sums = 4 * 4 * tokens * (-(-experts // 4) * 4)
+    return sums if tokens > 64 and sums <= MAX_WORKSPACE_BYTES else 0
 
 
 def router_gemm(

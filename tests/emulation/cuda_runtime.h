@@ -87,6 +87,7 @@ inline float __half2float(__half v) {
   memcpy(&value, &v, 2);
   return float(value);
 }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline __half __float2half_rn(float v) {
   const _Float16 value = _Float16(v);
   __half result;
@@ -303,7 +304,7 @@ template <typename T>
 inline T __shfl_sync(unsigned, T value, int source) {
   return emulation::exchange(&value, sizeof(T), [&](const auto& slots) {
     T got;
-    memcpy(&got, slots[source], sizeof(T));
+    memcpy(&got, slots[source & 31], sizeof(T));
     return got;
   });
 }

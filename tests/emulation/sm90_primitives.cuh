@@ -15,6 +15,7 @@ inline float widened(uint16_t bits, bfloat16) { return __bfloat162float({bits});
 inline float widened(uint16_t bits, float16) { return __half2float({bits}); }
 
 inline void grid_dependency_wait() {}
+inline void grid_launch_next() {}
 
 inline int uniform_warp() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
 inline uint32_t uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
