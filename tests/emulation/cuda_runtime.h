@@ -80,12 +80,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   const uint32_t bits = __float_as_uint(v);
   return {uint16_t(v != v ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
+// By hand: where the CPU is not known to have an instruction for it, the compiler calls a slow function.
 inline float __half2float(__half v) {
-  const uint32_t magnitude = v.bits & 0x7FFF;  // of a finite number: its bits moved, then 2^(127 - 15) for the bias
-  if (magnitude < 0x7C00) return copysignf(__uint_as_float(magnitude << 13) * 0x1p112f, v.bits >> 15 ? -1.f : 1.f);
-  _Float16 value;  // by a function call, where the CPU is not known to have an instruction
-  memcpy(&value, &v, 2);
-  return float(value);
+  const uint32_t sign = (v.bits & 0x8000u) << 16, moved = (v.bits & 0x7FFFu) << 13, infinity = 0x7C00u << 13;
+  const uint32_t finite = __float_as_uint(__uint_as_float(moved) * 0x1p112f);  // 2^(127 - 15) for the exponent's bias
+  const uint32_t special = 0x7F800000u | moved | (moved > infinity) << 22;     // a NaN becomes a quiet one
+  return __uint_as_float(sign | (moved < infinity ? finite : special));
 }
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline __half __float2half_rn(float v) {
