@@ -89,9 +89,11 @@ int pick(const jr_route_args& a) {
 
 // ---- Launch --------------------------------------------------------------------------------------------------------
 
-int prepare_current_device(const Report& report) {
+// Sets up the kernels and finds out whether the current device runs clusters of 16: part of a GPU (MIG) may not.
+int prepare_current_device(bool* runs_fused, const Report& report) {
   static OncePerDevice once;
-  return once.run(report, [&](int) -> int {
+  static bool runs[OncePerDevice::kMaxDevices];
+  const int status = once.run(report, [&](int device) -> int {
     for (const FusedConfig& config : fused_configs) {
       for (const auto& kernels : config.kernel) {
         for (const void* kernel : kernels) {
@@ -106,8 +108,17 @@ int prepare_current_device(const Report& report) {
         JR_CHECK(report, cudaFuncGetAttributes(&loaded, kernel));
       }
     }
+    const FusedConfig& one = fused_configs[0];
+    const Launch launch(dim3(unsigned(one.cluster)), one.threads, kMaxSharedBytes, one.cluster, nullptr);
+    int clusters = 0;
+    JR_CHECK(report, cudaOccupancyMaxActiveClusters(&clusters, one.kernel[JR_BFLOAT16][0], &launch.shape));
+    runs[device] = clusters > 0;
     return JR_OK;
   });
+  int device = 0;
+  if (status == JR_OK) JR_CHECK(report, cudaGetDevice(&device));
+  *runs_fused = status == JR_OK && runs[device];
+  return status;
 }
 
 int kind(const jr_route_args& a) {
@@ -171,8 +182,9 @@ int jr_route(const jr_route_args* args, void* stream, char* message, size_t mess
   if (const int status = check_gemm(args->gemm, report); status != JR_OK) return status;
   if (const int status = check_spec(*args, report); status != JR_OK) return status;
   if (args->gemm.tokens == 0) return JR_OK;
-  if (const int status = prepare_current_device(report); status != JR_OK) return status;
-  const int config = args->config == -1 ? pick(*args) : args->config;
+  bool runs_fused = false;
+  if (const int status = prepare_current_device(&runs_fused, report); status != JR_OK) return status;
+  const int config = args->config != -1 ? args->config : runs_fused ? pick(*args) : kTwoLaunches;
   if (!jr_route_config_fits(config, args))
     return report.fail(JR_UNSUPPORTED,
                        "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld",

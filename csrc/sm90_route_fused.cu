@@ -11,8 +11,6 @@
 // owns. Bytes: (tokens + experts) * hidden / 16 * 2 per block. Warps: kSlots slices of the group by kColumns parts of
 // the experts. Shared memory: per warp a ring of two units of weights, in rows of 128 bytes, chunk c of row r at
 // c ^ (r % 8); x likewise, [unit][token]; slice sums [slice][token][expert]; what the owner receives, [block][expert].
-#include <type_traits>
-
 #include "sm90_route_kernels.cuh"
 
 namespace jax_router {
@@ -225,19 +223,14 @@ constexpr FusedConfig config(const char* name) {
                        .kernel = {},
                        .threads = kThreads,
                        .shared_bytes = &F::shared_bytes};
-  const auto add = [&]<typename Element, int kScore>(Element, std::integral_constant<int, kScore>) {
-    const void** const kernel = fused.kernel[std::is_same_v<Element, bfloat16> ? JR_BFLOAT16 : JR_FLOAT16];
-    kernel[2 * kScore] = reinterpret_cast<const void*>(&sm90_route_fused<Element, kExpertTiles, kScore, false>);
-    kernel[2 * kScore + 1] = reinterpret_cast<const void*>(&sm90_route_fused<Element, kExpertTiles, kScore, true>);
+  const auto add = [&]<typename Element>(Element) {
+    list_kinds(fused.kernel[std::is_same_v<Element, bfloat16> ? JR_BFLOAT16 : JR_FLOAT16],
+               []<int kScore, bool kPlain>(std::integral_constant<int, kScore>, std::bool_constant<kPlain>) {
+                 return reinterpret_cast<const void*>(&sm90_route_fused<Element, kExpertTiles, kScore, kPlain>);
+               });
   };
-  const auto add_all = [&](auto element) {
-    add(element, std::integral_constant<int, JR_SOFTMAX>());
-    add(element, std::integral_constant<int, JR_SOFTMAX_TOPK>());
-    add(element, std::integral_constant<int, JR_SIGMOID>());
-    add(element, std::integral_constant<int, JR_SQRTSOFTPLUS>());
-  };
-  add_all(bfloat16{});
-  add_all(float16{});
+  add(bfloat16{});
+  add(float16{});
   return fused;
 }
 

@@ -1,6 +1,9 @@
 // The kernels that route, as the launcher sees them.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "sm90_route.cuh"
 #include "sm90_router_gemm.cuh"
 
@@ -14,6 +17,15 @@ struct RoutedProblem {
 // Kernels are compiled for a score function and for what is compared: 2 * jr_score_function, and 1 more where neither a
 // correction bias nor groups move the choice away from the logits.
 constexpr int kRoutingKinds = 8;
+
+// Fills a list by kind: kernel_of(std::integral_constant<int, kScore>, std::bool_constant<kPlain>) is one kernel.
+template <typename KernelOf>
+constexpr void list_kinds(const void* (&kernel)[kRoutingKinds], const KernelOf& kernel_of) {
+  const auto add = [&]<int... kKind>(std::integer_sequence<int, kKind...>) {
+    ((kernel[kKind] = kernel_of(std::integral_constant<int, kKind / 2>(), std::bool_constant<kKind % 2 != 0>())), ...);
+  };
+  add(std::make_integer_sequence<int, kRoutingKinds>());
+}
 
 constexpr int kSelectWarps = 4;  // tokens of a block
 constexpr int kSelectKernels = 6;

@@ -6,8 +6,6 @@
 //
 // Work: grid.x = tokens / kSelectWarps. Memory: logits [tokens, experts] or parts (sm90_sum_parts.cuh) of the launch
 // before. Shared memory: per warp what selection needs.
-#include <type_traits>
-
 #include "sm90_route_kernels.cuh"
 #include "sm90_sum_parts.cuh"
 
@@ -62,14 +60,10 @@ namespace {
 template <int kPerLane>
 constexpr SelectKernel kernels() {
   SelectKernel select = {.per_lane = kPerLane, .kernel = {}};
-  const auto add = [&]<int kScore>(std::integral_constant<int, kScore>) {
-    select.kernel[2 * kScore] = reinterpret_cast<const void*>(&sm90_route_select<kPerLane, kScore, false>);
-    select.kernel[2 * kScore + 1] = reinterpret_cast<const void*>(&sm90_route_select<kPerLane, kScore, true>);
-  };
-  add(std::integral_constant<int, JR_SOFTMAX>());
-  add(std::integral_constant<int, JR_SOFTMAX_TOPK>());
-  add(std::integral_constant<int, JR_SIGMOID>());
-  add(std::integral_constant<int, JR_SQRTSOFTPLUS>());
+  list_kinds(select.kernel,
+             []<int kScore, bool kPlain>(std::integral_constant<int, kScore>, std::bool_constant<kPlain>) {
+               return reinterpret_cast<const void*>(&sm90_route_select<kPerLane, kScore, kPlain>);
+             });
   return select;
 }
 

@@ -37,7 +37,8 @@ struct Config {
   int max_hidden = kMaxHidden;
   int max_tokens = 1 << 27;
   Cost cost;
-  double summed_elsewhere = 0;  // microseconds that it takes less in one wave when a launch that routes adds up its parts
+  double summed_elsewhere =
+      0;  // microseconds that it takes less in one wave when a launch that routes adds up its parts
 };
 
 constexpr int kOneTokenConfigs = 2;

@@ -196,14 +196,14 @@ def wrong(case: Case, result, naive, first) -> str:
     return "" if (close | (np.isnan(weights) & np.isnan(exact))).all() else f"weights {weights} instead of {exact}"
 
 
-def examine(path: str, name: str) -> dict[str, str]:
+def examine(path: str, name: str, *only: str) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
     library.jr_route_config_name.restype = library.jr_router_gemm_config_name.restype = ctypes.c_char_p
     case, found, first = CASES[name], {}, None
     arrays = operands(case)
     naive = call_router_gemm(library, *arrays[:3], np.float32, None)
-    for config in (-1, *range(library.jr_route_num_configs())):
+    for config in map(int, only or range(-1, library.jr_route_num_configs())):
         result = route(library, arrays, case.spec, None, config)
         if result is None:
             continue
@@ -245,6 +245,15 @@ def test_broken_routing_is_seen(sources, fault) -> None:
     library = sources.faulty(file, old, new, UNITS.get(file, ()))
     found, said = in_a_process(__file__, library, name)
     assert any(found.values()) or "emulation: " in said, "not seen"
+
+
+def test_a_gpu_that_runs_no_cluster_of_16_gets_two_launches(sources, monkeypatch) -> None:
+    library = sources.link("routing.so")
+    monkeypatch.setenv("EMULATED_CLUSTERS", "0")
+    found, said = in_a_process(__file__, library, "gpt-oss", -1)
+    assert found and not any(found.values()), said
+    _, said = in_a_process(__file__, library, "gpt-oss", 0)
+    assert "a cluster that this GPU cannot run" in said, "the case is not one that would be launched as a cluster"
 
 
 if __name__ == "__main__":
