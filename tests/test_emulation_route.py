@@ -49,7 +49,7 @@ CASES = {
     "rounded": Case(5, 136, 384, RoutingSpec(7, "sigmoid", True, round_logits=True, renormalize_min=3.0), bias=True),
     "on logits": Case(5, 72, 500, RoutingSpec(32, "sqrtsoftplus", True, select_on="logits"), correction=True),
     "1024 experts": Case(2, 72, 1024, RoutingSpec(9, "softmax_topk"), scale=True, special=True),
-    "twins": Case(5, 200, 70, RoutingSpec(5, "sigmoid"), equal=2),
+    "twins": Case(9, 200, 70, RoutingSpec(1, "sigmoid"), equal=2),
     "triplets": Case(3, 72, 250, RoutingSpec(8, "softmax"), equal=3),
     "one expert": Case(1, 8, 1, RoutingSpec(1, "softmax")),
 }  # fmt: skip
@@ -236,7 +236,9 @@ def test_every_configuration_routes_as_the_reference(sources) -> None:
         assert found, f"{name}: {said}"
         assert not any(found.values()), f"{name}: {found}"
         examined |= set(found)
-    assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_route_num_configs()
+    splits = {"many_64x80_s4", "many_64x128_s4"}
+    assert splits < examined
+    assert len(examined - splits) == 1 + ctypes.CDLL(str(library)).jr_route_num_configs()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -251,7 +253,8 @@ def test_a_gpu_that_runs_no_cluster_of_16_gets_two_launches(sources, monkeypatch
     library = sources.link("routing.so")
     monkeypatch.setenv("EMULATED_CLUSTERS", "0")
     found, said = in_a_process(__file__, library, "gpt-oss", -1)
-    assert found and not any(found.values()), said
+    assert found, said
+    assert not any(found.values()), found
     _, said = in_a_process(__file__, library, "gpt-oss", 0)
     assert "a cluster that this GPU cannot run" in said, "the case is not one that would be launched as a cluster"
 

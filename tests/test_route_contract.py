@@ -139,26 +139,55 @@ def test_experts_and_weights_are_those_of_the_specification(implementation, name
         np.testing.assert_array_less(np.abs(weights - truth), bound + 1e-30)
 
 
+def equal_experts(name: str, arrays, twins: np.ndarray):
+    """The operands with expert i's weights and biases replaced by those of expert twins[i]."""
+    x, weight, bias, correction, scale = arrays
+    bias, correction = (None if vector is None else vector[twins] for vector in (bias, correction))
+    return x, weight[twins], bias, correction, scale
+
+
+def decided_experts(name: str, arrays, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The experts of the specification for these logits, and the tokens for which no rounding can decide another."""
+    spec, correction = CASES[name].spec, None if arrays[3] is None else np.asarray(arrays[3])
+    specification = jax.jit(functools.partial(routing.route_logits, spec=spec, dtype=CASES[name].dtype))
+    expected = np.asarray(specification(logits, *arrays[3:], None)[1])
+    return expected, ~cases.undecided(rounded(name, logits), correction, spec, ULPS)
+
+
 @every_implementation
 @every_case
-@pytest.mark.parametrize("equal", [2, 3])
-def test_of_equal_neighbours_the_lowest_is_taken(implementation, name, equal) -> None:
-    """Experts with the same weight rows: some stand on both sides of the last place, and none may be taken early."""
-    case, tokens = CASES[name], 16
+def test_of_equal_neighbours_the_lowest_is_taken(implementation, name) -> None:
+    """All experts are pairs of equal ones."""
+    tokens = 16
     if tokens not in taken(implementation, name):
         return
-    twin = np.arange(case.experts) // equal * equal
-    x, weight, bias, correction, scale = operands(name, tokens)
-    bias, correction = (None if vector is None else vector[twin] for vector in (bias, correction))
-    _, experts, logits = routed(implementation, name, (x, weight[twin], bias, correction, scale))
-    assert same_bits(logits, logits[:, twin])
-    specification = jax.jit(functools.partial(routing.route_logits, spec=case.spec, dtype=case.dtype))
-    expected = np.asarray(specification(logits, correction, scale, None)[1])
-    decided = ~cases.undecided(
-        rounded(name, logits), None if correction is None else np.asarray(correction), case.spec, ULPS
-    )
+    arrays = equal_experts(name, operands(name, tokens), np.arange(CASES[name].experts) // 2 * 2)
+    _, experts, logits = routed(implementation, name, arrays)
+    expected, decided = decided_experts(name, arrays, logits)
     assert decided.sum() >= tokens - 2
     np.testing.assert_array_equal(experts[decided], expected[decided])
+
+
+@every_implementation
+@every_case
+def test_a_tie_on_the_last_place_alone_goes_to_the_lower_expert(implementation, name) -> None:
+    """The last expert that a token takes is made equal to a neighbour that it does not take."""
+    tokens, number, seen = 16, CASES[name].experts, 0
+    if tokens not in taken(implementation, name) or CASES[name].spec.top_k == number:
+        return
+    before = operands(name, tokens)
+    selected = routed(implementation, name, before).experts
+    for token in range(0, tokens, 3):
+        last = selected[token, -1]
+        neighbour = last ^ 1 if last ^ 1 < number else last - 1
+        if neighbour in selected[token]:
+            continue
+        arrays = equal_experts(name, before, np.where(np.arange(number) == neighbour, last, np.arange(number)))
+        _, experts, logits = routed(implementation, name, arrays)
+        expected, decided = decided_experts(name, arrays, logits)
+        np.testing.assert_array_equal(experts[decided], expected[decided])
+        seen += decided[token] and experts[token, -1] == min(last, neighbour)
+    assert seen or number < 8, "no token had such a tie"
 
 
 @every_implementation

@@ -373,14 +373,6 @@ enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortable
 struct cudaFuncAttributes {};
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-// How many clusters of 16 this GPU runs at once: like an H200, or as the variable says, like a part of one.
-inline int clusters_of_16() {
-  const char* const variable = getenv("EMULATED_CLUSTERS");
-  return variable == nullptr ? 7 : atoi(variable);
-}
-inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
-  return *clusters = clusters_of_16(), cudaSuccess;
-}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "none"; }
@@ -401,4 +393,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+// How many clusters of 16 this GPU runs at once: like an H200, or as the variable says, like a part of one.
+inline int clusters_of_16() {
+  const char* const variable = getenv("EMULATED_CLUSTERS");
+  return variable == nullptr ? 7 : atoi(variable);
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  return *clusters = clusters_of_16(), cudaSuccess;
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments);
