@@ -122,8 +122,9 @@ def check_order_is_that_of_top_k() -> None:
         logits = jnp.asarray(sums[0, :tokens, :experts])
         correction = jnp.asarray(generator.choice([0.0, 0.25], experts).astype(np.float32)) if corrected else None
         sizes = {"tokens": tokens, "experts": experts, "dtype": jnp.bfloat16}
-        router = pallas_routing.Router(None, correction, None, None, spec=spec, **sizes, return_logits=False)
-        weights, selected, none = pallas_routing.route_sums(jnp.asarray(sums), router, plgpu.InterpretGPUParams())
+        options = {"return_logits": False, "interpret": plgpu.InterpretGPUParams()}
+        arrays = jnp.asarray(sums), None, correction, None, None
+        weights, selected, none = pallas_routing.route_sums(*arrays, spec=spec, **sizes, **options)
         assert none is None
         expected, chosen = route_logits(logits, correction, None, None, spec=spec)
         np.testing.assert_array_equal(selected, chosen, str(spec))
@@ -158,9 +159,9 @@ def interpret(spec: RoutingSpec, tokens: int) -> tuple[bool, Routing]:
 
     sums = np.random.default_rng(0).standard_normal((2, 64, 128), np.float32)
     sizes = {"tokens": tokens, "experts": 72, "dtype": jnp.bfloat16}
-    router = pallas_routing.Router(None, None, None, None, spec=spec, **sizes, return_logits=True)
+    options = {"return_logits": True, "interpret": plgpu.InterpretGPUParams(detect_races=True)}
     interpreter.reset_gpu_interpret_mode_state()
-    results = pallas_routing.route_sums(jnp.asarray(sums), router, plgpu.InterpretGPUParams(detect_races=True))
+    results = pallas_routing.route_sums(jnp.asarray(sums), *[None] * 4, spec=spec, **sizes, **options)
     result = Routing(*jax.block_until_ready(results))
     return interpreter.get_races().races_found, result
 

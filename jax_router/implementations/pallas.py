@@ -53,7 +53,8 @@ def route(
 
     The logits are those of `router_gemm`, bit for bit. `config` is that of the router GEMM.
     """
-    router = pallas_routing.Router(
+    results = pallas_routing.route_sums(
+        _group_sums(x, weight, config),
         bias,
         correction_bias,
         expert_scale,
@@ -63,8 +64,8 @@ def route(
         experts=weight.shape[0],
         dtype=x.dtype,
         return_logits=return_logits,
+        interpret=_interpreter(),
     )
-    results = pallas_routing.route_sums(_group_sums(x, weight, config), router, _interpreter())
     return Routing(*results)
 
 

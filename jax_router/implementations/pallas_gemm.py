@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,123 +78,6 @@ def pick_config(tokens: int, hidden: int, experts: int) -> Config:
     return Config(128, split=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What a block of one warpgroup multiplies: tiles of 64 experts by `tile_tokens` tokens, slice after slice."""
-
-    dtype: Any  # of x and weight
-    tile_tokens: int
-    expert_tiles: int
-    slices: int  # of these many tiles each, starting at those of its group
-    slice_tiles: int
-    max_stages: int
-    shared_bytes: int
-
-    @property
-    def tiles(self) -> int:
-        return self.slices * self.slice_tiles
-
-    @property
-    def stages(self) -> int:
-        """Tiles of hidden in flight."""
-        rows = self.expert_tiles * TILE_EXPERTS + self.tile_tokens
-        return min(self.tiles, self.max_stages, self.shared_bytes // (rows * TILE_HIDDEN * self.dtype.itemsize))
-
-    def scratch_types(self) -> list[Any]:
-        """The last three arguments of `totals`."""
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-
-        def buffers(number: int, rows: int) -> Any:
-            tiled = plgpu.TilingTransform((8, TILE_HIDDEN))  # type: ignore[abstract]
-            swizzled = plgpu.SwizzleTransform(TILE_HIDDEN * self.dtype.itemsize)  # type: ignore[abstract]
-            return plgpu.SMEM((number, rows, TILE_HIDDEN), self.dtype, transforms=(tiled, swizzled))
-
-        return [
-            buffers(self.stages * self.expert_tiles, TILE_EXPERTS),
-            buffers(self.stages, self.tile_tokens),
-            plgpu.Barrier(num_arrivals=self.expert_tiles + 1, num_barriers=self.stages),
-        ]
-
-    def totals(
-        self,
-        x_ref: Any,
-        weight_ref: Any,
-        token: Any,
-        expert: Any,
-        group: Any,
-        weight_buffer: Any,
-        x_buffer: Any,
-        loaded: Any,
-        *,
-        interpret: Any,
-        before_refill: Callable[[], None] | None = None,
-    ) -> tuple[jax.Array, ...]:
-        """One [64 experts, tokens] float32 total per expert tile, over the slices of one group, in WGMMA layout.
-
-        `before_refill` orders what the warps have read of a stage before a copy into it, where Pallas does not.
-        """
-        import jax.experimental.pallas as pl
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-
-        tiles, stages = self.tiles, self.stages
-
-        def rows(buffer: Any, index: Any, count: int) -> Any:
-            """One tile of a shared-memory buffer as plain swizzled rows, the target of a TMA copy.
-
-            wgmma wants the buffer tiled by (8, 64). Tiled and plain are the same bytes, but a copy into the tiled view
-            would need tokens, experts and hidden to be whole tiles. The interpreter knows no views and needs none.
-            """
-            if interpret is not None:
-                return buffer.at[index]
-            return dataclasses.replace(buffer, transforms=buffer.transforms[:1]).at[index].reshape(count, TILE_HIDDEN)
-
-        def load(tile: Any) -> None:
-            stage = tile % stages
-            hidden = pl.ds((group * tiles + tile) * TILE_HIDDEN, TILE_HIDDEN)
-            for number in range(self.expert_tiles):
-                of_tile = weight_ref.at[pl.ds(expert + number * TILE_EXPERTS, TILE_EXPERTS), hidden]
-                target = rows(weight_buffer, stage * self.expert_tiles + number, TILE_EXPERTS)
-                plgpu.copy_gmem_to_smem(of_tile, target, loaded.at[stage])
-            of_tile = x_ref.at[pl.ds(token, self.tile_tokens), hidden]
-            plgpu.copy_gmem_to_smem(of_tile, rows(x_buffer, stage, self.tile_tokens), loaded.at[stage])
-
-        def multiply(tile: Any, accumulators: tuple[Any, ...]) -> None:
-            stage = tile % stages
-            plgpu.barrier_wait(loaded.at[stage])  # of this very stage: weight and x are both there
-            for number, accumulator in enumerate(accumulators):
-                of_tile = weight_buffer.at[stage * self.expert_tiles + number]
-                plgpu.wgmma(accumulator, of_tile, x_buffer.at[stage].T)
-            if stages < tiles:
-                plgpu.wgmma_wait(self.expert_tiles)  # the tile before has been read, so its stage is free
-                if before_refill is not None:
-                    before_refill()
-                pl.when((tile >= 1) & (tile + stages <= tiles))(lambda: load(tile - 1 + stages))
-
-        def slice_sums(index: Any) -> tuple[jax.Array, ...]:
-            def chain(*accumulators: Any) -> tuple[jax.Array, ...]:
-                first = index * self.slice_tiles
-                if stages == tiles:
-                    for tile in range(self.slice_tiles):
-                        multiply(first + tile, accumulators)
-                else:
-                    lax.fori_loop(0, self.slice_tiles, lambda tile, _: multiply(first + tile, accumulators), None)
-                return tuple(accumulator[...] for accumulator in accumulators)
-
-            accumulator = plgpu.ACC((TILE_EXPERTS, self.tile_tokens), jnp.float32)
-            return pl.run_scoped(chain, *[accumulator] * self.expert_tiles)
-
-        for tile in range(stages):
-            load(tile)
-        totals = slice_sums(0)
-        if self.slices > 1:
-
-            def add_slice(index: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                return tuple(total + part for total, part in zip(totals, slice_sums(index), strict=True))
-
-            totals = lax.fori_loop(1, self.slices, add_slice, totals)
-        return totals
-
-
 def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, interpret: Any = None) -> jax.Array:
     """The kernel: float32 [groups, T padded, E padded], whose sum over the groups in ascending order is x @ weight.T.
 
@@ -208,16 +90,68 @@ def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, 
     token_tiles = tiles_of(x.shape[0], tile_tokens)
     expert_tiles = tiles_of(weight.shape[0], TILE_EXPERTS)
     groups, slices_per_group = (slices.count, 1) if config.split else (1, slices.count)
-    block = Block(x.dtype, tile_tokens, 1, slices_per_group, slices.tiles, config.max_stages, SHARED_BYTES)
+    tiles = slices_per_group * slices.tiles
+    stage_bytes = (TILE_EXPERTS + tile_tokens) * TILE_HIDDEN * x.dtype.itemsize
+    stages = min(tiles, config.max_stages, SHARED_BYTES // stage_bytes)
 
-    def kernel(x_ref: Any, weight_ref: Any, sums_ref: Any, *scratch: Any) -> None:
+    def rows(buffer: Any, stage: Any, count: int) -> Any:
+        """One stage of a shared-memory buffer as plain swizzled rows, the target of a TMA copy.
+
+        wgmma wants the buffer tiled by (8, 64). Tiled and plain are the same bytes, but a copy into the tiled view
+        would need tokens, experts and hidden to be whole tiles. The interpreter knows no views and needs none.
+        """
+        if interpret is not None:
+            return buffer.at[stage]
+        return dataclasses.replace(buffer, transforms=buffer.transforms[:1]).at[stage].reshape(count, TILE_HIDDEN)
+
+    def kernel(x_ref: Any, weight_ref: Any, sums_ref: Any, weight_buffer: Any, x_buffer: Any, loaded: Any) -> None:
         expert = lax.axis_index("expert_tile") * TILE_EXPERTS
         group = lax.axis_index("group")
         token = lax.axis_index("token_tile") * tile_tokens
-        (total,) = block.totals(x_ref, weight_ref, token, expert, group, *scratch, interpret=interpret)
+
+        def load(tile: Any) -> None:
+            stage = tile % stages
+            hidden = pl.ds((group * tiles + tile) * TILE_HIDDEN, TILE_HIDDEN)
+            for source, first, buffer, count in (
+                (weight_ref, expert, weight_buffer, TILE_EXPERTS),
+                (x_ref, token, x_buffer, tile_tokens),
+            ):
+                of_tile = source.at[pl.ds(first, count), hidden]
+                plgpu.copy_gmem_to_smem(of_tile, rows(buffer, stage, count), loaded.at[stage])
+
+        def multiply(tile: Any, accumulator: Any) -> None:
+            stage = tile % stages
+            plgpu.barrier_wait(loaded.at[stage])  # of this very stage: weight and x are both there
+            plgpu.wgmma(accumulator, weight_buffer.at[stage], x_buffer.at[stage].T)
+            if stages < tiles:
+                plgpu.wgmma_wait(1)  # the tile before has been read, so its stage is free
+                pl.when((tile >= 1) & (tile + stages <= tiles))(lambda: load(tile - 1 + stages))
+
+        def slice_sum(index: Any) -> jax.Array:
+            def chain(accumulator: Any) -> jax.Array:
+                first = index * slices.tiles
+                if stages == tiles:
+                    for tile in range(slices.tiles):
+                        multiply(first + tile, accumulator)
+                else:
+                    lax.fori_loop(0, slices.tiles, lambda tile, _: multiply(first + tile, accumulator), None)
+                return accumulator[...]
+
+            return pl.run_scoped(chain, plgpu.ACC((TILE_EXPERTS, tile_tokens), jnp.float32))
+
+        for tile in range(stages):
+            load(tile)
+        total = slice_sum(0)
+        if slices_per_group > 1:
+            total = lax.fori_loop(1, slices_per_group, lambda index, total: total + slice_sum(index), total)
         # Transposed on the way out, eight experts of a token side by side: whole 32-byte sectors of [T, E].
         target = sums_ref.at[group, pl.ds(token, tile_tokens), pl.ds(expert, TILE_EXPERTS)]
         target.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+
+    def stages_of(count: int) -> Any:
+        tiled = plgpu.TilingTransform((8, TILE_HIDDEN))  # type: ignore[abstract]
+        swizzled = plgpu.SwizzleTransform(TILE_HIDDEN * x.dtype.itemsize)  # type: ignore[abstract]
+        return plgpu.SMEM((stages, count, TILE_HIDDEN), x.dtype, transforms=(tiled, swizzled))
 
     sums = jax.ShapeDtypeStruct((groups, token_tiles * tile_tokens, expert_tiles * TILE_EXPERTS), jnp.float32)
     call = plgpu.kernel(
@@ -225,10 +159,14 @@ def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, 
         out_type=sums,
         grid=(expert_tiles, groups, token_tiles),  # the last one is CUDA's x, the only one that may pass 65535
         grid_names=("expert_tile", "group", "token_tile"),
-        scratch_types=block.scratch_types(),
+        scratch_types=[
+            stages_of(TILE_EXPERTS),
+            stages_of(tile_tokens),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # Warpgroup semantics infers one view per buffer
-            unsafe_no_auto_barriers=block.stages == block.tiles,  # no stage is filled twice: there is nothing to order
+            unsafe_no_auto_barriers=stages == tiles,  # no stage is filled twice: there is nothing to order
         ),
         kernel_name="sm90_pallas_router_gemm",
         interpret=interpret,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ from jax_router.routing import RoutingSpec
 
 LANES = 32
 WARPS = 4
-# A key below those of all floats: no expert, or one that was taken. Always the last argument of jnp.where: with a constant
-# as its second, jax 0.11.2 takes the result for unsigned, and the maximum of such keys is another.
+# A key below those of all floats: no expert, or one that was taken. Always the last argument of jnp.where: with a
+# constant as its second, jax 0.11.2 takes the result for unsigned, and the maximum of such keys is another.
 LOWEST = -(2**31)
 # Rounds and groups are unrolled, experts are held in registers.
 MAX_TOP_K, MAX_GROUPS, MAX_EXPERTS = 32, 32, 1024
@@ -50,121 +50,89 @@ def why_unsupported(spec: RoutingSpec, experts: int) -> str | None:
     return None
 
 
-class Router:
-    """What a kernel needs to route the tokens of a block once it has their sums: operands, results, and `finish`."""
+def route_sums(
+    sums: jax.Array,
+    bias: jax.Array | None,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    given: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    tokens: int,
+    experts: int,
+    dtype: Any,
+    return_logits: bool,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The kernel: weights [T, k], experts [T, k] and logits [T, E] or None, from what `group_sums` returns.
 
-    def __init__(
-        self,
-        bias: jax.Array | None,
-        correction_bias: jax.Array | None,
-        expert_scale: jax.Array | None,
-        given: jax.Array | None,
-        *,
-        spec: RoutingSpec,
-        tokens: int,
-        experts: int,
-        dtype: Any,
-        return_logits: bool,
-    ) -> None:
-        """`given` are the experts [T, k] to replay or None; `dtype` is x's, to which `spec.round_logits` rounds."""
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-
-        self.spec, self.tokens, self.experts, self.dtype = spec, tokens, experts, dtype
-        self.columns = -(-experts // LANES) * LANES
-        self.rows = WARPS if tokens % WARPS == 0 else 1  # tokens at a time: all of them exist
-        self.shape = (self.columns,) if self.rows == 1 else (self.rows, self.columns)
-        warps = plgpu.Replicated(WARPS) if self.rows == 1 else -3
-        tile = (LANES,) if self.rows == 1 else (WARPS, LANES)
-        self.layout = plgpu.Layout.TILED(plgpu.Tiling((tile, (1,))), (warps,), (-2,), -1)
-
-        per_expert = {"bias": bias, "correction_bias": correction_bias, "expert_scale": expert_scale}
-        padding = (0, self.columns - experts)
-        self.operands = {name: jnp.pad(values, padding) for name, values in per_expert.items() if values is not None}
-        self.out_types = {"weights": jax.ShapeDtypeStruct((tokens, spec.top_k), jnp.float32)}
-        if given is None:
-            self.out_types["experts"] = jax.ShapeDtypeStruct((tokens, spec.top_k), jnp.int32)
-        else:
-            self.operands["given"] = given
-        if return_logits:
-            self.out_types["logits"] = jax.ShapeDtypeStruct((tokens, self.columns), jnp.float32)
-
-    def results(self, outputs: Iterable[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """(weights [T, k], experts [T, k], logits [T, E] or None) from the kernel's outputs, of `out_types`."""
-        found = dict(zip(self.out_types, outputs, strict=True))
-        logits = found["logits"][:, : self.experts] if "logits" in found else None
-        return found["weights"], found["experts"] if "experts" in found else self.operands["given"], logits
-
-    def load_sums(self, ref: Any, token: Any) -> PerExpert:
-        """The sums of `rows` tokens, from a reference [T, E] that has `columns` of its columns."""
-        import jax.experimental.pallas as pl
-
-        return _load(ref.at[self._tokens(token), pl.ds(0, self.columns)], self.layout)
-
-    def finish(self, refs: dict[str, Any], token: Any, sums: PerExpert) -> None:
-        """Add the bias to the sums of `rows` tokens, score, select and write. `refs` are of operands and results."""
-        import jax.experimental.pallas as pl
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-
-        spec, tokens = self.spec, self._tokens(token)
-        logits = sums + self._per_expert(refs["bias"]) if "bias" in refs else sums
-        if "logits" in refs:
-            refs["logits"][tokens, pl.ds(0, self.columns)] = logits
-        if spec.round_logits:
-            logits = logits.astype(self.dtype).astype(jnp.float32)
-        index = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, self.shape, len(self.shape) - 1), self.layout)
-        correction = self._per_expert(refs["correction_bias"]) if "correction_bias" in refs else None
-        scale = self._per_expert(refs["expert_scale"]) if "expert_scale" in refs else None
-
-        def given(slot: int) -> PerToken:
-            if self.rows == 1:
-                return refs["given"][token, slot]
-            return _load(refs["given"].at[tokens, slot], self.layout.reduce(1))
-
-        routing = _Routing(spec, self.experts, index, self._spread)
-        chosen, weights = routing.route(logits, correction, scale, given if "given" in refs else None)
-        for slot in range(spec.top_k):
-            if "experts" in refs:
-                refs["experts"][tokens, slot] = chosen[slot]
-            refs["weights"][tokens, slot] = weights[slot]
-
-    def _tokens(self, token: Any) -> Any:
-        import jax.experimental.pallas as pl
-
-        return token if self.rows == 1 else pl.ds(token, self.rows)
-
-    def _spread(self, values: PerToken) -> PerExpert:
-        """Every token's value at each of its experts."""
-        return self._broadcast(values, 0)
-
-    def _per_expert(self, ref: Any) -> PerExpert:
-        import jax.experimental.pallas as pl
-
-        layout = self.layout if self.rows == 1 else self.layout.reduce(0)
-        values = _load(ref.at[pl.ds(0, self.columns)], layout).astype(jnp.float32)
-        return values if self.rows == 1 else self._broadcast(values, 1)
-
-    def _broadcast(self, values: jax.Array, axis: int) -> PerExpert:
-        import jax.experimental.pallas.mosaic_gpu as plgpu
-
-        if self.rows == 1:
-            return jnp.broadcast_to(values, self.shape)
-        return plgpu.layout_cast(lax.broadcast_in_dim(values, self.shape, (axis,)), self.layout)
-
-
-def route_sums(sums: jax.Array, router: Router, interpret: Any = None) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The kernel: weights [T, k], experts [T, k] and logits [T, E] or None, from what `group_sums` returns."""
+    `given` are the experts [T, k] to replay or None; `dtype` is x's, to which `spec.round_logits` rounds.
+    """
+    import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    def kernel(sums_ref: Any, *others: Any) -> None:
-        refs = dict(zip((*router.operands, *router.out_types), others, strict=True))
-        token = lax.axis_index("token_tile") * router.rows
-        of_groups = [router.load_sums(sums_ref.at[group], token) for group in range(sums.shape[0])]
-        router.finish(refs, token, functools.reduce(jnp.add, of_groups))
+    columns = -(-experts // LANES) * LANES
+    rows = WARPS if tokens % WARPS == 0 else 1  # tokens of a block: all of them exist
+    shape = (columns,) if rows == 1 else (rows, columns)
+    warps = plgpu.Replicated(WARPS) if rows == 1 else -3
+    tile = (LANES,) if rows == 1 else (WARPS, LANES)
+    layout = plgpu.Layout.TILED(plgpu.Tiling((tile, (1,))), (warps,), (-2,), -1)
 
+    def spread(values: PerToken) -> PerExpert:
+        """Every token's value at each of its experts."""
+        if rows == 1:
+            return jnp.broadcast_to(values, shape)
+        return plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (0,)), layout)
+
+    def load(ref: Any, layout: Any) -> jax.Array:
+        return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # no idx since jax 0.11
+
+    def load_per_expert(ref: Any) -> PerExpert:
+        values = load(ref.at[pl.ds(0, columns)], layout if rows == 1 else layout.reduce(0)).astype(jnp.float32)
+        return values if rows == 1 else plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (1,)), layout)
+
+    def kernel(sums_ref: Any, *others: Any) -> None:
+        refs = dict(zip((*operands, *out_types), others, strict=True))
+        token = lax.axis_index("token_tile") * rows
+        of_block = token if rows == 1 else pl.ds(token, rows)
+
+        def load_given(slot: int) -> PerToken:
+            if rows == 1:
+                return refs["given"][token, slot]
+            return load(refs["given"].at[of_block, slot], layout.reduce(1))
+
+        of_groups = [sums_ref.at[group].at[of_block, pl.ds(0, columns)] for group in range(sums.shape[0])]
+        logits = functools.reduce(jnp.add, [load(ref, layout) for ref in of_groups])
+        if bias is not None:
+            logits = logits + load_per_expert(refs["bias"])
+        if return_logits:
+            refs["logits"][of_block, pl.ds(0, columns)] = logits
+        if spec.round_logits:
+            logits = logits.astype(dtype).astype(jnp.float32)
+        index = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1), layout)
+        correction = None if correction_bias is None else load_per_expert(refs["correction_bias"])
+        scale = None if expert_scale is None else load_per_expert(refs["expert_scale"])
+        routing = _Routing(spec, experts, index, spread)
+        chosen, weights = routing.route(logits, correction, scale, None if given is None else load_given)
+        for slot in range(spec.top_k):
+            if given is None:
+                refs["experts"][of_block, slot] = chosen[slot]
+            refs["weights"][of_block, slot] = weights[slot]
+
+    per_expert = {"bias": bias, "correction_bias": correction_bias, "expert_scale": expert_scale}
+    padding = (0, columns - experts)
+    operands = {name: jnp.pad(values, padding) for name, values in per_expert.items() if values is not None}
+    out_types = {"weights": jax.ShapeDtypeStruct((tokens, spec.top_k), jnp.float32)}
+    if given is None:
+        out_types["experts"] = jax.ShapeDtypeStruct((tokens, spec.top_k), jnp.int32)
+    else:
+        operands["given"] = given
+    if return_logits:
+        out_types["logits"] = jax.ShapeDtypeStruct((tokens, columns), jnp.float32)
     call = plgpu.kernel(
         kernel,
-        out_type=tuple(router.out_types.values()),
-        grid=(router.tokens // router.rows,),
+        out_type=tuple(out_types.values()),
+        grid=(tokens // rows,),
         grid_names=("token_tile",),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # Warpgroup semantics would choose the layouts
@@ -173,13 +141,9 @@ def route_sums(sums: jax.Array, router: Router, interpret: Any = None) -> tuple[
         kernel_name="sm90_pallas_routing",
         interpret=interpret,
     )
-    return router.results(call(sums, *router.operands.values()))
-
-
-def _load(ref: Any, layout: Any) -> jax.Array:
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # no idx since jax 0.11
+    results = dict(zip(out_types, call(sums, *operands.values()), strict=True))
+    selected = results["experts"] if given is None else given
+    return results["weights"], selected, results["logits"][:, :experts] if return_logits else None
 
 
 class _Routing:
