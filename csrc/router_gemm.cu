@@ -156,7 +156,9 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
   TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
   Problem& problem = tiled.problem;
   if (config.splits > 1) problem.parts = static_cast<float*>(a.workspace);
-  problem.followed = routed != nullptr || config.splits > 1;
+  // From where on blocks that only wait take room from blocks that multiply, nothing is launched ahead of its time.
+  constexpr int kMostFollowed = 64;
+  problem.followed = routed != nullptr && a.tokens <= kMostFollowed;
   if (config.tiled) {
     // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
     problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;

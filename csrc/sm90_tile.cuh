@@ -26,7 +26,7 @@ struct Problem {
   int expert_tiles;           // tiles of the launched kernel along experts
   int box_tokens;             // rows of x that one copy brings
   int part_row;               // experts rounded up to four
-  bool followed;              // by another launch of the same call
+  bool followed;              // by another launch of the same call, which starts early
 };
 
 // What the kernels that use the copy engine take: boxes are one unit wide with the 128-byte swizzle, so that 16-byte
