@@ -125,16 +125,24 @@ def test_the_graph_tests_cover_calls_of_one_and_of_two_launches(library):
 
 
 @pytest.mark.parametrize("experts", [1, 8, 33, 97, 128, 160, 384, 896])
-def test_the_workspace_holds_the_partial_sums_of_every_split_up_to_its_limit(library, experts):
-    splits = [found for name in config_names(library) if (found := re.fullmatch(r"many_(\d+)x(\d+)_s(\d)", name))]
+def test_the_workspace_holds_the_partial_sums_of_a_split_and_no_more(library, experts):
+    splits = [number for number, name in enumerate(config_names(library)) if re.search(r"_s\d$", name)]
     assert splits
-    for tokens in (65, 128, 1000, 4096, 2**27):
+
+    def fits(tokens: int, lent: int) -> set[bool]:
+        args = cuda.RouterGemmArgs.of(
+            dispatch.Problem(tokens, 2880, experts), x=16, weight=16, bias=None, out=16, workspace=16,
+            workspace_bytes=lent,
+        )  # fmt: skip
+        return {bool(library.jr_router_gemm_config_fits(split, ctypes.byref(args))) for split in splits}
+
+    for tokens in (65, 128, 1000, 4096, 2**20):
         lent = cuda.workspace_bytes(tokens, experts)
-        assert lent <= cuda.MAX_WORKSPACE_BYTES
-        for tile_tokens, tile_experts, parts in (map(int, split.groups()) for split in splits):
-            tiles = -(-tokens // tile_tokens) * -(-experts // tile_experts)
-            sums = parts * tiles * tile_tokens * tile_experts * 4
-            assert sums <= lent or sums > cuda.MAX_WORKSPACE_BYTES // 2
+        if lent:
+            assert lent <= cuda.MAX_WORKSPACE_BYTES
+            assert (fits(tokens, lent), fits(tokens, lent - 1)) == ({True}, {False})
+        else:
+            assert fits(tokens, cuda.MAX_WORKSPACE_BYTES) == {False}, "it was not lent although it would be enough"
     assert cuda.workspace_bytes(2**27, experts) == 0
 
 
