@@ -66,6 +66,7 @@ class OncePerDevice {
     State& state = states_[device];
     if (state.ready) return JR_OK;
     const std::lock_guard<std::mutex> lock(state.mutex);
+    if (state.ready) return JR_OK;  // another thread was faster
     const int status = prepare(device);
     if (status == JR_OK) state.ready = true;
     return status;

@@ -39,7 +39,8 @@ JR_EXPORT int jr_route(const jr_route_args* args, void* stream, char* message, s
 JR_EXPORT int jr_route_num_configs(void);
 JR_EXPORT const char* jr_route_config_name(int config);
 JR_EXPORT int jr_route_config_fits(int config, const jr_route_args* args);
-// The configuration the launcher picks for config = -1, or -1 when it refuses the problem.
+// The configuration the launcher picks for config = -1, or -1 when it refuses the problem. Asks no device: a part of a
+// GPU (MIG) that runs no cluster of 16 gets two launches all the same.
 JR_EXPORT int jr_route_pick_config(const jr_route_args* args);
 
 #ifdef __cplusplus

@@ -337,7 +337,7 @@ struct TokenRouter {
       const uint32_t other = __shfl_sync(~0u, highest, other_group * scorers);
       const bool better = other > highest || (other == highest && other_group < group);
       const uint32_t lanes = __ballot_sync(~0u, better && other_group < spec.num_groups);
-      place += __popc(lanes >> (lane & ~(scorers - 1)) & ((1u << scorers) - 1));
+      place += __popc(lanes >> (lane & ~(scorers - 1)) & ~0u >> (32 - scorers));
     }
     const uint32_t masked = choice_key(spec.masked_choice);
     if (whole_lanes) {

@@ -240,13 +240,16 @@ def split_executions(recorded: Sequence[Kernel], executions: int) -> list[list[K
     return runs
 
 
-def busy_us(kernels: Sequence[Kernel]) -> float:
-    """How long at least one of the kernels ran, in microseconds."""
-    total, reached = 0.0, -math.inf
-    for kernel in sorted(kernels):
-        total += max(kernel.end_us - max(kernel.start_us, reached), 0.0)
-        reached = max(reached, kernel.end_us)
-    return total
+def busy_us(runs: Sequence[Sequence[Kernel]]) -> list[float]:
+    """How long at least one kernel of each run ran, in microseconds, what ran beside the run before not again."""
+    times, reached = [], -math.inf
+    for run in runs:
+        busy = 0.0
+        for kernel in sorted(run):
+            busy += max(kernel.end_us - max(kernel.start_us, reached), 0.0)
+            reached = max(reached, kernel.end_us)
+        times.append(busy)
+    return times
 
 
 def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, Samples]:
@@ -260,7 +263,7 @@ def cupti(compiled: jax.stages.Compiled, operands: Operands) -> tuple[Samples, S
     cold = groups * math.ceil(REPEATS / len(groups))
     warm = [weights[:1] * CALLS] * (REPEATS + 2)
     runs = kernel_times(compiled, [(x, group, bias) for group in cold + warm])
-    samples = [busy_us(run) / CALLS for run in runs]
+    samples = [busy / CALLS for busy in busy_us(runs)]
     kernels = [kernel.name for kernel in runs[0]]
     kernels = kernels[: len(kernels) // CALLS] if len(kernels) % CALLS == 0 else kernels
 

@@ -393,12 +393,14 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-// How many clusters of 16 this GPU runs at once: like an H200, or as the variable says, like a part of one.
+// How many clusters of 16 this GPU runs at once: like an H200, or as the variable says, like a part of one; -1 if it
+// refuses to say.
 inline int clusters_of_16() {
   const char* const variable = getenv("EMULATED_CLUSTERS");
   return variable == nullptr ? 7 : atoi(variable);
 }
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
-  return *clusters = clusters_of_16(), cudaSuccess;
+  *clusters = clusters_of_16();
+  return *clusters < 0 ? 912 : cudaSuccess;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments);

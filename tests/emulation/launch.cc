@@ -24,7 +24,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
   }
-  if (grid.cluster > 8 && clusters_of_16() == 0) emulation::fail("a cluster that this GPU cannot run");
+  if (grid.cluster > 8 && clusters_of_16() <= 0) emulation::fail("a cluster that this GPU cannot run");
   const auto is = [=](const auto& c) { return c.kernel[0] == kernel || c.kernel[1] == kernel; };
   const auto is_one_of = [=](const auto& kernels) {
     return std::find(std::begin(kernels), std::end(kernels), kernel) != std::end(kernels);
