@@ -34,7 +34,7 @@ from jax_router.implementations import cuda
 
 CALLS = 8  # per jitted function: enough to spread its overhead, few enough to compile in the time of one
 CHAIN_LENGTHS = (12, 36)  # decode layers; 36 is gpt-oss-120b
-CHAIN_PAIRS = 500  # of runs of both lengths: a slope scatters by 2 us and more, so its median by 0.1
+CHAIN_PAIRS = 300  # of runs of both lengths: a slope scatters by 2 us and more, so its median by 0.15
 COLD_BYTES = 126_000_000  # the H200 has 60 MB of L2: a weight comes back after more than twice that
 REPEATS = 20
 GRAPH_LAUNCHES = 192  # per replay: some 400 us, far above the resolution of an event
