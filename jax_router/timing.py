@@ -209,6 +209,7 @@ def kernel_times(compiled: Callable[..., Any], arguments: Sequence[tuple[Any, ..
     run()
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
+    options.enable_hlo_proto = False  # of every executable of the process: seconds per measurement in a sweep
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             run()

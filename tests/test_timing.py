@@ -160,6 +160,7 @@ def test_kernel_times_reads_the_record_of_the_profiler(monkeypatch: pytest.Monke
     @contextlib.contextmanager
     def trace(folder: str, profiler_options: Any) -> Iterator[None]:
         assert (profiler_options.host_tracer_level, profiler_options.python_tracer_level) == (0, 0)
+        assert not profiler_options.enable_hlo_proto
         traced.append("begin")
         yield
         traced.append("end")
