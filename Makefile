@@ -9,11 +9,11 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU')
 ifdef PYTHON
   READY :=
   RUN := PYTHONPATH=. $(PYTHON)
-  JOBS := $(shell PYTHONPATH=. $(PYTHON) -c "import xdist; print('-n auto --maxprocesses 8 --dist worksteal')" 2>/dev/null)
+  JOBS := $(shell PYTHONPATH=. $(PYTHON) -c "import xdist; print('-n auto --maxprocesses 8')" 2>/dev/null)
 else
   READY := .venv/ready
   RUN := .venv/bin/python
-  JOBS := -n auto --maxprocesses 8 --dist worksteal
+  JOBS := -n auto --maxprocesses 8
 endif
 SUITE = $$($(RUN) -c "import jax; print('headline' if jax.default_backend() == 'gpu' else 'quick')")
 

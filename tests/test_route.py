@@ -199,7 +199,8 @@ def test_numpy_arrays_and_wrapped_parameters_are_taken() -> None:
     assert_same(route(operands[0], *map(Parameter, operands[1:]), **wrapped, experts=experts), expected)
 
 
-def test_named_implementation_never_falls_back() -> None:
+def test_named_implementation_never_falls_back(monkeypatch) -> None:
+    monkeypatch.delenv("JAX_ROUTER_PALLAS_INTERPRET", raising=False)  # with it pallas would be taken on a CPU
     operands = six(3, hidden=8, x=BF16, weight=BF16)
     cpu = dispatch.Device("cpu", "cpu")
     for name in ("cuda", "pallas"):
