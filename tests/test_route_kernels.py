@@ -40,7 +40,7 @@ def assert_cosines(actual: jr.Routing, experts, x, weight, bias) -> None:
     experts = np.reshape(experts, (-1, SPEC.top_k))
     logits = bounds.gemm(np.reshape(x, (-1, x.shape[-1])), weight, bias)
     weights = bounds.weights(logits, experts, VECTORS["expert_scale"], SPEC)
-    cosines = bounds.Real.of(-np.abs(np.cos(weights.value)), weights.error, 4)
+    cosines = bounds.Real.of(-np.abs(np.cos(weights.value)), weights.error, bounds.COSINE)
     bounds.within(np.reshape(actual.weights, experts.shape), cosines)
 
 
