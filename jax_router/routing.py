@@ -134,10 +134,17 @@ def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
 
 
 def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """float32 logits rounded to a dtype and back."""
-    there_and_back = logits.astype(dtype).astype(jnp.float32)
-    # XLA may leave out a cast there and back, for the precision gained; this rounding, a second time nothing, it keeps.
-    return jax.lax.reduce_precision(there_and_back, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
+    """float32 logits rounded to bfloat16, float16 or float32 and back."""
+    # Not a cast there and back, which XLA leaves out for the precision gained. Nor are float16's exponents left to
+    # reduce_precision, which knows no subnormal numbers.
+    rounded = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
+    if jnp.finfo(dtype).nexp == 8:
+        return rounded
+    spacing = float(jnp.finfo(dtype).smallest_subnormal)
+    subnormal = spacing * jax.lax.round(logits / spacing, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    finite = jnp.abs(rounded) <= float(jnp.finfo(dtype).max)
+    rounded = jnp.where(finite | jnp.isnan(logits), rounded, jnp.copysign(jnp.inf, logits))
+    return jnp.where(jnp.abs(logits) < float(jnp.finfo(dtype).tiny), subnormal, rounded)
 
 
 def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:

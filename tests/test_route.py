@@ -277,7 +277,7 @@ def test_donated_buffers_are_given_up_and_the_routing_is_right() -> None:
     expected, kept = route(x, weight, bias), np.array(x)
     donating = jax.jit(lambda x: (2 * x, route(x, weight, bias)), donate_argnums=0)
     doubled, routing = donating(x)
-    assert_same(routing, expected)
+    assert_close(routing, expected, kept, weight, bias)
     np.testing.assert_array_equal(doubled, 2 * kept)
     assert x.is_deleted()
 
@@ -297,15 +297,13 @@ def test_an_open_number_of_tokens_is_exported_with_xla() -> None:
     x, *others = six(6)
     experts = jax.random.randint(jax.random.key(1), (6, 2), 0, 6)
     shapes = jax.ShapeDtypeStruct((tokens, 24), F32), jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
-    with jax.default_device(jax.devices("cpu")[0]):
-        x, others, experts = jax.device_put((x, others, experts), jax.devices("cpu")[0])
-        select = jax.jit(lambda x: route(x, *others, return_logits=True))
-        replay = jax.jit(lambda x, experts: route(x, *others, experts=experts))
-        exported = jax.export.export(select)(shapes[0]), jax.export.export(replay)(*shapes)
-        for count in (6, 1):
-            few, ids = x[:count], experts[:count]
-            assert_close(jr.Routing(*exported[0].call(few)), select(few), few, *others)
-            assert_close(jr.Routing(*exported[1].call(few, ids)), replay(few, ids), few, *others)
+    select = jax.jit(lambda x: route(x, *others, return_logits=True))
+    replay = jax.jit(lambda x, experts: route(x, *others, experts=experts))
+    exported = jax.export.export(select)(shapes[0]), jax.export.export(replay)(*shapes)
+    for count in (6, 1):
+        few, ids = x[:count], experts[:count]
+        assert_close(jr.Routing(*exported[0].call(few)), select(few), few, *others)
+        assert_close(jr.Routing(*exported[1].call(few, ids)), replay(few, ids), few, *others)
     with pytest.raises(NotImplementedError, match="needs a fixed number of tokens, it is the symbolic tokens"):
         jax.export.export(jax.jit(lambda x: route(x, *others, implementation="cuda")))(shapes[0])
 

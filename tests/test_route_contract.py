@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 
+import bounds
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +137,29 @@ def test_experts_and_weights_are_those_of_the_specification(implementation, name
         truth = cases.weigh(scored.astype(np.float64), experts, scale, spec)
         bound = cases.tolerance(scored, experts, spec) * np.abs(truth)
         np.testing.assert_array_less(np.abs(weights - truth), bound + 1e-30)
+
+
+@every_implementation
+def test_logits_are_rounded_as_float16_does_at_both_ends_of_its_range(implementation) -> None:
+    """Ties of subnormal numbers and of the largest, overflow and -0.0: all that a shorter mantissa alone gets wrong."""
+    spec = jr.RoutingSpec(8, "sqrtsoftplus", round_logits=True)
+    of_columns = np.array([256, 1, 2.0**-12])
+    wanted = np.array([65504, 65519, 65520, 2.0**-24, 1.25 * 2.0**-24, -(2.0**-26), 0, 2.0**-26])
+    weight = np.zeros((8, 4096), np.float16)
+    weight[:, 0] = wanted // 256 * (wanted > 1)
+    weight[:, 1] = wanted % 256 * (wanted > 1)
+    weight[:, 2] = wanted / 2.0**-12 * (wanted < 1)
+    for tokens in TOKENS:
+        x = np.zeros((tokens, 4096), np.float16)
+        x[:, :3] = of_columns
+        arrays = jnp.asarray(x), jnp.asarray(weight), None, None, None, None
+        weights, experts, logits = jax.tree.map(np.asarray, compiled(implementation, spec, True)(*arrays))
+        np.testing.assert_array_equal(logits, np.broadcast_to(wanted, logits.shape))
+        with np.errstate(over="ignore"):
+            scored = logits.astype(np.float16).astype(np.float64)
+        np.testing.assert_array_equal(experts, cases.select(scored, None, spec))
+        assert (experts[0] != cases.select(wanted[None], None, spec)).any()
+        bounds.within(weights, bounds.weights(bounds.given(scored.astype(np.float32)), experts, np.ones(8), spec))
 
 
 def equal_experts(name: str, arrays, twins: np.ndarray):
