@@ -29,7 +29,14 @@ def route(*operands, **options) -> jr.Routing:
     return jr.route(*operands, **{"spec": SPEC} | VECTORS | options)
 
 
-def assert_same(actual: jr.Routing, expected: jr.Routing) -> None:
+def assert_same(actual: jr.Routing, expected: jr.Routing, *operands) -> None:
+    """The same bits; within roundings where two programs of these operands, x, weight and bias, ran on a GPU.
+
+    There XLA picks kernels anew for every program, by timing them.
+    """
+    if operands and dispatch.Device.default().platform == "gpu":
+        assert_close(actual, expected, *operands)
+        return
     assert (actual.logits is None) == (expected.logits is None)
     for result, truth in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (result.dtype, result.shape) == (truth.dtype, truth.shape)
@@ -89,9 +96,9 @@ def test_leading_axes_are_tokens(leading, return_logits) -> None:
     x, weight, bias = six(*leading)
     routing = route(x, weight, bias, return_logits=return_logits)
     flat = route(x.reshape(-1, 24), weight, bias, return_logits=return_logits)
-    assert_same(routing, jax.tree.map(lambda result: result.reshape(*leading, -1), flat))
+    assert_same(routing, jax.tree.map(lambda result: result.reshape(*leading, -1), flat), x, weight, bias)
     replayed = route(x, weight, bias, experts=routing.experts, return_logits=return_logits)
-    assert_same(replayed, routing)
+    assert_same(replayed, routing, x, weight, bias)
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
@@ -128,7 +135,7 @@ def test_recorded_ids_of_any_integer_dtype_are_replayed(dtype) -> None:
     operands = six(4)
     recorded = route(*operands)
     experts = np.asarray(recorded.experts).astype(dtype)
-    assert_same(route(*operands, experts=experts), recorded)
+    assert_same(route(*operands, experts=experts), recorded, *operands)
     with jax.enable_x64(True):
         traced = jax.jit(lambda *operands: route(*operands[:-1], experts=operands[-1]))
         assert_close(traced(*operands, jnp.asarray(experts)), recorded, *operands)
@@ -141,19 +148,22 @@ def test_replay_takes_the_ids_as_given_whatever_the_spec_would_select() -> None:
     np.testing.assert_array_equal(routing.experts, experts)
     logits = bounds.given(routing.logits)
     bounds.within(routing.weights, bounds.weights(logits, np.asarray(experts), VECTORS["expert_scale"], SPEC))
-    assert_same(route(*operands, experts=experts, correction_bias=None, return_logits=True), routing)
+    replayed = route(*operands, experts=experts, correction_bias=None, return_logits=True)
+    assert_same(replayed, routing, *operands)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("DeepSeek-V3", 7), ("rounded logits", 257), ("Gemma-4", 1)])
 def test_replay_gives_the_same_bits_under_jit_and_outside(name, rows) -> None:
     case = cases.CASES[name]
     correction, scale = case.vectors()
-    operands = arrays(rows, hidden=case.hidden, experts=case.experts, x=case.dtype, weight=case.dtype, bias=case.bias)
     given = {"spec": case.spec, "correction_bias": correction, "expert_scale": scale, "implementation": "xla"}
-    for transform in (lambda function: function, jax.jit):
-        recorded = transform(functools.partial(jr.route, **given))(*operands)
-        replayed = transform(functools.partial(jr.route, **given, experts=recorded.experts))(*operands)
-        assert_same(replayed, recorded)
+    dtypes = {"x": case.dtype, "weight": case.dtype, "bias": case.bias}
+    with jax.default_device(jax.devices("cpu")[0]):  # XLA may compile the two apart on a GPU
+        operands = arrays(rows, hidden=case.hidden, experts=case.experts, **dtypes)
+        for transform in (lambda function: function, jax.jit):
+            recorded = transform(functools.partial(jr.route, **given))(*operands)
+            replayed = transform(functools.partial(jr.route, **given, experts=recorded.experts))(*operands)
+            assert_same(replayed, recorded)
 
 
 def test_ids_out_of_range_are_refused_where_they_are_known() -> None:
@@ -196,7 +206,7 @@ def test_numpy_arrays_and_wrapped_parameters_are_taken() -> None:
     assert_same(route(*map(np.asarray, operands), **as_numpy), expected)
     wrapped = {name: Parameter(vector) for name, vector in VECTORS.items()}
     experts = Parameter(expected.experts)
-    assert_same(route(operands[0], *map(Parameter, operands[1:]), **wrapped, experts=experts), expected)
+    assert_same(route(operands[0], *map(Parameter, operands[1:]), **wrapped, experts=experts), expected, *operands)
 
 
 def test_named_implementation_never_falls_back(monkeypatch) -> None:
@@ -266,8 +276,8 @@ def test_jit_scan_and_remat_change_nothing() -> None:
     x, weight, bias = six(4, 3)
     expected = route(x, weight, bias, return_logits=True)
     with_logits = functools.partial(route, return_logits=True)
-    assert_same(jax.jit(with_logits)(x, weight, bias), expected)
-    assert_same(jax.checkpoint(with_logits)(x, weight, bias), expected)
+    assert_same(jax.jit(with_logits)(x, weight, bias), expected, x, weight, bias)
+    assert_same(jax.checkpoint(with_logits)(x, weight, bias), expected, x, weight, bias)
     _, scanned = jax.lax.scan(lambda carry, row: (carry, route(row, weight, bias)), None, x)
     assert_close(scanned, expected._replace(logits=None), x, weight, bias)
 
@@ -277,7 +287,7 @@ def test_donated_buffers_are_given_up_and_the_routing_is_right() -> None:
     expected, kept = route(x, weight, bias), np.array(x)
     donating = jax.jit(lambda x: (2 * x, route(x, weight, bias)), donate_argnums=0)
     doubled, routing = donating(x)
-    assert_close(routing, expected, kept, weight, bias)
+    assert_same(routing, expected, kept, weight, bias)
     np.testing.assert_array_equal(doubled, 2 * kept)
     assert x.is_deleted()
 
