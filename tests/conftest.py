@@ -26,6 +26,14 @@ def gpu() -> jax.Device:
     return jax.devices("gpu")[0]
 
 
+@pytest.fixture(scope="module")
+def compiled_in_haste() -> Iterator[None]:
+    """XLA without its optimisations on a CPU, for tests that hang on none and whose time is that of compiling."""
+    jax.config.update("jax_disable_most_optimizations", not has_gpu())
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> object:
     """The CUDA kernels, compiled for the CPU once per session, with pytest-xdist too: `emulated.Sources`."""

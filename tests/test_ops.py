@@ -16,6 +16,7 @@ from jax.test_util import check_grads
 import jax_router as jr
 from jax_router import dispatch, ops
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 

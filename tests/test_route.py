@@ -17,6 +17,7 @@ from test_ops import BF16, F16, F32, arrays, primitives
 import jax_router as jr
 from jax_router import dispatch, ops, parity
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 SPEC = jr.RoutingSpec(2, "sigmoid", renormalize=True, num_groups=3, group_topk=2)
 VECTORS = {
     "correction_bias": jnp.array([0.5, -0.25, 0.0, 0.25, -0.5, 0.125]),

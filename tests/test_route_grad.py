@@ -24,6 +24,7 @@ needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None,
     reason="PyTorch is not installed: its autograd is not compared. The specification and float64 differences are.",
 )
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 every_case = pytest.mark.parametrize("name", CASES)
 TOKENS, HIDDEN = 5, 24
 
