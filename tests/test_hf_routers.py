@@ -29,6 +29,7 @@ import jax_router as jr  # noqa: E402
 from jax_router import checks, hf, routing  # noqa: E402
 from jax_router.implementations import xla  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 PINNED = "5.23.0"  # of constraints.txt; with another version the classes that it has must agree
 TOKENS = 256
 route_logits = jax.jit(routing.route_logits, static_argnames=("spec", "dtype"))

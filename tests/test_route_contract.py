@@ -21,6 +21,7 @@ from test_row_bits import dtype_of, violations
 import jax_router as jr
 from jax_router import dispatch, parity, routing
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 KERNELS = tuple(pytest.param(name, marks=pytest.mark.gpu) for name in ("pallas", "cuda"))
 every_implementation = pytest.mark.parametrize("implementation", ["xla", *KERNELS])
 every_case = pytest.mark.parametrize("name", CASES)
