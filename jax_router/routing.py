@@ -137,14 +137,14 @@ def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
     """float32 logits rounded to bfloat16, float16 or float32 and back."""
     # Not a cast there and back, which XLA leaves out for the precision gained. Nor are float16's exponents left to
     # reduce_precision, which knows no subnormal numbers.
-    rounded = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=jnp.finfo(dtype).nmant)
-    if jnp.finfo(dtype).nexp == 8:
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(logits, exponent_bits=8, mantissa_bits=info.nmant)
+    if info.nexp == 8:
         return rounded
-    spacing = float(jnp.finfo(dtype).smallest_subnormal)
+    spacing = float(info.smallest_subnormal)
     subnormal = spacing * jax.lax.round(logits / spacing, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    finite = jnp.abs(rounded) <= float(jnp.finfo(dtype).max)
-    rounded = jnp.where(finite | jnp.isnan(logits), rounded, jnp.copysign(jnp.inf, logits))
-    return jnp.where(jnp.abs(logits) < float(jnp.finfo(dtype).tiny), subnormal, rounded)
+    rounded = jnp.where(jnp.abs(rounded) > float(info.max), jnp.copysign(jnp.inf, logits), rounded)
+    return jnp.where(jnp.abs(logits) < float(info.tiny), subnormal, rounded)
 
 
 def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:

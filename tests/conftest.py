@@ -29,9 +29,11 @@ def gpu() -> jax.Device:
 @pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """XLA without its optimisations on a CPU, for tests that hang on none and whose time is that of compiling."""
-    jax.config.update("jax_disable_most_optimizations", not has_gpu())
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or not has_gpu())
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()  # no other file runs what was compiled here
 
 
 @pytest.fixture(scope="session")
