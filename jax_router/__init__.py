@@ -5,6 +5,7 @@ from jax_router.losses import load_balancing_loss, router_z_loss, tokens_per_exp
 from jax_router.models import models
 from jax_router.ops import route, router_gemm
 from jax_router.routing import Routing, RoutingSpec
+from jax_router.verification import verify
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,5 @@ __all__ = [
     "router_gemm",
     "router_z_loss",
     "tokens_per_expert",
+    "verify",
 ]

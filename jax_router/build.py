@@ -77,9 +77,21 @@ def csrc_directory() -> Path:
 
 
 def source_files() -> list[Path]:
-    """Every file that the library is compiled from, headers included, sorted by name."""
-    files = (path for path in csrc_directory().iterdir() if path.suffix in (".cu", ".cuh", ".cc", ".h"))
-    return sorted(path for path in files if path.name not in STANDALONE_PROGRAM)
+    """Every file that the kernels' library is compiled from, headers included, sorted by name."""
+    return [path for path in _sources_in(csrc_directory()) if path.name not in STANDALONE_PROGRAM]
+
+
+def verification_files() -> list[Path]:
+    """Every file that the library of the verification is compiled from: it shares the kernels' headers."""
+    headers = [path for path in source_files() if path.suffix in (".cuh", ".h")]
+    return [*_sources_in(csrc_directory() / "verification"), *headers]
+
+
+def _sources_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".cc", ".h"))
+
+
+KERNELS, VERIFICATION = "jax_router", "jax_router_verification"  # the libraries
 
 
 def digest(files: Iterable[Path], *texts: str) -> str:
@@ -127,11 +139,12 @@ def cache_directory() -> Path:
         raise BuildError(f"there is no cache folder ({error}). Set {CACHE_VARIABLE} to a writable folder.") from error
 
 
-def build(*, force: bool = False) -> Path:
-    """The compiled library: from the cache, else compiled now, once for all processes of this user.
+def build(*, force: bool = False, library: str = KERNELS) -> Path:
+    """A compiled library: from the cache, else compiled now, once for all processes of this user.
 
     Args:
       force: compile although the cache has it.
+      library: KERNELS, or VERIFICATION for what runs beside them while they are verified.
 
     Returns:
       The path of the shared library.
@@ -140,11 +153,12 @@ def build(*, force: bool = False) -> Path:
       BuildError: no compiler, a compiler that failed, or no folder to write to; says what to install or to set.
     """
     runs_with = (ARCHITECTURE, str(ffi_version()), version("jaxlib"), platform.machine(), *platform.libc_ver())
-    content = digest(source_files(), *flags(), *runs_with)
+    sources = source_files() if library == KERNELS else verification_files()
+    content = digest(sources, *flags(), *runs_with)
     try:
         compiler = find_compiler()
     except BuildError as error:
-        ahead = {path: _damage(path) for path in sorted(cache_directory().glob(f"jax_router-{content[:16]}-*.so"))}
+        ahead = {path: _damage(path) for path in sorted(cache_directory().glob(f"{library}-{content[:16]}-*.so"))}
         whole = [path for path, damage in ahead.items() if not damage]
         if whole and not force:
             return whole[-1]
@@ -152,7 +166,7 @@ def build(*, force: bool = False) -> Path:
             f" {path}, compiled ahead, is damaged ({damage})." for path, damage in ahead.items() if damage
         )
         raise BuildError(f"{error}{damaged}") from error
-    name = f"jax_router-{content[:16]}-{digest((), compiler.version, compiler.host_version)[:8]}.so"
+    name = f"{library}-{content[:16]}-{digest((), compiler.version, compiler.host_version)[:8]}.so"
     cached = cache_directory() / name
     if not force and not _damage(cached):
         return cached
@@ -162,7 +176,7 @@ def build(*, force: bool = False) -> Path:
         if damage and damage != _ABSENT:
             _say(f"jax_router: {target} is damaged ({damage}); compiling it again\n")
         if force or damage:
-            _compile(compiler, target)
+            _compile(compiler, target, sources)
     return target
 
 
@@ -237,10 +251,9 @@ def register(app: "typer.Typer") -> None:
             raise typer.Exit(1 if faults else 0)
 
 
-def _compile(compiler: Compiler, target: Path) -> None:
+def _compile(compiler: Compiler, target: Path, sources: Iterable[Path]) -> None:
     """Compile every source in parallel, link, and give record and library their final names, in one step each."""
     started = time.monotonic()
-    sources = csrc_directory()
     nvcc = [str(compiler.nvcc), "-ccbin", str(compiler.host)]
     how = f"for {ARCHITECTURE} with nvcc {compiler.release}, once, in {target.parent}"
     _say(f"jax_router: compiling the CUDA kernels {how} ...")
@@ -250,13 +263,13 @@ def _compile(compiler: Compiler, target: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
             commands = [
                 [*nvcc, *NVCC_FLAGS, "-c", str(path), "-o", f"{path.stem}.cu.o"]
-                for path in source_files()
+                for path in sources
                 if path.suffix == ".cu"
             ]
-            headers = ("-isystem", str(ffi_include_directory()), "-I", str(sources))
+            headers = ("-isystem", str(ffi_include_directory()))
             commands += [
                 [str(compiler.host), *HOST_FLAGS, *headers, "-c", str(path), "-o", f"{path.stem}.cc.o"]
-                for path in source_files()
+                for path in sources
                 if path.suffix == ".cc"
             ]
             objects = [command[-1] for command in commands]

@@ -1,4 +1,4 @@
-"""The command line: `jax-router explain | build | sweep | agreement | report`.
+"""The command line: `jax-router explain | build | verify | sweep | agreement | report`.
 
 Each command but explain lives in a module of its own.
 """
@@ -17,8 +17,14 @@ try:
 except ImportError:  # annotations are not evaluated, so that main() can say what to install
     typer = None  # type: ignore[assignment]
 
-# Modules with `register(app)`, which adds their command, and the extra that brings what they import.
-COMMANDS = {"build": "cuda", "sweep": "sweep", "agreement": "sweep", "report": "sweep"}
+# By command: the module with `register(app)`, which adds it, and the extra that brings what that imports.
+COMMANDS = {
+    "build": ("build", "cuda"),
+    "verify": ("verification.command", "verify"),
+    "sweep": ("sweep", "sweep"),
+    "agreement": ("agreement", "sweep"),
+    "report": ("report", "sweep"),
+}
 
 # Devices that can be asked about without having them, as JAX describes them.
 DEVICES = {
@@ -43,9 +49,9 @@ def application() -> typer.Typer:
     """The typer application. A command whose module cannot be imported says what to install."""
     app = typer.Typer(name="jax-router", help=jax_router.__doc__, no_args_is_help=True, add_completion=False)
     app.command("explain")(explain)
-    for name, extra in COMMANDS.items():
+    for name, (module_name, extra) in COMMANDS.items():
         try:
-            module = importlib.import_module(f"jax_router.{name}")
+            module = importlib.import_module(f"jax_router.{module_name}")
         except ImportError as error:
             _register_missing(app, name, f'needs {error.name}. Run pip install ".[{extra}]" in its checkout.')
         else:

@@ -122,7 +122,11 @@ def softmax_interval(logits: Interval) -> Interval:
     others_low, others_high = low.sum(-1, keepdims=True) - low, high.sum(-1, keepdims=True) - high
     count = logits.low.shape[-1]
     relative = 6 + 1.5 * (largest - logits.low) + 1.5 * math.log(count) + count / 2
-    return Interval(low / (low + others_high), high / (high + others_low)).widened(relative * UNIT_SPACING)
+    lowest, highest = low + others_high, high + others_low
+    # Where logits are so uncertain that both underflow, the score may be anything.
+    low = xp.where(lowest > 0, low / xp.where(lowest > 0, lowest, 1.0), 0.0)
+    high = xp.where(highest > 0, high / xp.where(highest > 0, highest, 1.0), 1.0)
+    return Interval(low, high).widened(relative * UNIT_SPACING)
 
 
 def weight_interval(scores: Interval, experts: Any, spec: RoutingSpec) -> Interval:

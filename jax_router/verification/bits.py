@@ -1,0 +1,167 @@
+"""The bits of a token: the same whatever the batch, the position, the neighbours and the run; and what is written."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_router import parity
+from jax_router.verification.data import Operands, Subject, compiled, draw, put, with_garbage
+from jax_router.verification.result import Context, Failure, Result
+
+Array = NDArray[Any]
+
+TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 64, 65, 127, 128, 257, 1024, 2047)
+QUICK_TOKENS = (1, 7, 8, 33, 64, 127, 257, 1024)
+RUNS = 8  # of every number of tokens, each on other rows
+MEMORY_TOKENS = (1, 7, 16, 33, 127, 1024)
+POISONS = (0xFF, 0x2A)  # bytes
+GUARD_BYTES = 4096
+ATTEMPTS = 32  # to find three neighbouring pieces of memory
+
+
+def row_bits(outputs: Sequence[Any]) -> Array:
+    """The bits of a call's outputs, one row per token."""
+    return np.concatenate([parity.bits(np.asarray(output)) for output in outputs], axis=1)
+
+
+def check_bits(subject: Subject, context: Context) -> Result:
+    """The check "bits": rows of one large batch, again in batches of every size, in other places, beside garbage."""
+    if not (subject.promises_bits and context.on_gpu):
+        return Result("bits", None, reason=f"{subject.implementation} promises no bits here")
+    started = time.monotonic()
+    random = np.random.default_rng(context.seed)
+    tokens = context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
+    everything = draw(subject, subject.usual, max(tokens) + 64, context.seed)
+    fixed = put(everything._replace(x=None), context.device)
+    run = compiled(subject)
+
+    def bits_of(x: Array) -> Array:
+        return row_bits(run(fixed._replace(x=jax.device_put(x, context.device))))
+
+    expected, launches = bits_of(everything.x), 1
+    figures = {"batches": 0, "rows": 0}
+    for count in tokens:
+        context.doing(count, subject.usual)
+        for turn in range(RUNS):
+            if context.expired and launches > 1:
+                break
+            rows = random.permutation(len(expected))[:count]
+            garbage = np.flatnonzero(random.random(count) < 0.25) if turn % 2 and count > 1 else []
+            got = bits_of(with_garbage(everything.x[rows], garbage, random))
+            judged = np.setdiff1d(np.arange(count), garbage)
+            wrong = judged[(got[judged] != expected[rows[judged]]).any(-1)]
+            launches += 1
+            if len(wrong):
+                row = int(wrong[0])
+                place = int((got[row] != expected[rows[row]]).argmax())
+                failure = Failure(
+                    count, subject.usual, context.seed, launches, row, f"0x{expected[rows[row], place]:08x}",
+                    f"0x{got[row, place]:08x}",
+                )  # fmt: skip
+                reason = (
+                    f"token {rows[row]} of {len(expected)} has other bits at place {row} of a batch of {count}: "
+                    f"{len(wrong)} of {len(judged)} rows"
+                )
+                return Result("bits", False, launches, time.monotonic() - started, figures, reason, failure)
+            figures["batches"] += 1
+            figures["rows"] += len(judged)
+        context.alive(RUNS)
+    return Result("bits", True, launches, time.monotonic() - started, figures)
+
+
+def check_memory(subject: Subject, context: Context) -> Result:
+    """The check "memory": into poisoned outputs; every element is written, nothing beside them, and no input changes.
+
+    The outputs are donated, so that XLA lets the subject write into them. Guards of GUARD_BYTES lie right before and
+    behind them, as far as the allocator puts them there; `guarded` counts the launches where it did.
+    """
+    started = time.monotonic()
+    figures = {"guarded": 0}
+    launches = 0
+    reference = compiled(subject)
+
+    for tokens in context.tokens or MEMORY_TOKENS:
+        if context.expired and launches:
+            break
+        context.doing(tokens, subject.usual)
+        host = draw(subject, subject.usual, tokens, context.seed)
+        operands = put(host, context.device)
+        # Who promises no bits must at least agree with itself: what is not written differs as the poison does.
+        expected = row_bits(reference(operands)) if subject.promises_bits else None
+        shapes = jax.eval_shape(subject.call, operands)
+
+        run = jax.jit(lambda _, operands: subject.call(operands), donate_argnums=0, keep_unused=True)
+        for poison in POISONS:
+            poisoned, guards = _poisoned(shapes, poison, context.device)
+            addresses = [array.unsafe_buffer_pointer() for array in poisoned]
+            outputs = jax.block_until_ready(run(tuple(poisoned), operands))
+            launches += 1
+            if [array.unsafe_buffer_pointer() for array in outputs] != addresses:
+                return Result("memory", None, launches, reason="XLA does not write into the donated outputs here")
+            figures["guarded"] += all(len(pair) == 2 for pair in guards)
+            expected = row_bits(outputs) if expected is None else expected
+            found = _judge_memory(outputs, expected, guards, poison, operands, host)
+            if found is not None:
+                reason, row, wanted, got = found
+                failure = Failure(tokens, subject.usual, context.seed, launches, row, wanted, got)
+                return Result("memory", False, launches, time.monotonic() - started, figures, reason, failure)
+        context.alive(len(POISONS))
+    return Result("memory", True, launches, time.monotonic() - started, figures)
+
+
+def _judge_memory(
+    outputs: Sequence[jax.Array], expected: Array, guards: Sequence[Sequence[jax.Array]], poison: int,
+    operands: Operands, host: Operands,
+) -> tuple[str, int | None, str, str] | None:  # fmt: skip
+    got = row_bits(outputs)
+    wrong = np.argwhere(got != expected)
+    if len(wrong):
+        row, place = map(int, wrong[0])
+        unwritten = got[row, place] == poison * 0x01010101
+        what = "was not written" if unwritten else "is not what it was in another launch"
+        return f"row {row} {what}", row, f"0x{expected[row, place]:08x}", f"0x{got[row, place]:08x}"
+    for pair in guards:
+        for guard in pair:
+            bytes_ = np.asarray(guard)
+            if (bytes_ != poison).any():
+                at = int((bytes_ != poison).argmax())
+                return f"byte {at} of a guard beside an output was overwritten", None, hex(poison), hex(bytes_[at])
+    for name, before, after in zip(Operands._fields, host, operands, strict=True):
+        if before is not None and not np.array_equal(
+            np.ascontiguousarray(before).view(np.uint8), np.asarray(after).view(np.uint8)
+        ):
+            return f"the launch changed its input {name}", None, "the same bytes", "others"
+    return None
+
+
+def _poisoned(
+    shapes: Sequence[jax.ShapeDtypeStruct], poison: int, device: jax.Device
+) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    """Arrays full of poison, and the guards of each: two where the allocator gave three neighbours, else none."""
+    arrays, guards = [], []
+    guard = np.full(GUARD_BYTES, poison, np.uint8)
+    for shape in shapes:
+        filled = np.full(shape.size * shape.dtype.itemsize, poison, np.uint8).view(shape.dtype).reshape(shape.shape)
+        held = []  # what did not fit, so that the allocator goes on
+        for _ in range(ATTEMPTS):
+            before, array, behind = (
+                jax.block_until_ready(jnp.array(jax.device_put(each, device))) for each in (guard, filled, guard)
+            )
+            starts = [each.unsafe_buffer_pointer() for each in (before, array, behind)]
+            gaps = starts[1] - starts[0] - before.nbytes, starts[2] - starts[1] - array.nbytes
+            adjacent = all(0 <= gap < 512 for gap in gaps)  # allocators round up
+            if adjacent:
+                break
+            held.append((before, array, behind))
+        arrays.append(array)
+        guards.append([before, behind] if adjacent else [])
+    gc.collect()
+    return arrays, guards

@@ -1,0 +1,245 @@
+"""`jax-router verify` and `jax_router.verify`: does an implementation compute what it should, on this GPU?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jax_router.verification import gate
+from jax_router.verification.plan import Options
+from jax_router.verification.report import failures, markdown, print_record
+from jax_router.verification.supervisor import Event, Record, supervise
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
+QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 100_000
+
+
+def verify(
+    implementation: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="only router_gemm or only route")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="a preset, awkward, or all; may be repeated (default: some, and awkward)")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="only this number of tokens; may be repeated")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="only this check; may be repeated")] = None,
+    minutes: Annotated[float, typer.Option(help="of everything together, but for what runs once")] = 5.0,
+    launches: Annotated[
+        int, typer.Option(help="under load, per router and implementation, if time allows")
+    ] = 1_000_000,
+    quick: Annotated[bool, typer.Option("--quick", help="under a minute: one model, fewer of everything")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder of a Hugging Face checkpoint: its routers")] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help=".npy of recorded inputs [tokens, hidden], with --checkpoint")
+    ] = None,
+    sanitizers: Annotated[
+        bool, typer.Option("--sanitizers", help="compute-sanitizer on the CUDA kernels too: minutes")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of all data")] = 0,
+    replay: Annotated[Path | None, typer.Option(help="a saved failing case: run it again, and nothing else")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the record (default: docs/results; sweep-results without a GPU)")
+    ] = None,
+) -> None:
+    """Verify implementations on this machine's GPU: accuracy, experts, bits, memory, neighbours, graphs, load.
+
+    Exit status: 0; 1 if a check failed, each case saved for --replay; 2 for bad input; 130 when interrupted, with
+    what was verified so far kept.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 160))
+    try:
+        if replay is not None:
+            raise typer.Exit(run_again(replay, console))
+        options = Options(
+            tuple(implementation or ()), tuple(operation or ()), tuple(model or ()), tuple(tokens or ()),
+            tuple(check or ()), QUICK_MINUTES if quick and minutes == 5.0 else minutes,
+            min(launches, QUICK_LAUNCHES) if quick else launches, seed, quick,
+            None if checkpoint is None else str(checkpoint), None if activations is None else str(activations),
+            sanitizers,
+        )  # fmt: skip
+        status = run(options, output, console)
+    except ValueError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        status = BAD_INPUT
+    raise typer.Exit(status)
+
+
+def run(options: Options, output: Path | None, console: Console) -> int:
+    """What the command does; returns its exit status.
+
+    Raises:
+      ValueError: options that make no sense, or a folder that cannot be written.
+    """
+    options.check()
+    record = supervise_with_progress(options, console)
+    if "provenance" not in record:  # interrupted before anything was known
+        return INTERRUPTED
+    folder = output or Path("docs/results" if record["provenance"]["gpu"] else "sweep-results")
+    path = write(record, folder)
+    print_record(console, record)
+    for case in save_failures(record, folder):
+        console.print(f"saved a failing case; run it again with: jax-router verify --replay {case}", soft_wrap=True)
+    console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if record["interrupted"]:
+        return INTERRUPTED
+    return FAILED if failures(record) else 0
+
+
+def supervise_with_progress(options: Options, console: Console) -> Record:
+    """The record, with a bar over checks and what runs on the way."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[launches]:,} launches")
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None, launches=0)
+        labels: list[str] = []
+        done = 0
+
+        def on_event(event: Event) -> None:
+            nonlocal done
+            if event["event"] == "begin" and not labels:
+                labels.extend(
+                    f"{each['operation']} {each['implementation']} {each['models'][0]}" for each in event["subjects"]
+                )
+                progress.update(task, total=len(labels) + options.sanitizers)
+            elif event["event"] == "check":
+                where = "" if event["subject"] is None else labels[event["subject"]]
+                progress.update(task, description=f"{where} {event['check']}")
+            elif event["event"] == "alive":
+                done += event["launches"]
+                progress.update(task, launches=done)
+            elif event["event"] == "done":
+                progress.advance(task)
+            elif event["event"] == "result" and event["passed"] is False:
+                where = "" if event["subject"] is None else labels[event["subject"]]
+                console.print(f"[bold red]failed[/] {where} {event['check']}", highlight=False)
+
+        return supervise(options, on_event)
+
+
+def write(record: Record, folder: Path) -> Path:
+    """Write a record, joined with one of the same sources, GPU and versions that is there, and keep it.
+
+    Subjects that were verified again replace what was there; a quick record stands beside the others.
+
+    Raises:
+      ValueError: the folder cannot be written.
+    """
+    name = gate.file_name(record["provenance"]["gpu"])
+    path = folder / (name if not record["options"]["quick"] else name.replace(".json", "-quick.json"))
+    whole = joined(path, as_record(record))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"output leads to {path}: {error}. Expected a place that can be written; name another."
+        ) from error
+    gate.keep(whole)
+    return path
+
+
+def as_record(record: Record) -> Record:
+    """The form that the gate reads."""
+    options = record["options"]
+    head = {name: record[name] for name in ("provenance", "library")}
+    asked = {name: options[name] for name in ("seed", "quick", "minutes")}
+    return {**head, **asked, "interrupted": record["interrupted"], "refused": record["refused"],
+            "subjects": record["subjects"], "sanitizers": record["sanitizers"]}  # fmt: skip
+
+
+def joined(path: Path, record: Record) -> Record:
+    """`record`, and of the one in `path` what it does not have, if both are of one kind."""
+    try:
+        earlier = gate.read_record(path)
+    except ValueError:
+        return record
+    same = ("gpu", "driver", "jax", "source_hash")
+    if earlier["library"] != record["library"] or any(
+        earlier["provenance"].get(name) != record["provenance"].get(name) for name in same
+    ):
+        return record
+
+    def key(subject: dict[str, Any]) -> str:
+        names = (*gate.SUBJECT, "source", "models")
+        return json.dumps([subject[name] for name in names], sort_keys=True)
+
+    again = {key(subject) for subject in record["subjects"]}
+    kept = [subject for subject in earlier["subjects"] if key(subject) not in again]
+    return {
+        **record,
+        "interrupted": record["interrupted"] or earlier["interrupted"],
+        "subjects": [*kept, *record["subjects"]],
+        "sanitizers": record["sanitizers"] or earlier["sanitizers"],
+    }
+
+
+def save_failures(record: Record, folder: Path) -> list[Path]:
+    """Save every failing case that can be run again, and return where."""
+    saved = []
+    for subject, check in failures(record):
+        if subject is None or not check.get("failure"):
+            continue
+        facts = {name: subject[name] for name in (*gate.SUBJECT, "source", "models")}
+        case = {"provenance": record["provenance"], "options": record["options"], "subject": facts, **check}
+        path = folder / f"failure-{subject['operation']}-{subject['implementation']}-{check['check']}-{len(saved)}.json"
+        path.write_text(json.dumps(case, indent=1) + "\n", encoding="utf-8")
+        saved.append(path)
+    return saved
+
+
+def run_again(path: Path, console: Console) -> int:
+    """Run a saved case; returns FAILED if it fails again, else 0.
+
+    Raises:
+      ValueError: the file holds no case.
+    """
+    options, case = read_case(path)
+    facts = {name: case["failure"][name] for name in ("tokens", "data", "launch", "row", "expected", "got")}
+    console.print(f"{case['check']} of {gate.label(case['subject'])}, {case['subject']['implementation']}: {facts}",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+    record = supervise_with_progress(options, console)
+    if record["interrupted"]:
+        return INTERRUPTED
+    print_record(console, record)
+    again = bool(failures(record))
+    console.print("It fails again." if again else "It does not fail here, or not this time.")
+    return FAILED if again else 0
+
+
+def read_case(path: Path) -> tuple[Options, dict[str, Any]]:
+    """The options that run one saved case, and the case."""
+    try:
+        case = json.loads(path.read_text(encoding="utf-8"))
+        subject = case["subject"]
+        options = dataclasses.replace(
+            Options.of(case["options"]),
+            implementations=(subject["implementation"],),
+            operations=(subject["operation"],),
+            models=() if case["options"]["checkpoint"] else tuple(subject["models"][:1]),
+            tokens=(case["failure"]["tokens"],),
+            checks=(case["check"],),
+            seed=case["failure"]["seed"],
+            sanitizers=False,
+        )
+        options.check()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"replay leads to {path}, which cannot be used ({type(error).__name__}: {error}). Expected a case that "
+            "jax-router verify saved; check the path."
+        ) from error
+    return options, case
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `jax-router`."""
+    app.command("verify")(verify)

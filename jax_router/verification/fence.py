@@ -1,0 +1,136 @@
+"""The C launchers on memory that ends where nothing is mapped: what `cuda` reads and writes, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_router.implementations import cuda
+from jax_router.verification import library
+from jax_router.verification.bits import row_bits
+from jax_router.verification.data import Operands, Subject, compiled, draw, put
+from jax_router.verification.numerics import problem_of
+from jax_router.verification.result import Context, Failure, Result
+
+TOKENS = (1, 7, 16, 33, 127, 1023)
+CANARY, POISON = 0xA5, 0xFF
+CANARY_BYTES = 65536  # right before a buffer; behind it is the fence
+OUTPUTS = ("logits", "weights", "experts", "workspace")
+
+
+class Fenced:
+    """Bytes on the device between canaries and a fence."""
+
+    def __init__(self, contents: NDArray[Any]):
+        address, before = ctypes.c_void_p(), ctypes.c_int64()
+        library.call("jr_fence_create", contents.nbytes, CANARY, ctypes.byref(address), ctypes.byref(before))
+        self.address, self.contents = int(address.value or 0), np.ascontiguousarray(contents)
+        library.call("jr_fence_write", self.address, self.contents.ctypes.data, self.contents.nbytes)
+
+    def read(self) -> NDArray[Any]:
+        """What stands there, as an array like the contents."""
+        now = np.empty_like(self.contents)
+        library.call("jr_fence_read", now.ctypes.data, self.address, now.nbytes)
+        return now
+
+    def overwritten(self) -> int | None:
+        """The first canary byte that changed, counted backwards from the buffer, or None."""
+        canaries = np.empty(CANARY_BYTES, np.uint8)
+        library.call("jr_fence_read", canaries.ctypes.data, self.address - CANARY_BYTES, CANARY_BYTES)
+        changed = np.flatnonzero(canaries != CANARY)
+        return CANARY_BYTES - int(changed[-1]) if len(changed) else None
+
+    def free(self) -> None:
+        library.call("jr_fence_free", self.address)
+
+
+@contextlib.contextmanager
+def fenced(arrays: dict[str, NDArray[Any] | None]) -> Iterator[dict[str, Fenced]]:
+    """Each array that is there, fenced."""
+    made: dict[str, Fenced] = {}
+    try:
+        for name, array in arrays.items():
+            if array is not None and array.nbytes:
+                made[name] = Fenced(array)
+        yield made
+    finally:
+        for each in made.values():
+            each.free()
+
+
+def check_fence(subject: Subject, context: Context) -> Result:
+    """The check "fence", of `cuda`: every buffer of a launch ends at unmapped memory and starts behind canaries.
+
+    An access beyond ends the process with CUDA's illegal address, which the supervisor reports.
+    """
+    if subject.implementation != "cuda" or subject.function is not None:
+        return Result("fence", None, reason="only the C launchers take memory of ours")
+    if not context.on_gpu:
+        return Result("fence", None, reason="there is no GPU")
+    started = time.monotonic()
+    run, launches = compiled(subject), 0
+    for tokens in context.tokens or TOKENS:
+        context.doing(tokens, subject.usual)
+        host = draw(subject, subject.usual, tokens, context.seed)
+        expected = row_bits(run(put(host, context.device)))
+        for scratch in sorted({0, cuda.workspace_bytes(tokens, subject.shape.experts)}):
+            launches += 1
+            found = _launch(subject, host, tokens, scratch, expected)
+            context.alive(1)
+            if found is not None:
+                reason, row, wanted, got = found
+                failure = Failure(tokens, subject.usual, context.seed, launches, row, wanted, got)
+                return Result("fence", False, launches, time.monotonic() - started, {}, reason, failure)
+    return Result("fence", True, launches, time.monotonic() - started)
+
+
+def _launch(
+    subject: Subject, host: Operands, tokens: int, scratch: int, expected: NDArray[Any]
+) -> tuple[str, int | None, Any, Any] | None:
+    """One launch; what was wrong with it, or None."""
+    shape, spec = subject.shape, subject.spec
+    logits = np.full((tokens, shape.experts), np.nan, np.float32)
+    outputs: dict[str, NDArray[Any] | None] = {"logits": logits}
+    if spec is not None:
+        outputs["weights"] = np.full((tokens, spec.top_k), np.nan, np.float32)
+        outputs["experts"] = np.full((tokens, spec.top_k), -1, np.int32)
+    if scratch:
+        outputs["workspace"] = np.full(scratch, POISON, np.uint8)
+    with fenced({**host._asdict(), **outputs}) as memory:
+        at = {name: each.address for name, each in memory.items()}
+        problem = problem_of(subject, tokens)
+        gemm = cuda.RouterGemmArgs.of(
+            problem, x=at["x"], weight=at["weight"], bias=at.get("bias"), out=at["logits"],
+            workspace=at.get("workspace"), workspace_bytes=scratch,
+        )  # fmt: skip
+        if spec is None:
+            cuda.call("jr_router_gemm", ctypes.byref(gemm), None)
+            names: tuple[str, ...] = ("logits",)
+        else:
+            extra = {
+                name: (at[name], host._asdict()[name].dtype.name)
+                for name in ("correction_bias", "expert_scale")
+                if name in at
+            }
+            args = cuda.RouteArgs.of(problem, gemm=gemm, weights=at["weights"], experts=at["experts"], **extra)
+            cuda.call("jr_route", ctypes.byref(args), None)
+            names = ("weights", "experts")
+        got = row_bits([memory[name].read() for name in names])
+        wrong = np.argwhere(got != expected)
+        if len(wrong):
+            row, place = map(int, wrong[0])
+            return (f"row {row} is not what the custom call gives", row, f"0x{expected[row, place]:08x}",
+                    f"0x{got[row, place]:08x}")  # fmt: skip
+        for name, each in memory.items():
+            before = each.overwritten()
+            if before is not None:
+                return f"{before} bytes before {name} something was written", None, hex(CANARY), "something else"
+            if name not in OUTPUTS and not np.array_equal(each.read().view(np.uint8), each.contents.view(np.uint8)):
+                return f"the launch changed its input {name}", None, "the same bytes", "others"
+    return None

@@ -1,0 +1,73 @@
+"""The library that verification runs beside the kernels: neighbours, load, fenced memory (csrc/verification)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator
+
+import jax
+
+from jax_router import build
+
+PRODUCE, CONSUME = "jax_router_verification_produce", "jax_router_verification_consume"
+
+
+class LoadDone(ctypes.Structure):
+    """`jr_load_done` of csrc/verification/verification.h."""
+
+    _fields_ = [("device_bytes", ctypes.c_int64), ("host_bytes", ctypes.c_int64), ("busy_launches", ctypes.c_int64)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library with its C interface declared; its custom calls are registered. Once per process.
+
+    Raises:
+      BuildError: it cannot be built; says what to install.
+    """
+    loaded = ctypes.CDLL(str(build.build(library=build.VERIFICATION)))
+    address, text, status = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
+    signatures = {
+        "jr_load_start": (ctypes.c_int, *text),
+        "jr_load_stop": (ctypes.POINTER(LoadDone), *text),
+        "jr_fence_create": (
+            ctypes.c_int64, ctypes.c_int, ctypes.POINTER(address), ctypes.POINTER(ctypes.c_int64), *text
+        ),
+        "jr_fence_free": (address, *text),
+        "jr_fence_write": (address, address, ctypes.c_int64, *text),
+        "jr_fence_read": (address, address, ctypes.c_int64, *text),
+    }  # fmt: skip
+    for name, arguments in signatures.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = status, arguments
+    jax.local_devices(backend="cuda")  # starts the backend, or raises
+    for target, handler in ((PRODUCE, "produce"), (CONSUME, "consume")):
+        symbol = getattr(loaded, f"jr_ffi_verification_{handler}")
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="CUDA")
+    return loaded
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a function of the library that returns a status and writes a message: the last two are added here.
+
+    Raises:
+      RuntimeError: it failed, or the library could not be built.
+    """
+    message = ctypes.create_string_buffer(512)
+    if getattr(library(), name)(*arguments, message, len(message)) != 0:
+        raise RuntimeError(f"{name}: {message.value.decode(errors='replace')}")
+
+
+@contextlib.contextmanager
+def load(device: jax.Device) -> Iterator[dict[str, int]]:
+    """Copies and busy multiprocessors on streams of their own, while the context lasts; what they did is in it then."""
+    done: dict[str, int] = {}
+    call("jr_load_start", device.local_hardware_id or 0)
+    try:
+        yield done
+    finally:
+        total = LoadDone()
+        call("jr_load_stop", ctypes.byref(total))
+        done.update({name: getattr(total, name) for name, _ in LoadDone._fields_})

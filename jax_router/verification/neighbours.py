@@ -1,0 +1,122 @@
+"""Launch overlap with real neighbours, around any implementation (csrc/verification/neighbours.cu)."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_router.verification import library
+from jax_router.verification.data import Operands, Subject, compiled, draw, put
+from jax_router.verification.result import Context, Failure, Result
+
+TOKENS = (1, 16, 64, 256)
+VARIANTS = 4
+CALLS = 24  # of one executable
+LAUNCHES, QUICK_LAUNCHES = 6_000, 1_200  # per number of tokens
+LAUNCH, PART, WORD, EXPECTED, GOT, EARLY = range(2, 8)  # of jr_wrong, behind the two counts
+
+# Launched one by one: in a CUDA graph each custom call is a graph of its own, and none overlaps.
+WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+
+
+def check_neighbours(subject: Subject, context: Context) -> Result:
+    """The check "neighbours": launches between a producer and a consumer, programmatic and slow at the worst point.
+
+    The producer writes x, the weights and the biases right before, the consumer reads the outputs right after.
+    """
+    if not context.on_gpu:
+        return Result("neighbours", None, reason="there is no GPU")
+    if not subject.promises_bits:
+        return Result("neighbours", None, reason=f"{subject.implementation} promises no bits to compare")
+    library.library()
+    started = time.monotonic()
+    launches = 0
+    for tokens in context.tokens or TOKENS:
+        if context.expired and launches:
+            break
+        context.doing(tokens, subject.usual)
+        found = _check_tokens(subject, tokens, context, QUICK_LAUNCHES if context.quick else LAUNCHES)
+        if isinstance(found, Result):
+            return found
+        count, failure, reason = found
+        launches += count
+        if failure is not None:
+            return Result("neighbours", False, launches, time.monotonic() - started, {}, reason, failure)
+    return Result("neighbours", True, launches, time.monotonic() - started)
+
+
+def _check_tokens(
+    subject: Subject, tokens: int, context: Context, wanted: int
+) -> tuple[int, Failure | None, str | None] | Result:
+    variants = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device) for i in range(VARIANTS)]
+    present = [name for name, value in variants[0]._asdict().items() if value is not None]
+    sources = [tuple(getattr(variant, name) for name in present) for variant in variants]
+    one = compiled(subject)
+    expected = [one(variant) for variant in variants]
+    executable = _executable(subject, present, sources, expected)
+    copies = re.findall(r"= \S+ copy(?:-start)?\(", executable.as_text())
+    if len(copies) > len(present) + 1:  # of the arguments, once
+        return Result("neighbours", None, reason=f"XLA puts {len(copies)} copies between the neighbours")
+
+    buffers = jax.block_until_ready(tuple(jnp.copy(source) for source in sources[-1]))
+    wrong = jnp.zeros(8, jnp.uint32)
+    launches = 0
+    while launches < wanted and not (context.expired and launches):
+        wrong, buffers = executable(wrong, buffers, sources, expected)
+        launches += CALLS
+        if launches % (10 * CALLS) == 0 and np.asarray(wrong)[:2].any():
+            break
+        if launches % (50 * CALLS) == 0:
+            context.alive(50 * CALLS)
+    found = np.asarray(wrong)
+    if not found[:2].any():
+        return launches, None, None
+    part, word = int(found[PART]), int(found[WORD])
+    row = word * 4 // (expected[0][part].nbytes // tokens)
+    failure = Failure(
+        tokens, subject.usual, context.seed, int(found[LAUNCH].view(np.int32)), row,
+        f"0x{found[EXPECTED]:08x}", f"0x{found[GOT]:08x}",
+    )  # fmt: skip
+    who = "a warp that did not wait" if found[EARLY] else "threads that waited"
+    reason = (
+        f"{who} read something else than a launch between its neighbours must give, with {tokens} tokens: "
+        f"{found[0]} words after a wait, {found[1]} without one, in at most {launches} launches"
+    )
+    return launches, failure, reason
+
+
+def _executable(
+    subject: Subject, present: Sequence[str], sources: Sequence[tuple[jax.Array, ...]], expected: Sequence[Any]
+) -> Callable[..., Any]:
+    """Compiled: (wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
+
+    def like(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    def run(wrong: jax.Array, buffers: Any, sources: Any, expected: Any) -> tuple[jax.Array, Any]:
+        for launch in range(CALLS):
+            source = sources[launch % VARIANTS]
+            count = len(source)
+            # It takes `wrong` only to come after the consumer before it.
+            produce = jax.ffi.ffi_call(
+                library.PRODUCE, [like(each) for each in source],
+                input_output_aliases={1 + part: part for part in range(count)}, has_side_effect=True,
+            )  # fmt: skip
+            buffers = produce(wrong, *buffers, *source)
+            outputs = subject.call(Operands(**dict(zip(present, buffers, strict=True))))
+            consume = jax.ffi.ffi_call(
+                library.CONSUME, [like(wrong), *(like(each) for each in outputs)],
+                input_output_aliases={part: part for part in range(1 + len(outputs))}, has_side_effect=True,
+            )  # fmt: skip
+            wrong, *_ = consume(wrong, *outputs, *expected[launch % VARIANTS], launch=np.int32(launch))
+        return wrong, buffers
+
+    buffers = tuple(like(each) for each in sources[0])
+    function = jax.jit(run, donate_argnums=(0, 1), compiler_options=WITHOUT_GRAPHS)
+    return function.lower(jax.ShapeDtypeStruct((8,), jnp.uint32), buffers, list(sources), list(expected)).compile()

@@ -1,0 +1,90 @@
+"""Accuracy and experts: every kind of data through the subject, judged against float64 and the specification."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_router.dispatch import Problem
+from jax_router.timing import Operands as TimedOperands
+from jax_router.timing_torch import as_torch, operators
+from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compiled, draw, put
+from jax_router.verification.judge import Verdict, judge_logits, judge_routing
+from jax_router.verification.result import Context, Failure, Result
+
+MORE_TOKENS = (1, 8, 64, 257, 1024)  # of the usual kind
+PEER = "cuBLAS"
+
+
+def problem_of(subject: Subject, tokens: int) -> Problem:
+    """The subject's problem as the dispatcher and the kernels see it."""
+    shape = subject.shape
+    bias = (subject.given.bias.dtype.name if subject.given is not None and subject.given.bias is not None
+            else subject.dtype) if shape.bias else None  # fmt: skip
+    return Problem(
+        tokens=tokens, hidden=shape.hidden, experts=shape.experts, dtype=subject.dtype, bias_dtype=bias,
+        spec=subject.spec,
+    )  # fmt: skip
+
+
+def check_numerics(subject: Subject, context: Context) -> list[Result]:
+    """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens."""
+    started = time.monotonic()
+    run = compiled(subject, return_logits=True)
+    flushes = not context.on_gpu  # XLA's code for a CPU takes subnormal inputs as zeros
+    cases = [(kind, NUMERIC_TOKENS) for kind in subject.kinds if not (kind == "subnormals" and flushes)]
+    cases += [(subject.usual, tokens) for tokens in context.tokens or MORE_TOKENS]
+    of_logits: dict[str, Any] = {}
+    of_routing: dict[str, Any] = {}
+    failures: dict[str, Result] = {}
+    launches = 0
+    for kind, tokens in cases:
+        if context.expired and launches:
+            break
+        context.doing(tokens, kind)
+        operands = draw(subject, kind, tokens, context.seed)
+        on_device = put(operands, context.device)
+        outputs = [np.asarray(output) for output in run(on_device)]
+        platform, logits = context.device.platform, outputs[-1]
+        verdicts = {"accuracy": judge_logits(subject, kind, operands, logits, platform)}
+        _collect(of_logits, kind, verdicts["accuracy"].figures)
+        if context.torch is not None and subject.dtype == "bfloat16" and kind == subject.usual:
+            _collect(of_logits, PEER, _peer(subject, kind, operands, on_device, context))
+        if subject.spec is not None:
+            verdicts["experts"] = judge_routing(subject, kind, operands, *outputs, platform)
+            _collect(of_routing, kind, verdicts["experts"].figures)
+        for check, verdict in verdicts.items():
+            if not verdict.passed and check not in failures:
+                failures[check] = _failed(check, verdict, kind, tokens, context, launches)
+        launches += 1
+        context.alive(1)
+    seconds = time.monotonic() - started
+    found = {"accuracy": of_logits} | ({"experts": of_routing} if subject.spec is not None else {})
+    return [failures.get(check) or Result(check, True, launches, seconds, figures) for check, figures in found.items()]
+
+
+def _collect(figures: dict[str, Any], kind: str, found: dict[str, Any]) -> None:
+    """The worst over the batches of a kind; counts add up."""
+    kept = figures.setdefault(kind, {})
+    for name, value in found.items():
+        kept[name] = kept.get(name, 0) + value if isinstance(value, int) else max(kept.get(name, value), value)
+
+
+def _failed(check: str, verdict: Verdict, kind: str, tokens: int, context: Context, launches: int) -> Result:
+    failure = Failure(tokens, kind, context.seed, launches, verdict.row, verdict.expected, verdict.got)
+    return Result(check, False, launches + 1, 0.0, verdict.figures, verdict.reason, failure)
+
+
+def _peer(subject: Subject, kind: str, operands: Operands, on_device: Operands, context: Context) -> dict[str, Any]:
+    """What cuBLAS's product with a float32 output is off by on the same data."""
+    torch = context.torch
+    assert torch is not None
+    timed = TimedOperands(on_device.x, (on_device.weight,), on_device.bias)
+    jax.block_until_ready(tuple(each for each in on_device if each is not None))
+    x, (weight,), bias = as_torch(torch, timed)
+    with torch.no_grad():
+        logits = operators(torch)["torch_mm_float32"](x, weight, bias).float().cpu().numpy()
+    return judge_logits(subject, kind, operands, logits, context.device.platform).figures

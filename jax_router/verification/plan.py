@@ -1,0 +1,190 @@
+"""What a run of the verification covers: subjects by models, implementations and operations; checks in their order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_router import dispatch, implementations
+from jax_router.models import models
+from jax_router.routing import RoutingSpec
+from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS, Shape, route_shapes, shapes
+from jax_router.tables import OPERATIONS
+from jax_router.verification.bits import check_bits, check_memory
+from jax_router.verification.data import Operands, Subject
+from jax_router.verification.fence import check_fence
+from jax_router.verification.load import check_graphs, check_load
+from jax_router.verification.neighbours import check_neighbours
+from jax_router.verification.numerics import check_numerics, problem_of
+from jax_router.verification.result import Context, Result
+
+ALL = "all"  # as a model: every preset
+QUICK_MODEL = "gpt-oss-120b"
+# hidden is no multiple of a tile of K, the experts are none of a tile of experts, nor of four.
+AWKWARD = "awkward"
+_AWKWARD_SPEC = RoutingSpec(top_k=6, score_function="sigmoid", renormalize=True, num_groups=2, group_topk=1)
+AWKWARD_SHAPES = (
+    Shape(1000, 46, True, (AWKWARD,)),
+    Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was asked for; JSON holds all of it. Empty tuples ask for everything, or for the default."""
+
+    implementations: tuple[str, ...] = ()
+    operations: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    checks: tuple[str, ...] = ()
+    minutes: float = 5.0
+    launches: int = 1_000_000
+    seed: int = 0
+    quick: bool = False
+    checkpoint: str | None = None
+    activations: str | None = None
+    sanitizers: bool = False
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Options:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
+
+    def check(self) -> None:
+        """Raise ValueError for what makes no sense, without looking at any device."""
+        known = {
+            "implementation": (self.implementations, IMPLEMENTATIONS),
+            "operation": (self.operations, OPERATIONS),
+            "model": (self.models, (*_names(), AWKWARD, ALL)),
+            "check": (self.checks, tuple(CHECKS)),
+        }
+        for name, (asked, accepted) in known.items():
+            for value in asked:
+                if value not in accepted:
+                    raise ValueError(
+                        f"{name} is {value!r}. Expected one of {', '.join(accepted)}; pass one of these to --{name}."
+                    )
+        for name, number in {
+            "minutes": self.minutes,
+            "launches": self.launches,
+            **dict.fromkeys(("tokens",), 1),
+        }.items():
+            if not number > 0:
+                raise ValueError(f"{name} is {number}. Expected more than 0; pass a positive number to --{name}.")
+        for count in self.tokens:
+            if count < 1:
+                raise ValueError(f"tokens is {count}. Expected 1 or more; pass a positive number to --tokens.")
+        if self.checkpoint and self.models:
+            raise ValueError("checkpoint and model are both given. Expected one of them; leave out --model.")
+        if self.activations and not self.checkpoint:
+            raise ValueError(
+                "activations are given without a checkpoint. Expected the router they were recorded before; add "
+                "--checkpoint."
+            )
+
+
+def _names() -> list[str]:
+    return [model for shape in route_shapes(models) for model in shape.models]
+
+
+def all_shapes(options: Options) -> list[Shape]:
+    """The shapes of the presets that are asked for: router GEMMs, then routing, and an awkward one of each."""
+    known = [*AWKWARD_SHAPES[:1], *shapes(models), *AWKWARD_SHAPES[1:], *route_shapes(models)]
+    wanted = set(options.models) or {AWKWARD, *((QUICK_MODEL,) if options.quick else ROUTE_HEADLINE_MODELS)}
+    found = [shape for shape in known if ALL in wanted or wanted.intersection(shape.models)]
+    return [shape for shape in found if not options.operations or shape.operation in options.operations]
+
+
+def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[str, str]]:
+    """Everything to verify on a device, and why each implementation that is left out does not run here."""
+    routers = _of_checkpoint(options) if options.checkpoint else [Subject("", shape) for shape in all_shapes(options)]
+    found, refused = [], {}
+    default = IMPLEMENTATIONS if not options.quick else tuple(name for name in IMPLEMENTATIONS if name != "xla")
+    for name in options.implementations or (default if device.platform == "gpu" else ("xla",)):
+        for router in routers:
+            subject = dataclasses.replace(router, implementation=name)
+            why = dispatch.why_unsupported(problem_of(subject, 1), dispatch.Device.of(device), name)
+            why = why or implementations.load(name).unavailable()
+            if why is None:
+                found.append(subject)
+            else:
+                refused[name] = why
+    return found, refused
+
+
+def _of_checkpoint(options: Options) -> list[Subject]:
+    """The first and the last router of a checkpoint, and every one of another form, as router GEMM and as routing."""
+    from jax_router.verification import checkpoints
+
+    assert options.checkpoint is not None
+    routers = checkpoints.routers(Path(options.checkpoint))
+    found: dict[Any, Subject] = {}
+    for router in (*routers[:1], *routers[::-1]):
+        experts, hidden = router.weight.shape
+        recorded = (
+            checkpoints.activations(Path(options.activations), hidden) if options.activations is not None else None
+        )
+        given = Operands(None, router.weight, router.bias, router.correction_bias, router.expert_scale)
+        for spec in (None, router.spec):
+            shape = Shape(
+                hidden, experts, router.bias is not None, (router.name,), spec, router.correction_bias is not None
+            )
+            of_operation = given if spec is not None else given._replace(correction_bias=None, expert_scale=None)
+            key = (dataclasses.replace(shape, models=()), router.layer == routers[0].layer)
+            dtype = router.weight.dtype.name
+            subject = Subject("", shape, dtype, of_operation, recorded, source=f"checkpoint {options.checkpoint}")
+            found.setdefault(key, subject)
+    return [subject for subject in found.values() if not options.operations or subject.operation in options.operations]
+
+
+Check = Callable[[Subject, Context], list[Result]]
+
+
+def _one(check: Callable[[Subject, Context], Result]) -> Check:
+    return lambda subject, context: [check(subject, context)]
+
+
+# By name, in the order in which they run: what is cheap and sees most first, what repeats until the time is up last.
+CHECKS: dict[str, Check] = {
+    "accuracy": check_numerics,
+    "experts": check_numerics,  # of routing, with the accuracy
+    "bits": _one(check_bits),
+    "memory": _one(check_memory),
+    "fence": _one(check_fence),
+    "neighbours": _one(check_neighbours),
+    "graphs": _one(check_graphs),
+    "load": _one(check_load),
+}
+
+
+def checks_of(options: Options) -> list[tuple[str, Check]]:
+    """What is called, by the name that stands for it while it runs."""
+    asked = [(name, check) for name, check in CHECKS.items() if not options.checks or name in options.checks]
+    return [pair for i, pair in enumerate(asked) if pair[1] not in [check for _, check in asked[:i]]]
+
+
+def describe(subject: Subject) -> dict[str, Any]:
+    """The subject as a record holds it."""
+    shape = subject.shape
+    return {
+        "operation": subject.operation,
+        "implementation": subject.implementation,
+        "models": list(shape.models),
+        "source": subject.source,
+        "hidden": shape.hidden,
+        "experts": shape.experts,
+        "bias": shape.bias,
+        "dtype": subject.dtype,
+        "out_dtype": "float32",
+        "rule": shape.rule,
+    }
+
+
+def chosen(found: Sequence[Subject], wanted: Sequence[dict[str, Any]]) -> list[Subject]:
+    """Those of `found` that are described in `wanted`."""
+    return [subject for subject in found if describe(subject) in wanted]

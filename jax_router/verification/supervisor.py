@@ -1,0 +1,191 @@
+"""Runs the verification in a process of its own, watches it, and puts what it says into a record.
+
+A kernel that hangs, crashes or touches unmapped memory ends that process and becomes a failed check; another process
+goes on with the next subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax_router.verification.plan import Options
+
+HANG_SECONDS = 150.0  # without a sign of life: compiling takes some tens
+STDERR_LINES = 12  # of a process that died, in the reason
+REFUSED = "refused"
+
+Record = dict[str, Any]
+Event = dict[str, Any]
+
+
+class RefusedError(ValueError):
+    """Nothing of what was asked for can be verified here."""
+
+
+def supervise(
+    options: Options, on_event: Callable[[Event], None] = lambda _: None, *, hang_seconds: float = HANG_SECONDS
+) -> Record:
+    """Run everything and return its record; with what is there if interrupted.
+
+    Args:
+      options: what to verify.
+      on_event: called with every event of the worker, and with the results that are found for a dead one.
+      hang_seconds: without any event, after which the worker counts as hung.
+
+    Raises:
+      RefusedError: nothing can run here; says why.
+      RuntimeError: the worker ended before it began; with what it said.
+    """
+    record: Record = {"options": dataclasses.asdict(options), "interrupted": False, "subjects": [], "sanitizers": []}
+    watch = _Watch(record, on_event)
+    started = time.monotonic()
+    try:
+        while not watch.ended:
+            minutes = max(options.minutes - (time.monotonic() - started) / 60, 0.1)
+            watch.follow({"options": dataclasses.asdict(options), "skip": watch.skip, "minutes": minutes}, hang_seconds)
+    except KeyboardInterrupt:
+        record["interrupted"] = True
+    for subject in record["subjects"]:
+        outcomes = [check["passed"] for check in subject["checks"]]
+        subject["launches"] = sum(check["launches"] for check in subject["checks"])
+        subject["passed"] = subject["complete"] and False not in outcomes
+    return record
+
+
+class _Watch:
+    """What the events so far have said."""
+
+    def __init__(self, record: Record, on_event: Callable[[Event], None]):
+        self.record, self.on_event = record, on_event
+        self.skip, self.ended = 0, False
+        self.check: str | None = None
+        self.subject: int | None = None
+        self.case: Event = {}
+        self.began = False
+
+    def follow(self, request: dict[str, Any], hang_seconds: float) -> None:
+        """One worker, from its start to its end."""
+        self.check, self.case, began_before = None, {}, self.began
+        with _Worker(request) as worker:
+            for event in worker.events(hang_seconds):
+                if event["event"] == REFUSED:
+                    raise RefusedError(event["reason"])
+                self.take(event)
+        if self.ended:
+            return
+        died = worker.how_it_ended
+        if self.check is None and not (self.began and not began_before):
+            raise RuntimeError(f"the process that verifies ended before its first check: {died}")
+        self.take(self._result_of_the_dead(died))
+        if self.subject is None:  # the sanitizers, which come last
+            self.ended = True
+        else:
+            self.take({"event": "done", "subject": self.subject})
+
+    def take(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "begin" and not self.began:
+            self.began = True
+            self.record.update(provenance=event["provenance"], library=event["library"], refused=event["refused"])
+            date = event["provenance"]["date"]
+            self.record["subjects"] = [
+                {**subject, "date": date, "complete": False, "checks": []} for subject in event["subjects"]
+            ]
+        elif kind == "check":
+            self.check, self.subject, self.case = event["check"], event["subject"], {}
+        elif kind == "case":
+            self.case = event
+        elif kind == "result":
+            result = {name: value for name, value in event.items() if name not in ("event", "subject")}
+            where = event["subject"]
+            if where is None:
+                self.record["sanitizers"].append({"tool": result.pop("check"), **result})
+            else:
+                self.record["subjects"][where]["checks"].append(result)
+        elif kind == "done":
+            self.record["subjects"][event["subject"]]["complete"] = True
+            self.skip = event["subject"] + 1
+            self.ended = self.skip == len(self.record["subjects"]) and not self.record["options"]["sanitizers"]
+        elif kind == "end":
+            self.ended = True
+        self.on_event(event)
+
+    def _result_of_the_dead(self, died: str) -> Event:
+        tokens, data = self.case.get("tokens"), self.case.get("data")
+        failure = None
+        if tokens is not None:
+            seed = self.record["options"]["seed"]
+            failure = {"tokens": tokens, "data": data, "seed": seed, "launch": 0, "row": None, "expected": "an end",
+                       "got": died.splitlines()[0]}  # fmt: skip
+        return {"event": "result", "subject": self.subject, "check": self.check, "passed": False, "launches": 0,
+                "seconds": 0.0, "figures": {}, "reason": died, "failure": failure}  # fmt: skip
+
+
+class _Worker:
+    """The process. Its error output is kept, and what compiling says is passed on."""
+
+    def __init__(self, request: dict[str, Any]):
+        # JAX takes most of the GPU's memory at its start unless told otherwise; a user's process may have it already.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jax_router.verification.worker"], env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.said: list[str] = []
+        self.how_it_ended = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as stdin:
+                json.dump(request, stdin)
+        except BrokenPipeError:
+            pass  # it died: how is read below
+        self._readers = [threading.Thread(target=each, daemon=True) for each in (self._read_events, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(timeout=5)
+
+    def events(self, hang_seconds: float) -> Iterator[Event]:
+        while True:
+            try:
+                line = self._lines.get(timeout=hang_seconds)
+            except queue.Empty:
+                self.how_it_ended = f"hung: no sign of life for {hang_seconds:.0f} s"
+                return
+            if line is None:
+                status = self.process.wait()
+                self._readers[1].join(timeout=5)
+                last = "\n".join(line for line in self.said if line)
+                self.how_it_ended = f"ended with status {status}:\n{last[-2000:]}"
+                return
+            yield json.loads(line)
+
+    def _read_events(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("jax_router: "):
+                sys.stderr.write(line)
+            self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]

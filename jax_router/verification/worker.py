@@ -1,0 +1,107 @@
+"""The process that runs checks, one JSON line per event on its standard output; everything else goes to its error.
+
+    python -m jax_router.verification.worker < request.json
+
+A request has `options` (plan.Options) and `skip`, how many subjects were done by the process before. A kernel that hangs
+or touches what it must not takes this process down and not the one that reports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    """Run the request; exit status 0 however the checks end."""
+    request = json.load(sys.stdin)
+    events = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def emit(event: str, **facts: Any) -> None:
+        events.write(json.dumps({"event": event, **facts}) + "\n")
+
+    try:
+        run(request, emit)
+    except ValueError as error:  # what was asked for makes no sense here
+        emit("refused", reason=str(error))
+
+
+def run(request: dict[str, Any], emit: Any) -> None:
+    """Emit "begin", then "check", "case", "alive" and "result" as they come, and "end".
+
+    Raises:
+      ValueError: nothing of what was asked for can run here; says why.
+    """
+    emit("alive", launches=0)
+    import jax
+
+    from jax_router import build
+    from jax_router.provenance import provenance
+    from jax_router.sweep import torch_with_gpu
+    from jax_router.verification import plan
+    from jax_router.verification.result import Context, Result
+    from jax_router.verification.sanitizers import check_sanitizers
+
+    options = plan.Options.of(request["options"])
+    device = jax.local_devices()[0]
+    found, refused = plan.subjects(options, device)
+    if not found:
+        reasons = "; ".join(f"{name} {why}" for name, why in refused.items()) or "no subject is left"
+        raise ValueError(
+            f"nothing can be verified here: {reasons}. Name another --implementation, --model or --operation."
+        )
+    facts = provenance()
+    library = os.environ.get(build.LIBRARY_VARIABLE)
+    described = [plan.describe(subject) for subject in found]
+    emit("begin", provenance=facts, library=library, subjects=described, refused=refused)
+    alive_at = 0.0
+
+    def doing(tokens: int, data: str) -> None:
+        emit("case", tokens=tokens, data=data)
+
+    launches_since = 0
+
+    def alive(launches: int) -> None:
+        nonlocal alive_at, launches_since
+        launches_since += launches
+        if time.monotonic() - alive_at > 0.2:
+            emit("alive", launches=launches_since)
+            alive_at, launches_since = time.monotonic(), 0
+
+    torch = torch_with_gpu() if device.platform == "gpu" and not options.quick else None
+    ends = time.monotonic() + 60 * request.get("minutes", options.minutes)
+    remaining = list(enumerate(found))[request["skip"] :]
+    for position, (index, subject) in enumerate(remaining):
+        share = max(ends - time.monotonic(), 0.0) / (len(remaining) - position)
+        context = Context(
+            device, options.seed, options.launches, time.monotonic() + share, options.quick, options.tokens, torch,
+            doing, alive,
+        )  # fmt: skip
+        for name, check in plan.checks_of(options):
+            emit("check", subject=index, check=name)
+            try:
+                results = check(subject, context)
+            except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
+                text = f"{type(error).__name__}: {error}"
+                results = [Result(name, False, reason=text[:2000])]
+                emit("result", subject=index, **dataclasses.asdict(results[0]))
+                if "CUDA_ERROR" in text or "cuda" in text.lower():
+                    raise  # the device is lost to this process
+                continue
+            for result in results:
+                emit("result", subject=index, **dataclasses.asdict(result))
+        emit("done", subject=index)
+    if options.sanitizers:
+        emit("check", subject=None, check="sanitizers")
+        for result in check_sanitizers(alive):
+            emit("result", subject=None, **dataclasses.asdict(result))
+    emit("end")
+
+
+if __name__ == "__main__":
+    main()
