@@ -29,7 +29,7 @@ OTHER_PARTS = re.compile(r"(^|\.)(talker|code2wav|visual|vision|audio)")
 class CheckpointRouter:
     """One router as a checkpoint has it: what `jax_router.route` takes, in the stored dtypes.
 
-    Of Gemma 4 the norm and the scale before the router, and of DeepSeek-V4 the tables of the hash layers, are not in it.
+    Gemma 4's norm and scale before the router and the tables of DeepSeek-V4's hash layers are not in it.
     """
 
     name: str  # of the weight, without its last part: "model.layers.3.mlp.router"
@@ -78,7 +78,8 @@ LAYOUTS = (
     ),
     Layout(("bailing_hybrid",), GATE, "mlp.gate.expert_bias"),
     Layout(("ernie4_5_moe",), GATE, "mlp.moe_statics.e_score_correction_bias"),
-    Layout(("exaone_moe", "dots3_note_vision_encoder"), GATE, "mlp.e_score_correction_bias"),
+    Layout(("exaone_moe",), GATE, "mlp.e_score_correction_bias"),
+    Layout(("dots3_note_vision_encoder",), "mlp.gate_weight", "mlp.router_bias"),
     Layout(("inkling2_text",), GATE, "mlp.gate.bias"),
     Layout(("kolibri1",), GATE, "moe.router.expert_bias"),
     Layout(("laguna",), GATE, "mlp.experts.e_score_correction_bias"),
@@ -115,7 +116,7 @@ LAYOUTS = (
     Layout(
         ("ernie4_5_vl_moe_text",), "mlp.text_moe.gate.weight", "mlp.text_moe.gate.moe_statics.e_score_correction_bias",
     ),
-    # The correction bias has a row for text and one for vision.
+    # Of the whole model: its correction bias has a row for text and one for vision.
     Layout(("ernie4_5_vl_moe_text",), GATE, "mlp.moe_statics.e_score_correction_bias", transposed=True),
 )  # fmt: skip
 
@@ -153,8 +154,8 @@ def routers(directory: str | Path) -> tuple[CheckpointRouter, ...]:
     if not found:
         names = " or ".join(f"layers.N.{layout.weight}" for layout in LAYOUTS if model_type in layout.families)
         raise ValueError(
-            f"directory is {str(directory)!r}, where none of {len(files)} tensors is a router of {model_type!r}. Expected "
-            f"{names} with any prefix; pass the whole model, as transformers saves it."
+            f"directory is {str(directory)!r}, where none of {len(files)} tensors is a router of {model_type!r}. "
+            f"Expected {names} with any prefix; pass the whole model, as transformers saves it."
         )
     tensors = _tensors({name: files[name] for _, _, names in found for name in names.values()})
     return tuple(
@@ -178,7 +179,8 @@ def activations(path: str | Path, hidden: int) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"path is {str(path)!r}, which is no file. Expected a .npy file of [..., {hidden}]; write one with numpy.save."
+            f"path is {str(path)!r}, which is no file. Expected a .npy file of [..., {hidden}]; write one with "
+            "numpy.save."
         )
     with path.open("rb") as file:
         try:
@@ -192,8 +194,8 @@ def activations(path: str | Path, hidden: int) -> np.ndarray:
         array = array.view(BFLOAT16)
     if array.dtype == np.uint16:
         raise ValueError(
-            f"path is {str(path)!r}, an array of uint16, which may be bfloat16 or numbers. Expected float32, float16 or "
-            "bfloat16; if it is bfloat16, save array.view(ml_dtypes.bfloat16)."
+            f"path is {str(path)!r}, an array of uint16, which may be bfloat16 or numbers. Expected float32, float16 "
+            "or bfloat16; if it is bfloat16, save array.view(ml_dtypes.bfloat16)."
         )
     if array.dtype not in (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16):
         raise ValueError(
@@ -207,7 +209,8 @@ def activations(path: str | Path, hidden: int) -> np.ndarray:
         )
     if array.size == 0:
         raise ValueError(
-            f"path is {str(path)!r}, an array of shape {array.shape}, without tokens. Expected at least one; record some."
+            f"path is {str(path)!r}, an array of shape {array.shape}, without tokens. Expected at least one; record "
+            "some."
         )
     return np.ascontiguousarray(array.reshape(-1, hidden))
 
@@ -238,8 +241,8 @@ def _files(directory: Path) -> Mapping[str, Path]:
             for name in opened.keys():  # noqa: SIM118, it is no mapping
                 if name in found:
                     raise ValueError(
-                        f"{name} is both in {found[name].name} and in {file.name} of {str(directory)!r}. Expected every "
-                        "tensor once; move the files of one checkpoint away, or add model.safetensors.index.json."
+                        f"{name} is both in {found[name].name} and in {file.name} of {str(directory)!r}. Expected "
+                        "every tensor once; move the files of one checkpoint away, or add model.safetensors.index.json."
                     )
                 found[name] = file
     if not found:
@@ -262,15 +265,16 @@ def _open(file: Path) -> Iterator[Any]:
         ) from error
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file.name} is missing in {str(file.parent)!r}, where model.safetensors.index.json has router tensors in it. "
-            "Expected every shard with routers; download it too."
+            f"{file.name} is missing in {str(file.parent)!r}, but has routers by model.safetensors.index.json. "
+            "Expected every shard that has; download it too."
         )
     try:
         with safe_open(file, framework="numpy") as opened:
             yield opened
     except SafetensorError as error:
         raise ValueError(
-            f"{file.name} in {str(file.parent)!r} is no whole safetensors file: {error}. Expected one; download it again."
+            f"{file.name} in {str(file.parent)!r} is no whole safetensors file: {error}. Expected one; download it "
+            "again."
         ) from None
 
 
@@ -307,14 +311,14 @@ def _tensors(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
             for name in (name for name in files if files[name] == file):
                 if name not in present:
                     raise ValueError(
-                        f"{name} is not in {file.name}, where model.safetensors.index.json has it. Expected an index of "
-                        "these shards; download both again."
+                        f"{name} is not in {file.name}, where model.safetensors.index.json has it. Expected an index "
+                        "of these shards; download both again."
                     )
                 dtype = opened.get_slice(name).get_dtype()
                 if dtype not in STORED:
                     raise ValueError(
-                        f"{name} is stored as {dtype} in {file.name}. Expected {', '.join(STORED)}; save the model with "
-                        "its router dequantized."
+                        f"{name} is stored as {dtype} in {file.name}. Expected {', '.join(STORED)}; save the model "
+                        "with its router dequantized."
                     )
                 tensors[name] = opened.get_tensor(name)
     return tensors
@@ -339,20 +343,20 @@ def _router(
     if weight.ndim != 2 or weight.shape[1] != hidden:
         raise ValueError(
             f"{name} has shape {tensors['weight'][1].shape} but config.json has hidden={hidden}. Expected "
-            f"{(hidden, 'experts') if layout.transposed else ('experts', hidden)}; use the config.json of this checkpoint."
+            f"{(hidden, 'experts') if layout.transposed else ('experts', hidden)}; use this checkpoint's config.json."
         )
     experts = len(weight)
     checks.spec_fits(spec, experts)
     vectors: dict[str, np.ndarray | None] = dict.fromkeys(("bias", "correction_bias", "expert_scale"))
-    for role, (vector_name, vector) in tensors.items():
-        if role == "weight":
-            continue
-        vectors[role] = vector[0] if role == "correction_bias" and vector.ndim == 2 else vector
-        if vectors[role].shape != (experts,):
+    for role in tensors.keys() & vectors.keys():
+        vector_name, stored = tensors[role]
+        vector = stored[0] if role == "correction_bias" and stored.ndim == 2 else stored
+        if vector.shape != (experts,):
             raise ValueError(
-                f"{vector_name} has shape {vector.shape} but {name} has experts={experts}. Expected shape ({experts},); "
-                "use the shards of one checkpoint."
+                f"{vector_name} has shape {stored.shape} but {name} has experts={experts}. Expected shape "
+                f"({experts},); use the shards of one checkpoint."
             )
+        vectors[role] = vector
     return CheckpointRouter(
-        name.removesuffix(".weight"), layer, model_type, np.ascontiguousarray(weight), spec=spec, **vectors
+        name.removesuffix("weight")[:-1], layer, model_type, np.ascontiguousarray(weight), spec=spec, **vectors
     )
