@@ -65,6 +65,16 @@ def test_routers_come_in_the_order_of_the_layers(tmp_path: Path) -> None:
     assert [router.layer for router in found] == [0, 2, 10]
 
 
+def test_the_hidden_size_of_dbrx_is_that_of_the_model(tmp_path: Path) -> None:
+    config = {
+        "model_type": "dbrx", "d_model": HIDDEN,
+        "ffn_config": {"hidden_size": 6144, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0},
+    }  # fmt: skip
+    content = {"transformer.blocks.0.ffn.router.layer.weight": tensors()[WEIGHT]}
+    [router] = checkpoints.routers(write(tmp_path, {"model.safetensors": content}, config))
+    assert bits(router.weight) == bits(tensors()[WEIGHT])
+
+
 @pytest.mark.parametrize("part", ["talker.model", "model.visual", "vision_tower.encoder", "audio_tower"])
 def test_routers_of_other_parts_are_left_out(part: str, tmp_path: Path) -> None:
     values = tensors()
