@@ -208,7 +208,7 @@ _ABSENT = object()
 
 def spec_from_hf_config(config: Any, round_logits: bool = False) -> RoutingSpec:
     """What `RoutingSpec.from_hf_config` returns; its docstring is the contract."""
-    model_type, part = _text_model(config)
+    model_type, part = text_model(config)
     row = FAMILIES[model_type]
     if isinstance(row, Refused):
         raise NotImplementedError(
@@ -216,7 +216,7 @@ def spec_from_hf_config(config: Any, round_logits: bool = False) -> RoutingSpec:
             "write this router in JAX by itself."
         )
     if isinstance(row, Switch):
-        value = _read(part, model_type, (row.field,))
+        value = read_field(part, model_type, (row.field,))
         if value not in row.cases:
             raise NotImplementedError(
                 f"{row.field} is {value!r} in a config of {model_type!r}. Expected one of "
@@ -224,7 +224,7 @@ def spec_from_hf_config(config: Any, round_logits: bool = False) -> RoutingSpec:
             )
         row = row.cases[value]
     for field, expressed, remedy in row.only:
-        value = _read(part, model_type, (field,))
+        value = read_field(part, model_type, (field,))
         if value != expressed:
             raise NotImplementedError(
                 f"{field} is {value!r} in a config of {model_type!r}. Expected {expressed!r}; {remedy}."
@@ -237,7 +237,7 @@ def spec_from_hf_config(config: Any, round_logits: bool = False) -> RoutingSpec:
         )
 
     def value_of(name: Any) -> Any:
-        return _read(part, model_type, name) if isinstance(name, tuple) else name
+        return read_field(part, model_type, name) if isinstance(name, tuple) else name
 
     top_k, scaling, groups = value_of(TOP_K), value_of(row.scaling), value_of(GROUPS) if row.grouped else None
     if top_k is None:
@@ -283,7 +283,7 @@ def _get(config: Any, name: str) -> Any:
     )
 
 
-def _text_model(config: Any) -> tuple[str, Any]:
+def text_model(config: Any) -> tuple[str, Any]:
     """The model_type in the table, and the part of the configuration that has the router's fields."""
     model_type = _get(config, "model_type")
     if not isinstance(model_type, str):
@@ -297,7 +297,7 @@ def _text_model(config: Any) -> tuple[str, Any]:
     for name in PARTS:
         part = _get(config, name)
         if part is not _ABSENT and part is not None:
-            return _text_model(part)
+            return text_model(part)
     close = difflib.get_close_matches(model_type, FAMILIES, 3)
     hint = f" (close: {', '.join(close)})" if close else ""
     raise ValueError(
@@ -306,7 +306,7 @@ def _text_model(config: Any) -> tuple[str, Any]:
     )
 
 
-def _read(config: Any, model_type: str, names: Field) -> Any:
+def read_field(config: Any, model_type: str, names: Field) -> Any:
     """The value of a field under any of its names; of a list with one value per layer, the one that all layers have."""
     value = next((found for name in names if (found := _get(config, name)) is not _ABSENT), _ABSENT)
     if value is _ABSENT:
