@@ -1,4 +1,4 @@
-"""Does an implementation compute what it should, on this machine's GPU? `verify` here, `jax-router verify` in a shell."""
+"""Does an implementation compute what it should, on this machine's GPU? `verify` here, `jax-router verify` beside."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def verify(
     Args:
       implementation: "cuda", "pallas", "xla", several of them, or None for all that run here.
       operation: "router_gemm", "route", or None for both.
-      model: names of `jax_router.models`, "awkward" (sizes that no tile divides), "all", or None for some and "awkward".
+      model: names of `jax_router.models`, "awkward" (sizes no tile divides), "all", or None for some and "awkward".
       tokens: numbers of tokens, instead of those of each check.
       minutes: for everything together; what runs once runs at least once.
       launches: under load, per router and implementation, if the time allows.

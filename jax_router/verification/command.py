@@ -185,7 +185,7 @@ def joined(path: Path, record: Record) -> Record:
 
 def save_failures(record: Record, folder: Path) -> list[Path]:
     """Save every failing case that can be run again, and return where."""
-    saved = []
+    saved: list[Path] = []
     for subject, check in failures(record):
         if subject is None or not check.get("failure"):
             continue

@@ -54,7 +54,8 @@ def check_numerics(subject: Subject, context: Context) -> list[Result]:
         if context.torch is not None and subject.dtype == "bfloat16" and kind == subject.usual:
             _collect(of_logits, PEER, _peer(subject, kind, operands, on_device, context))
         if subject.spec is not None:
-            verdicts["experts"] = judge_routing(subject, kind, operands, *outputs, platform)
+            weights, experts = outputs[:2]
+            verdicts["experts"] = judge_routing(subject, kind, operands, weights, experts, logits, platform)
             _collect(of_routing, kind, verdicts["experts"].figures)
         for check, verdict in verdicts.items():
             if not verdict.passed and check not in failures:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
+import numpy as np
 
 from jax_router import dispatch, implementations
 from jax_router.models import models
@@ -53,7 +55,10 @@ class Options:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Options:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+        }
+        return cls(**values)
 
     def check(self) -> None:
         """Raise ValueError for what makes no sense, without looking at any device."""
@@ -69,11 +74,7 @@ class Options:
                     raise ValueError(
                         f"{name} is {value!r}. Expected one of {', '.join(accepted)}; pass one of these to --{name}."
                     )
-        for name, number in {
-            "minutes": self.minutes,
-            "launches": self.launches,
-            **dict.fromkeys(("tokens",), 1),
-        }.items():
+        for name, number in {"minutes": self.minutes, "launches": self.launches}.items():
             if not number > 0:
                 raise ValueError(f"{name} is {number}. Expected more than 0; pass a positive number to --{name}.")
         for count in self.tokens:
@@ -107,7 +108,7 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
     default = IMPLEMENTATIONS if not options.quick else tuple(name for name in IMPLEMENTATIONS if name != "xla")
     for name in options.implementations or (default if device.platform == "gpu" else ("xla",)):
         for router in routers:
-            subject = dataclasses.replace(router, implementation=name)
+            subject = _as_taken(dataclasses.replace(router, implementation=name))
             why = dispatch.why_unsupported(problem_of(subject, 1), dispatch.Device.of(device), name)
             why = why or implementations.load(name).unavailable()
             if why is None:
@@ -115,6 +116,16 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
             else:
                 refused[name] = why
     return found, refused
+
+
+def _as_taken(subject: Subject) -> Subject:
+    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says."""
+    if subject.given is None or subject.dtype != "float32" or subject.implementation == "xla":
+        return subject
+    narrow = np.dtype(ml_dtypes.bfloat16)
+    bias = None if subject.given.bias is None else subject.given.bias.astype(narrow)
+    given = subject.given._replace(weight=subject.given.weight.astype(narrow), bias=bias)
+    return dataclasses.replace(subject, given=given, dtype=narrow.name, source=f"{subject.source}, in bfloat16")
 
 
 def _of_checkpoint(options: Options) -> list[Subject]:

@@ -2,8 +2,8 @@
 
     python -m jax_router.verification.worker < request.json
 
-A request has `options` (plan.Options) and `skip`, how many subjects were done by the process before. A kernel that hangs
-or touches what it must not takes this process down and not the one that reports it.
+A request has `options` (plan.Options), `minutes`, and `skip`, how many subjects were done by the process before. A
+kernel that hangs or touches what it must not takes this process down and not the one that reports it.
 """
 
 from __future__ import annotations
