@@ -270,8 +270,8 @@ def _is_in_place(name: str, tensor: torch.Tensor) -> None:
         )
     if name == "weight" and tensor.data_ptr() % ALIGNMENT != 0:
         raise ValueError(
-            f"weight begins {tensor.data_ptr() % ALIGNMENT} bytes behind a multiple of {ALIGNMENT}. Expected it at such "
-            "a multiple; call weight.clone() once, where it is loaded."
+            f"weight begins {tensor.data_ptr() % ALIGNMENT} bytes behind a multiple of {ALIGNMENT}. Expected none; "
+            "call weight.clone() once, where it is loaded."
         )
 
 
