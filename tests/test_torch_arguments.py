@@ -175,8 +175,6 @@ def arguments(**changes) -> dict:
 
 TO_TENSOR = "Expected a torch.Tensor on a GPU; convert it, for example with torch.as_tensor("
 SHAPES = "Expected (..., hidden) and (experts, hidden), both numbers at least 1; if your weight is (hidden, experts), "
-    "Expected (..., hidden) and (experts, hidden), both numbers at least 1; if your weight is (hidden, experts), pass "
-)
 TAKEN = "Pass what it takes, or use PyTorch's own operations, whose bits are others."
 F32, F64 = torch.float32, torch.float64
 # Of arguments that router_gemm has too, both operations are asked.
