@@ -89,6 +89,29 @@ class RouteArgs(ctypes.Structure):
         ("config", ctypes.c_int32),
     ]
 
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        *,
+        gemm: RouterGemmArgs,
+        weights: int,
+        experts: int,
+        correction_bias: tuple[int, str] | None = None,
+        expert_scale: tuple[int, str] | None = None,
+        replay: int | None = None,
+        return_logits: bool,
+        config: int = -1,
+    ) -> RouteArgs:
+        """The arguments of one launch of a problem with a spec. A vector is its address on the device and its dtype."""
+        assert problem.spec is not None, "a problem without a spec is a router GEMM"
+        integers, floats = spec_numbers(problem.spec)
+        pairs = (correction_bias, expert_scale)
+        addresses = (None if pair is None else pair[0] for pair in pairs)
+        dtypes = (-1 if pair is None else DTYPES[pair[1]] for pair in pairs)
+        spec = ((ctypes.c_int32 * 8)(*integers), (ctypes.c_float * 4)(*floats))
+        return cls(gemm, return_logits, *spec, *addresses, *dtypes, replay, weights, experts, config)
+
 
 def spec_numbers(spec: RoutingSpec) -> tuple[np.ndarray, np.ndarray]:
     """The int32 and the float32 members of `jr_routing_spec` (csrc/route.h), in its order."""
