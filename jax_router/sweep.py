@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jax_router import sweep_points
+from jax_router.provenance import gpu_name
 from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, identity, read_rows
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
@@ -246,11 +247,6 @@ def torch_with_gpu() -> Any | None:
     except ImportError:
         return None
     return torch if torch.cuda.is_available() else None
-
-
-def gpu_name(facts: Row) -> str:
-    """For names of files: h200 of NVIDIA H200, cpu without a GPU."""
-    return (facts["gpu"] or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
 
 
 def register(app: typer.Typer) -> None:
