@@ -61,13 +61,13 @@ def why_unverified(
     return None
 
 
-def why_of_other(record: Record, *, source_hash: str | None, gpu: str | None, library: str | None = None) -> str | None:
+def why_of_other(record: Record, *, source_hash: str | None, gpu: str | None) -> str | None:
     """Why a record, passed or failed, says nothing about these sources on this GPU, or None."""
     provenance = record["provenance"]
     if provenance["gpu"] != gpu:
         return f"the record is of another GPU, {provenance['gpu']}"
-    if record["library"] != library:
-        return f"the record is of {_library(record['library'])}, not of {_library(library)}"
+    if record["library"] is not None:
+        return f"the record is of the library {record['library']}, whose sources nobody knows"
     if provenance["source_hash"] != source_hash:
         found = short(provenance["source_hash"])
         return f"the record is of other sources, {found}, these are {short(source_hash)}"
@@ -92,6 +92,25 @@ def complete(record: Record, operation: str, implementation: str) -> list[dict[s
     wanted = (operation, implementation)
     every = (each for each in record["subjects"] if (each["operation"], each["implementation"]) == wanted)
     return [each for each in every if _not_run(each) is None]
+
+
+def accepted(record: Record, name: str, subjects: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a table says of the record by which `subjects` were accepted: which record, and launches under load."""
+    keys = {_key(subject) for subject in subjects}
+    found: dict[str, dict[str, Any]] = {}
+    for operation, implementation in sorted(
+        {(each["operation"], each["implementation"]) for each in record["subjects"]}
+    ):
+        proofs = [each for each in complete(record, operation, implementation) if _key(each) in keys]
+        if proofs:
+            figures = {"shapes": len({_key(each) for each in proofs}), "launches": launches_under_load(proofs)}
+            found.setdefault(operation, {})[implementation] = figures
+    return {
+        "record": Path(name).name,
+        **{fact: record["provenance"][fact] for fact in ("gpu", "date", "source_hash")},
+        "launches": sum(each["launches"] for of_operation in found.values() for each in of_operation.values()),
+        "accepted": found,
+    }
 
 
 def launches_under_load(subjects: Iterable[Mapping[str, Any]]) -> int:
@@ -165,8 +184,8 @@ def find_record(gpu: str, folders: Sequence[Path]) -> tuple[Record, str] | None:
         path = folder / file_name(gpu)
         if path.is_file():
             return read_record(path), str(path)
-    record, path = kept(gpu), _kept_path(gpu)
-    return None if record is None or path is None else (record, str(path))
+    record = kept(gpu)
+    return None if record is None else (record, str(_kept_path(gpu)))
 
 
 def keep(record: Record) -> Path | None:
@@ -176,10 +195,11 @@ def keep(record: Record) -> Path | None:
     once in many launches is not gone because a few more were right.
 
     Returns:
-      Its path; None, with a warning, if there is no place for it, or without one if it is of no GPU.
+      Its path; None, with a warning, if there is no place for it, or without one if it is of no GPU or of a library
+      that JAX_ROUTER_LIBRARY named.
     """
     gpu = record["provenance"]["gpu"]
-    if gpu is None:
+    if gpu is None or record["library"] is not None:
         return None
     kept.cache_clear()
     earlier, path = kept(gpu), _kept_path(gpu)
@@ -233,7 +253,7 @@ def _kept_path(gpu: str) -> Path | None:
 def _with_failures_of(earlier: Record, record: Record) -> Record:
     """`record`, and what failed in `earlier` unless it was of something else or has passed since."""
     of = record["provenance"]
-    if why_of_other(earlier, source_hash=of["source_hash"], gpu=of["gpu"], library=record["library"]) is not None:
+    if why_of_other(earlier, source_hash=of["source_hash"], gpu=of["gpu"]) is not None:
         return record
     passed = [] if record["quick"] else [each for each in record["subjects"] if _not_run(each) is None]
     settled = {(_key(each), each.get("source")) for each in passed}
@@ -276,10 +296,6 @@ def _not_run(subject: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _library(path: str | None) -> str:
-    return "the package's own kernels" if path is None else f"the library {path}"
-
-
 def _because(check: Mapping[str, Any]) -> str:
     return f" ({str(check['reason']).rstrip('.')})" if check.get("reason") else ""
 
@@ -287,7 +303,7 @@ def _because(check: Mapping[str, Any]) -> str:
 def _check_form(record: Any) -> None:
     """Raise if a part of a record that is read here is not there or is something else."""
     provenance = record["provenance"]
-    parts = [
+    parts: list[tuple[str, Any, Any]] = [
         ("gpu", provenance["gpu"], str | None),
         ("source_hash", provenance["source_hash"], str),
         ("date", provenance["date"], str),
