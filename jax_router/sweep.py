@@ -124,7 +124,7 @@ def run(
 
     record = None
     if write_table:
-        record = find_record(facts["gpu"], verification, path.parent)
+        record = find_record(facts, verification, path.parent)
 
     console.print(
         f"{suite} suite on {facts['gpu'] or 'the CPU'}, sources {facts['source_hash'][:12]}, rows in {path}",
@@ -181,14 +181,14 @@ def _own_command() -> list[str]:
     return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
 
 
-def find_record(gpu: str, named: Path | None, folder: Path) -> tuple[gate.Record, str] | None:
+def find_record(facts: Row, named: Path | None, folder: Path) -> tuple[gate.Record, str] | None:
     """The verification record by which a table accepts implementations, and where it is; None if there is none.
 
     Raises:
       ValueError: the named record cannot be read, or the found one.
     """
     if named is None:
-        return gate.find_record(gpu, (RESULTS, folder))
+        return gate.find_record(facts["gpu"], (RESULTS, folder), source_hash=facts["source_hash"])
     try:
         return gate.read_record(named), str(named)
     except ValueError as error:

@@ -43,7 +43,7 @@ def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str =
       record_name: of its file, for the table to name.
 
     Raises:
-      ValueError: no problem has a verified candidate with warm and cold CUPTI times.
+      ValueError: no problem has `xla` or a verified kernel with warm and cold CUPTI times.
     """
     rows, _ = comparable(rows)
     provenance = rows[-1]["provenance"] if rows else {}
@@ -82,9 +82,8 @@ def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str =
         accepted += [{**shape, "implementation": name} for name in verified if name in gate.KERNELS]
     if not entries:
         raise ValueError(
-            "the rows hold no verified implementation with warm and cold CUPTI times. Expected a sweep on a GPU, of xla "
-            "or of what is verified there; run `jax-router verify` and `jax-router sweep --suite headline --write-table` "
-            "there."
+            "the rows hold neither xla nor a verified kernel with warm and cold CUPTI times. Expected a sweep on a GPU "
+            "that has them; run `jax-router sweep --suite headline --write-table` there."
         )
     by_size = ("hidden", "experts", "bias", "tokens")
     entries.sort(key=lambda entry: (OPERATIONS.index(entry["operation"]), *map(entry.get, by_size)))

@@ -174,18 +174,19 @@ def read_record(path: Path) -> Record:
     return dict(record)
 
 
-def find_record(gpu: str, folders: Sequence[Path]) -> tuple[Record, str] | None:
-    """The record of a GPU in the first of `folders` that has one, else the kept one, and where it is; or None.
+def find_record(gpu: str, folders: Sequence[Path], *, source_hash: str) -> tuple[Record, str] | None:
+    """The record of a GPU in one of `folders`, else the kept one, and where it is. Those of these sources come first.
 
     Raises:
       ValueError: as `read_record`.
     """
-    for folder in folders:
-        path = folder / file_name(gpu)
-        if path.is_file():
-            return read_record(path), str(path)
-    record = kept(gpu)
-    return None if record is None else (record, str(_kept_path(gpu)))
+    paths = [path for path in (folder / file_name(gpu) for folder in folders) if path.is_file()]
+    found = [(read_record(path), str(path)) for path in paths]
+    own = kept(gpu)
+    found += [] if own is None else [(own, str(_kept_path(gpu)))]
+    return min(
+        found, key=lambda each: why_of_other(each[0], source_hash=source_hash, gpu=gpu) is not None, default=None
+    )
 
 
 def keep(record: Record) -> Path | None:
