@@ -333,6 +333,27 @@ def test_without_a_table_and_a_record_no_source_is_hashed(on_h200: Path, monkeyp
     assert explain().implementation == "cuda"
 
 
+def test_it_is_judged_once_until_something_changes(on_h200: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, judge = [], standing.judge
+    monkeypatch.setattr(standing, "judge", lambda *given, **more: asked.append(1) or judge(*given, **more))
+    table = Table.parse(document())
+    for changes in (
+        lambda: dispatch.standings(H200, table),
+        lambda: gate.keep(record(subject())),
+        lambda: gate.keep(record(subject("route"))),
+        lambda: monkeypatch.setenv(build.LIBRARY_VARIABLE, "/tmp/mine.so"),
+    ):
+        changes()
+        before = len(asked)
+        for _ in range(3):
+            dispatch.standings(H200, table)
+        assert len(asked) <= before + 1
+    assert len(asked) == 4
+    assert dispatch.standings(H200, table) == judge(
+        "NVIDIA H200", table, gate.kept("NVIDIA H200"), source_hash=HERE, library="/tmp/mine.so"
+    )
+
+
 def test_the_import_brings_in_nothing_for_it() -> None:
     code = (
         "import sys, jax_router as jr; jr.explain(tokens=8, hidden=16, experts=4, device=jr.dispatch.Device('cpu')); "
