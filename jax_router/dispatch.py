@@ -2,7 +2,8 @@
 
 Order: the argument `implementation`, then the environment (`JAX_ROUTER_IMPLEMENTATION` names the one to use,
 `JAX_ROUTER_DISABLE` lists those that must not run), then the measured table of this GPU or its twin, then a heuristic,
-then `xla`.
+then `xla`. A kernel that failed its verification, or whose measured table is not of verified sources, is chosen by
+argument or environment only.
 Both variables are read while tracing: a function that is already compiled keeps what it was compiled with.
 """
 
@@ -22,12 +23,15 @@ import numpy as np
 from jax_router import checks, checks_route, implementations
 from jax_router.routing import RoutingSpec
 from jax_router.tables import Table, load_table
+from jax_router.verification import standing
+from jax_router.verification.standing import Standings
 
 IMPLEMENTATIONS = implementations.NAMES
 PREFER_VARIABLE = "JAX_ROUTER_IMPLEMENTATION"
 DISABLE_VARIABLE = "JAX_ROUTER_DISABLE"
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_UNKNOWN: Standings = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,13 @@ class Choice:
     reason: str
     rejected: tuple[tuple[str, str], ...]  # (name, why not)
     config: int | None = None  # of the kernel; None lets its launcher pick. All configurations give the same bits
+    verification: tuple[tuple[str, str], ...] = ()  # (name, its standing) of the kernels that could run
 
     def __str__(self) -> str:
         rejected = [f"not {name}: {reason}" for name, reason in self.rejected]
-        return "\n  ".join([f"{self.implementation}: {self.reason}", *rejected])
+        # What is left out for its verification has said so.
+        verified = [f"{name} {text}" for name, text in self.verification if (name, text) not in self.rejected]
+        return "\n  ".join([f"{self.implementation}: {self.reason}", *rejected, *verified])
 
 
 def why_unsupported(problem: Problem, device: Device, implementation: str) -> str | None:
@@ -115,6 +122,7 @@ def choose(
     environment: Mapping[str, str] = os.environ,
     table: Table | None = None,
     unavailable: Mapping[str, str] = _NOTHING,
+    verification: Standings = _UNKNOWN,
 ) -> Choice:
     """Choose the implementation of one problem. Pure: everything it depends on is an argument.
 
@@ -125,6 +133,7 @@ def choose(
       environment: where the two variables are looked up.
       table: times measured on this kind of device or its twin, from `load_table`; None for none.
       unavailable: implementations that this machine cannot run, and why.
+      verification: of the kernels on this kind of device, from `standings`. What it distrusts runs only if it is named.
 
     Returns:
       The choice, with a reason for it and against every other implementation.
@@ -145,11 +154,16 @@ def choose(
 
     chosen: str | None = None
     rejected: dict[str, str] = {}
+    shown: list[tuple[str, str]] = []
     for name, (_, otherwise) in ranking.items():
         if name in disabled:
             refusal: str | None = f"is switched off by {DISABLE_VARIABLE}={environment[DISABLE_VARIABLE]}"
         else:
             refusal = why_unsupported(problem, device, name) or unavailable.get(name)
+        known = verification.get((problem.operation, name))
+        if refusal is None and known is not None:
+            shown.append((name, str(known)))
+            refusal = str(known) if known.distrusted and named is None and name != preferred else None
         if refusal is None and chosen is None:
             chosen = name
         else:
@@ -157,7 +171,7 @@ def choose(
     if chosen is None:
         raise NotImplementedError(_all_refuse(rejected))
     rejected |= {name: "is not named by the argument implementation" for name in IMPLEMENTATIONS if name not in ranking}
-    return Choice(chosen, ranking[chosen][0], tuple(rejected.items()))
+    return Choice(chosen, ranking[chosen][0], tuple(rejected.items()), verification=tuple(sorted(shown)))
 
 
 def resolve(problem: Problem, device: Device, implementation: str | Sequence[str] | None = None) -> Choice:
@@ -170,15 +184,25 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
       TypeError, ValueError, NotImplementedError: as `choose`.
     """
     table = load_table(device.kind)
+    verification = standings(device, table)
     unavailable: dict[str, str] = {}
     while True:
-        choice = choose(problem, device, implementation=implementation, table=table, unavailable=unavailable)
+        choice = choose(
+            problem,
+            device,
+            implementation=implementation,
+            table=table,
+            unavailable=unavailable,
+            verification=verification,
+        )
         failure = implementations.load(choice.implementation).unavailable()
         if failure is None:
             break
         unavailable[choice.implementation] = failure
     for name, failure in unavailable.items():
         _warn_once(f'jax_router goes on without implementation="{name}", which {failure}')
+    if any(each in choice.rejected for each in choice.verification):
+        _warn_once(standing.warning(device.kind, verification))
     preferred, _ = _read_environment(os.environ)
     if implementation is None and preferred not in (None, choice.implementation):
         refusal = f"{preferred} {dict(choice.rejected)[preferred]}"
@@ -257,7 +281,13 @@ def explain(
             f"device is {device!r}. Expected a jax.Device, a jax_router.dispatch.Device or None; pass "
             'jax.devices()[0], or Device("gpu", "NVIDIA H200", "9.0") for a machine that is not here.'
         )
-    return choose(problem, device, implementation=implementation, table=load_table(device.kind))
+    table = load_table(device.kind)
+    return choose(problem, device, implementation=implementation, table=table, verification=standings(device, table))
+
+
+def standings(device: Device, table: Table | None) -> Standings:
+    """What is known of the kernels' verification on a device whose table, or whose twin's, is `table`."""
+    return standing.standings(device.kind, table) if device.platform == "gpu" else _UNKNOWN
 
 
 def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tuple[str, str]]:

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ def provenance() -> dict[str, Any]:
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "source_hash": source_hash(),
     }
+
+
+def gpu_name(facts: Mapping[str, Any]) -> str:
+    """Of the GPU in a provenance, for names of files: h200 of NVIDIA H200, cpu without a GPU."""
+    return (facts["gpu"] or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
 
 
 def stale_records(records: Iterable[Path]) -> dict[Path, str]:

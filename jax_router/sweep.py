@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jax_router import sweep_points
+from jax_router.provenance import gpu_name
 from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, identity, read_rows
+from jax_router.verification import gate
 
+RESULTS = Path("docs/results")
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
@@ -32,14 +35,21 @@ def sweep(
     write_table: Annotated[
         bool, typer.Option("--write-table", help="write the dispatcher's table of this GPU")
     ] = False,
+    verification: Annotated[
+        Path | None,
+        typer.Option(
+            help="record of this GPU's verification, for --write-table (default: docs/results or the rows' folder)"
+        ),
+    ] = None,
     compile_threads: Annotated[
         int | None, typer.Option(help="executables compiled at a time (default: by cores)")
     ] = None,
 ) -> None:
     """Check and time router GEMMs and routing: models x tokens x implementations, on a GPU beside PyTorch and bounds.
 
-    Rows are appended to a JSON-lines file as they come; plots are drawn beside it. Exit status: 0; 1 if a point failed
-    or a result could not be written; 2 for bad input; 130 when interrupted, with everything measured so far kept.
+    Rows are appended to a JSON-lines file as they come; plots are drawn beside it. The table accepts only what
+    `jax-router verify` passed on this GPU. Exit status: 0; 1 if a point failed, a result could not be written or the
+    table did not accept an implementation; 2 for bad input; 130 when interrupted, with everything measured so far kept.
     """
     console = Console()
     if not console.is_terminal:
@@ -51,7 +61,7 @@ def sweep(
         "operation": operation or [],
     }
     try:
-        status = run(suite, filters, output, resume, write_table, compile_threads, console)
+        status = run(suite, filters, output, resume, write_table, verification, compile_threads, console)
     except (RowsError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         status = BAD_INPUT
@@ -64,13 +74,14 @@ def run(
     output: Path,
     resume: Path | None,
     write_table: bool,
+    verification: Path | None,
     compile_threads: int | None,
     console: Console,
 ) -> int:
     """What the command does; returns its exit status.
 
     Raises:
-      ValueError: a filter or a suite that does not exist, or no point left.
+      ValueError: a filter or a suite that does not exist, no point left, or a verification record that is none.
       RowsError: `resume` cannot be used.
     """
     import jax
@@ -98,6 +109,11 @@ def run(
         )
     if write_table and not gpu:
         raise ValueError("--write-table is given and JAX has no GPU. Expected a GPU, whose table it is; leave it out.")
+    if verification is not None and not write_table:
+        raise ValueError(
+            f"--verification is {verification} and --write-table is missing. Expected both, as the record is for the "
+            "table; add it, or leave --verification out."
+        )
     if compile_threads is not None and compile_threads < 1:
         raise ValueError(f"--compile-threads is {compile_threads}. Expected at least 1, or leave it out.")
     facts = provenance_module.provenance()
@@ -105,6 +121,10 @@ def run(
     done = finished(earlier, facts)
     now = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
     path = resume or output / f"sweep-{gpu_name(facts)}-{suite}-{now}.jsonl"
+
+    record = None
+    if write_table:
+        record = find_record(facts, verification, path.parent)
 
     console.print(
         f"{suite} suite on {facts['gpu'] or 'the CPU'}, sources {facts['source_hash'][:12]}, rows in {path}",
@@ -122,7 +142,14 @@ def run(
         )
         console.print(f"resuming: {len(done)} measurements are there{note}")
 
+    if write_table:
+        where = (
+            f"record {record[1]}" if record else "no record of this GPU: of the implementations only xla is accepted"
+        )
+        console.print(f"verification: {where}", soft_wrap=True, highlight=False, markup=False)
+
     command = [*_own_command(), "--suite", suite, "--resume", str(path), *(["--write-table"] if write_table else [])]
+    command += [] if verification is None else ["--verification", str(verification)]
     for name, values in filters.items():
         command += [part for value in values for part in (f"--{name}", str(value))]
     threads = compile_threads or (max(1, (os.cpu_count() or 1) // 2) if gpu else 1)
@@ -137,7 +164,7 @@ def run(
         ) from error
     try:
         runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
-        return _finish(console, runner, path, gpu, write_table)
+        return _finish(console, runner, path, gpu, write_table, record)
     except (KeyboardInterrupt, DeviceLost) as stop:
         lost = isinstance(stop, DeviceLost)
         console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
@@ -154,7 +181,23 @@ def _own_command() -> list[str]:
     return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
 
 
-def _finish(console: Console, runner: Any, path: Path, gpu: bool, write_table: bool) -> int:
+def find_record(facts: Row, named: Path | None, folder: Path) -> tuple[gate.Record, str] | None:
+    """The verification record by which a table accepts implementations, and where it is; None if there is none.
+
+    Raises:
+      ValueError: the named record cannot be read, or the found one.
+    """
+    if named is None:
+        return gate.find_record(facts["gpu"], (RESULTS, folder), source_hash=facts["source_hash"])
+    try:
+        return gate.read_record(named), str(named)
+    except ValueError as error:
+        raise ValueError(f"--verification: {error}") from error
+
+
+def _finish(
+    console: Console, runner: Any, path: Path, gpu: bool, write_table: bool, record: tuple[gate.Record, str] | None
+) -> int:
     """Print the summary and write plots and table; returns the exit status."""
     rows, _ = comparable(read_rows(path))
     _print_summary(console, rows, gpu)
@@ -163,20 +206,25 @@ def _finish(console: Console, runner: Any, path: Path, gpu: bool, write_table: b
     for failure in runner.failed:
         console.print("[red]failed[/]", end=" ")
         console.print(failure, highlight=False, markup=False, soft_wrap=True)
-    written = _write_results(console, rows, path, write_table)
+    written = _write_results(console, rows, path, write_table, record)
     console.print(f"{runner.written} rows written, {len(runner.failed)} failed, in {path}", soft_wrap=True)
     return FAILED if runner.failed or not written else 0
 
 
-def _write_results(console: Console, rows: Sequence[Row], path: Path, write_table: bool) -> bool:
-    """Draw the plots beside the rows, and the table if asked for. Says what could not be written; True if all was."""
+def _write_results(
+    console: Console, rows: Sequence[Row], path: Path, write_table: bool, record: tuple[gate.Record, str] | None
+) -> bool:
+    """Draw the plots beside the rows, and the table if asked for. Says what is missing in them; True if nothing is."""
     from jax_router import sweep_table
     from jax_router.report_plots import write_plots
 
     paths: list[Path] = []
+    refusals: list[str] = []
     try:
         if write_table:
-            paths.append(sweep_table.write_table(rows))
+            table = sweep_table.table_of(rows, *(record or (None, "")))
+            paths.append(sweep_table.write_table(table))
+            refusals = sweep_table.refusals(table, rows)
         if any("samples_us" in row for row in rows):
             paths += [plot for pair in write_plots(rows, path.parent, path.stem).values() for plot in pair]
     except (OSError, ImportError, ValueError) as error:
@@ -188,7 +236,10 @@ def _write_results(console: Console, rows: Sequence[Row], path: Path, write_tabl
     finally:
         for written in paths:
             console.print(f"wrote {written}", highlight=False, soft_wrap=True)
-    return True
+        for refusal in refusals:
+            console.print("[yellow]not accepted in the table[/]", end=" ")
+            console.print(refusal, highlight=False, markup=False, soft_wrap=True)
+    return not refusals
 
 
 def _run_with_progress(
@@ -246,11 +297,6 @@ def torch_with_gpu() -> Any | None:
     except ImportError:
         return None
     return torch if torch.cuda.is_available() else None
-
-
-def gpu_name(facts: Row) -> str:
-    """For names of files: h200 of NVIDIA H200, cpu without a GPU."""
-    return (facts["gpu"] or "cpu").lower().removeprefix("nvidia ").replace(" ", "_")
 
 
 def register(app: typer.Typer) -> None:

@@ -22,6 +22,7 @@ from jax_router.sweep_points import (
 from jax_router.sweep_rows import Row, by_problem, comparable, problem_of
 from jax_router.sweep_table import figures, table_path
 from jax_router.tables import OPERATIONS
+from jax_router.verification import gate, standing
 
 SMALL_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 PALLAS_TOKENS = (16, 32, 64, 128, 256)
@@ -251,12 +252,15 @@ def _dispatcher(rows: Sequence[Row]) -> Chooser:
     kind = provenance.get("gpu") or ""
     device = dispatch.Device("gpu", kind, provenance.get("compute_capability"))
     table = dispatch.load_table(kind)
+    # The user's own record, like the environment, is not of the machine that was measured.
+    verification = standing.judge(kind, table, None, source_hash=gate.present_hash())
 
     def chosen(key: tuple[Any, ...]) -> str:
         hidden, experts, bias, dtype, out_dtype, tokens, rule = key
         problem = dispatch.Problem(
             tokens, hidden, experts, dtype, None, dtype if bias else None, out_dtype, spec_of(rule)
         )
-        return dispatch.choose(problem, device, environment={}, table=table).implementation
+        choice = dispatch.choose(problem, device, environment={}, table=table, verification=verification)
+        return choice.implementation
 
     return chosen

@@ -1,17 +1,18 @@
-"""From rows to the dispatcher's table of this GPU: every candidate's raw times and the checked winner."""
+"""From rows to the dispatcher's table of this GPU: every candidate's raw times and the verified winner."""
 
 from __future__ import annotations
 
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_router.sweep_points import IMPLEMENTATIONS, geometric_mean
+from jax_router.sweep_points import IMPLEMENTATIONS, geometric_mean, rule_key
 from jax_router.sweep_rows import Row, by_problem, comparable
 from jax_router.tables import OPERATIONS, file_name, load_table
+from jax_router.verification import gate
 
 METRIC = "geometric mean of warm and cold CUPTI microseconds"
 TABLES = Path(__file__).parent / "tables"
@@ -33,70 +34,103 @@ def figures(candidates: dict[str, Measurements]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def table_of(rows: Sequence[Row]) -> dict[str, Any]:
+def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str = "") -> dict[str, Any]:
     """The table of the GPU that the last row was measured on, in the format that `jax_router.dispatch` reads.
 
+    Args:
+      rows: of a sweep.
+      record: of that GPU's verification. What it does not prove cannot win; None proves nothing, and `xla` is left.
+      record_name: of its file, for the table to name.
+
     Raises:
-      ValueError: no problem has a checked candidate with warm and cold CUPTI times.
+      ValueError: no problem has `xla` or a verified kernel with warm and cold CUPTI times.
     """
     rows, _ = comparable(rows)
-    entries = []
+    provenance = rows[-1]["provenance"] if rows else {}
+    circumstances = {"source_hash": provenance.get("source_hash"), "gpu": provenance.get("gpu")}
+    entries, accepted = [], []
     every = [(operation, *each) for operation in OPERATIONS for each in by_problem(rows, operation).items()]
     for operation, (hidden, experts, bias, dtype, out_dtype, tokens, rule), candidates in every:
+        shape = {
+            "operation": operation,
+            **({} if rule is None else {"rule": json.loads(rule)}),
+            "hidden": hidden,
+            "experts": experts,
+            "dtype": dtype,
+            "bias": bias,
+            "out_dtype": out_dtype,
+        }
         found = figures(candidates)
-        if not found:
+        reasons = {
+            name: gate.why_unverified(record, {**shape, "implementation": name}, **circumstances) for name in found
+        }
+        verified = {name: found[name] for name, reason in reasons.items() if reason is None}
+        if not verified:
             continue
         times = {
             name: {
-                "verified": True,
+                "verified": reason is None,
+                **({} if reason is None else {"reason": reason}),
                 "worst_error": candidates[name]["cupti", "warm"]["check"]["worst_error"],
                 "cupti_warm_us": candidates[name]["cupti", "warm"]["samples_us"],
                 "cupti_cold_us": candidates[name]["cupti", "cold"]["samples_us"],
             }
-            for name in found
+            for name, reason in reasons.items()
         }
-        entries.append(
-            {
-                "operation": operation,
-                **({} if rule is None else {"rule": json.loads(rule)}),
-                "hidden": hidden,
-                "experts": experts,
-                "dtype": dtype,
-                "bias": bias,
-                "out_dtype": out_dtype,
-                "tokens": tokens,
-                "winner": min(found, key=lambda name: found[name]),
-                "candidates": times,
-            }
-        )
+        winner = min(verified, key=lambda name: verified[name])
+        entries.append({**shape, "tokens": tokens, "winner": winner, "candidates": times})
+        accepted += [{**shape, "implementation": name} for name in verified if name in gate.KERNELS]
     if not entries:
         raise ValueError(
-            "the rows hold no checked implementation with warm and cold CUPTI times. Expected a sweep on a GPU; run "
-            "`jax-router sweep --suite headline --write-table` there."
+            "the rows hold neither xla nor a verified kernel with warm and cold CUPTI times. Expected a sweep on a GPU "
+            "that has them; run `jax-router sweep --suite headline --write-table` there."
         )
     by_size = ("hidden", "experts", "bias", "tokens")
     entries.sort(key=lambda entry: (OPERATIONS.index(entry["operation"]), *map(entry.get, by_size)))
-    provenance = rows[-1]["provenance"]
     return {
         "gpu": provenance["gpu"],
         "provenance": provenance,
         "source_hash": provenance["source_hash"],
         "metric": METRIC,
+        "verification": None if record is None or not accepted else gate.accepted(record, record_name, accepted),
         "entries": entries,
     }
+
+
+def refusals(table: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What a table did not accept: a line per implementation and reason, and one that says how to verify it."""
+    models = {_shape(row): row["models"][0] for row in rows}
+    shapes: dict[tuple[str, str], dict[str, str]] = {}  # label and model of each, by implementation and reason
+    for entry in table["entries"]:
+        for name, candidate in entry["candidates"].items():
+            if not candidate["verified"]:
+                shape = {gate.label(entry): models[_shape(entry)]}
+                shapes.setdefault((name, candidate["reason"]), {}).update(shape)
+    lines = [f"{name} on {', '.join(of_reason)}: {reason}" for (name, reason), of_reason in shapes.items()]
+    if not lines:
+        return []
+    names = dict.fromkeys(name for name, _ in shapes)
+    wanted = dict.fromkeys(model for of_reason in shapes.values() for model in of_reason.values())
+    every = len(wanted) == len(set(models.values()))
+    return [*lines, f"To verify: {gate.how_to_verify(names, () if every else wanted)}"]
+
+
+def _shape(found: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        found.get("operation", OPERATIONS[0]),
+        found["hidden"],
+        found["experts"],
+        found["bias"],
+        rule_key(found.get("rule")),
+    )
 
 
 def table_path(gpu: str, folder: Path = TABLES) -> Path:
     return folder / file_name(gpu)
 
 
-def write_table(rows: Sequence[Row], folder: Path = TABLES) -> Path:
-    """Write the table of the rows' GPU, whole or not at all; the dispatcher reads it from then on.
-
-    Raises:
-      ValueError: as `table_of`.
-    """
-    table = table_of(rows)
+def write_table(table: dict[str, Any], folder: Path = TABLES) -> Path:
+    """Write a table, whole or not at all; the dispatcher reads it from then on."""
     path = table_path(table["gpu"], folder)
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jax_router import build, provenance
+from jax_router import build, provenance, tables
+from jax_router.verification import gate, standing
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDS = sorted([*ROOT.glob("docs/results/**/*.json*"), *ROOT.glob("jax_router/tables/*.json")])
+TABLES = sorted(ROOT.glob("jax_router/tables/*.json"))
+RECORDS = sorted([*ROOT.glob("docs/results/**/*.json*"), *TABLES])
 
 
 def test_there_are_records():
@@ -21,6 +23,23 @@ def test_there_are_records():
 
 def test_every_record_was_measured_on_these_sources():
     assert provenance.stale_records(RECORDS) == {}, "the kernels changed after the measurement: repeat it on a GPU"
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_every_table_accepts_what_its_verification_of_these_sources_proves(path):
+    document = json.loads(path.read_text())
+    gpu, found = document["gpu"], document.get("verification")
+    known = standing.judge(gpu, tables.Table.parse(document, path.name), None, source_hash=provenance.source_hash())
+    distrusted = [f"{name} {each}" for (_, name), each in known.items() if each.distrusted]
+    assert not distrusted, "verify there, commit the record, then jax-router sweep --resume ROWS_FILE --write-table"
+    record = gate.read_record(ROOT / "docs/results" / found["record"])
+    facts = ("gpu", "date", "source_hash")
+    assert [record["provenance"][name] for name in facts] == [found[name] for name in facts]
+    for entry in document["entries"]:
+        for name, candidate in entry["candidates"].items():
+            subject = {**entry, "implementation": name}
+            why = gate.why_unverified(record, subject, source_hash=document["source_hash"], gpu=gpu)
+            assert candidate["verified"] == (why is None), (gate.label(subject), name, why)
 
 
 @pytest.mark.parametrize(

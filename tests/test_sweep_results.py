@@ -1,8 +1,7 @@
-"""What the rows of a sweep are good for: the dispatch table, the bars, the printed lines."""
+"""What the rows of a sweep are good for: the bars, the printed lines."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,70 +10,10 @@ import synthetic_rows
 
 from jax_router import dispatch, sweep_bars
 from jax_router.sweep_bars import Bar, evaluate
-from jax_router.sweep_points import (
-    Point,
-    geometric_mean,
-)
+from jax_router.sweep_points import Point
 from jax_router.sweep_rows import key
 from jax_router.sweep_summary import lines, show
-from jax_router.sweep_table import table_of, table_path, write_table
 from jax_router.tables import Table
-
-# The table -------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_names_the_fastest_by_the_geometric_mean_of_warm_and_cold() -> None:
-    def time(point: Point, method: str, weights: str) -> float:
-        if method == "cupti" and point.tokens in (16, 64):
-            # pallas wins warm, xla wins cold; the arithmetic mean would give xla both.
-            pallas = (1.0, 6.0) if point.tokens == 16 else (1.0, 12.0)
-            return {"cuda": (20.0, 20.0), "pallas": pallas, "xla": (3.0, 3.0)}[point.candidate][weights == "cold"]
-        return synthetic_rows.constant_time(point, method, weights)
-
-    table = table_of(synthetic_rows.headline_rows(time, only_models=["Kimi-K2"]))
-    winners = {entry["tokens"]: entry["winner"] for entry in table["entries"]}
-    assert winners == {1: "cuda", 16: "pallas", 64: "xla", 256: "cuda", 1024: "cuda", 4096: "cuda"}
-    assert table["gpu"] == "NVIDIA H200"
-    assert table["source_hash"] == synthetic_rows.PROVENANCE["source_hash"]
-    entry = table["entries"][0]
-    assert set(entry["candidates"]) == {"cuda", "pallas", "xla"}  # no peer ever wins
-    assert entry["candidates"]["cuda"]["cupti_warm_us"] == [2.5 * factor for factor in (0.99, 1.0, 1.05)]
-    assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
-
-
-def test_only_checked_candidates_with_warm_and_cold_times_can_win() -> None:
-    rows = synthetic_rows.headline_rows(only_models=["Kimi-K2"], only_tokens=[16], only_operations=["router_gemm"])
-    for row in rows:
-        if row["candidate"] == "cuda" and row["method"] == "cupti":
-            row["check"] = {"passed": False, "worst_error": 99.0}
-    rows = [row for row in rows if (row["candidate"], row["method"], row["weights"]) != ("pallas", "cupti", "cold")]
-    (entry,) = table_of(rows)["entries"]
-    assert entry["winner"] == "xla"
-    assert set(entry["candidates"]) == {"xla"}
-
-
-def test_the_dispatcher_follows_the_written_table(tmp_path: Path) -> None:
-    def time(point: Point, method: str, weights: str) -> float:
-        # Not pallas: whether it runs at all depends on the version of JAX.
-        slow = point.candidate in ("cuda", "pallas") and point.tokens is not None and point.tokens > 256
-        return 50.0 if slow else synthetic_rows.constant_time(point, method, weights)
-
-    path = write_table(synthetic_rows.headline_rows(time), tmp_path)
-    assert path == tmp_path / "nvidia_h200.json" == table_path("NVIDIA H200", tmp_path)
-    assert list(tmp_path.iterdir()) == [path]
-    document = json.loads(path.read_text())
-    table = Table.parse(document)
-    device = dispatch.Device("gpu", "NVIDIA H200", "9.0")
-    for tokens, expected in ((1, "cuda"), (200, "cuda"), (900, "xla")):
-        problem = dispatch.Problem(tokens, 7168, 256)
-        assert dispatch.choose(problem, device, environment={}, table=table).implementation == expected
-
-
-def test_rows_without_kernel_times_make_no_table() -> None:
-    rows = [row for row in synthetic_rows.headline_rows(only_models=["Kimi-K2"]) if row["method"] != "cupti"]
-    with pytest.raises(ValueError, match="Expected a sweep on a GPU"):
-        table_of(rows)
-
 
 # Bars ------------------------------------------------------------------------------------------------------------
 

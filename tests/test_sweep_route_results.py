@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import synthetic_rows
+from synthetic_record import record_of
 from test_sweep_results import one
 
 from jax_router import dispatch
@@ -23,7 +24,8 @@ def test_the_table_has_the_times_of_both_operations() -> None:
         slow = point.shape.spec is not None and point.candidate in ("cuda", "pallas") and point.tokens == 4096
         return 99.0 if slow else synthetic_rows.constant_time(point, method, weights)
 
-    document = table_of(synthetic_rows.headline_rows(time, only_models=["DeepSeek-V3"]))
+    rows = synthetic_rows.headline_rows(time, only_models=["DeepSeek-V3"])
+    document = table_of(rows, record_of(rows))
     operations = [entry["operation"] for entry in document["entries"]]
     assert operations == sorted(operations, reverse=True)
     assert {"route", "router_gemm"} == set(operations)

@@ -1,9 +1,9 @@
 """Measured times per GPU, one JSON file per kind of device, written by `jax-router sweep --write-table`.
 
 A file holds, next to its provenance, `entries`: for one (operation, hidden, experts, dtype, bias, out_dtype, tokens)
-every candidate's raw times. Only candidates that were verified in the same run count. An entry without an operation is
-one of `router_gemm`. Of `route` the rule is recorded and decides nothing: what an implementation does not take, it
-refuses itself.
+every candidate's raw times. Only verified candidates count; `verification` says by which record, and without it no
+kernel is trusted. An entry without an operation is one of `router_gemm`. Of `route` the rule is recorded and decides
+nothing: what an implementation does not take, it refuses itself.
 """
 
 from __future__ import annotations
@@ -37,11 +37,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """By which record the kernels of a table were accepted."""
+
+    gpu: str
+    date: str
+    source_hash: str
+    launches: Mapping[tuple[str, str], int]  # under load, by the operation and the implementation that was accepted
+
+
+@dataclass(frozen=True)
 class Table:
     """The parsed table of one kind of device."""
 
     name: str  # of its file, for messages
     rows: Mapping[Shape, tuple[Row, ...]]  # by shape, in ascending tokens
+    verification: Verification | None = None
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], name: str = "table") -> Table:
@@ -56,7 +67,7 @@ class Table:
             shape = (_operation(entry), *sizes)
             rows.setdefault(shape, []).append(Row(_tokens(entry), _ranking(entry)))
         by_tokens = {shape: tuple(sorted(unsorted, key=lambda row: row.tokens)) for shape, unsorted in rows.items()}
-        return cls(name, by_tokens)
+        return cls(name, by_tokens, _verification(document.get("verification")))
 
     def nearest(self, problem: Problem) -> Row | None:
         """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
@@ -97,6 +108,17 @@ def _read(path: Traversable, name: str) -> Table | None:
             stacklevel=3,
         )
         return None
+
+
+def _verification(found: Mapping[str, Any] | None) -> Verification | None:
+    if found is None:
+        return None
+    launches = {
+        (operation, name): int(each["launches"])
+        for operation, of_operation in found["accepted"].items()
+        for name, each in of_operation.items()
+    }
+    return Verification(str(found["gpu"]), str(found["date"]), str(found["source_hash"]), launches)
 
 
 def _operation(entry: Mapping[str, Any]) -> str:
