@@ -54,7 +54,7 @@ def check_bits(subject: Subject, context: Context) -> Result:
             if context.expired and launches > 1:
                 break
             rows = random.permutation(len(expected))[:count]
-            garbage = np.flatnonzero(random.random(count) < 0.25) if turn % 2 and count > 1 else []
+            garbage = np.flatnonzero(random.random(count) < (0.25 if turn % 2 and count > 1 else 0))
             got = bits_of(with_garbage(everything.x[rows], garbage, random))
             judged = np.setdiff1d(np.arange(count), garbage)
             wrong = judged[(got[judged] != expected[rows[judged]]).any(-1)]

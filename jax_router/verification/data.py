@@ -100,7 +100,8 @@ class Subject:
             x, weight, bias, spec=self.spec, correction_bias=correction_bias, expert_scale=expert_scale,
             implementation=self.implementation, return_logits=return_logits,
         )  # fmt: skip
-        return routing if return_logits else routing[:2]
+        found = (routing.weights, routing.experts)
+        return found if routing.logits is None else (*found, routing.logits)
 
 
 def compiled(subject: Subject, *, return_logits: bool = False) -> Callable[[Operands], tuple[jax.Array, ...]]:

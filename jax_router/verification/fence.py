@@ -113,12 +113,15 @@ def _launch(
             cuda.call("jr_router_gemm", ctypes.byref(gemm), None)
             names: tuple[str, ...] = ("logits",)
         else:
-            extra = {
-                name: (at[name], host._asdict()[name].dtype.name)
+            vectors = host._asdict()
+            correction, scale = (
+                (at[name], vectors[name].dtype.name) if name in at else None
                 for name in ("correction_bias", "expert_scale")
-                if name in at
-            }
-            args = cuda.RouteArgs.of(problem, gemm=gemm, weights=at["weights"], experts=at["experts"], **extra)
+            )
+            args = cuda.RouteArgs.of(
+                problem, gemm=gemm, weights=at["weights"], experts=at["experts"], correction_bias=correction,
+                expert_scale=scale, return_logits=False,
+            )  # fmt: skip
             cuda.call("jr_route", ctypes.byref(args), None)
             names = ("weights", "experts")
         got = row_bits([memory[name].read() for name in names])

@@ -70,7 +70,7 @@ def judge_routing(
     """
     assert subject.spec is not None
     spec = _without_rounding_to_float32(subject)
-    finite = np.isfinite(logits).all(-1)
+    finite = np.asarray(np.isfinite(logits).all(-1))
     verdict = _against_the_specification(subject, spec, kind, operands, weights, experts, logits, finite)
     if not verdict.passed:
         return verdict
@@ -188,11 +188,12 @@ def _gaps(exact: Array, choice: judged.Interval, count: int) -> Array:
 
 def _specification(subject: Subject, operands: Operands, logits: Array) -> tuple[Array, Array]:
     """(weights, experts) that the specification makes of these logits, on the host if there is one beside the GPU."""
-    arrays = (logits, operands.correction_bias, operands.expert_scale)
+    assert subject.spec is not None
+    correction, scale = operands.correction_bias, operands.expert_scale
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         weights, experts = routing.route_logits(
-            *(None if each is None else jnp.asarray(each) for each in arrays), None, spec=subject.spec,
-            dtype=subject.dtype,
+            jnp.asarray(logits), None if correction is None else jnp.asarray(correction),
+            None if scale is None else jnp.asarray(scale), None, spec=subject.spec, dtype=subject.dtype,
         )  # fmt: skip
     return np.asarray(weights), np.asarray(experts)
 

@@ -70,4 +70,4 @@ def load(device: jax.Device) -> Iterator[dict[str, int]]:
     finally:
         total = LoadDone()
         call("jr_load_stop", ctypes.byref(total))
-        done.update({name: getattr(total, name) for name, _ in LoadDone._fields_})
+        done.update({field[0]: getattr(total, field[0]) for field in LoadDone._fields_})
