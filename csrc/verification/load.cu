@@ -16,8 +16,27 @@ namespace {
 using jax_router::Report;
 
 constexpr size_t kDeviceBytes = size_t(128) << 20, kHostBytes = size_t(16) << 20;
+constexpr int kCopyBlocks = 40, kCopyThreads = 256, kCopyUnroll = 8;
 constexpr int kInFlight = 3;  // of every kind
-constexpr int kBusyThreads = 256, kBusyShared = 200 << 10, kMostBlocks = 160;
+// Busy multiprocessors leave most of the others free: what is verified is to run beside them, not after them.
+constexpr int kBusyThreads = 256, kBusyShared = 200 << 10, kMostBlocks = 32;
+constexpr unsigned kShortest = 1000, kLongest = 8000;  // nanoseconds
+
+// Copies kDeviceBytes. Not cudaMemcpyAsync, whose blocks take every multiprocessor until it is done.
+__global__ void __launch_bounds__(kCopyThreads) copy_memory(uint4* to, const uint4* from) {
+  constexpr size_t kStep = size_t(kCopyBlocks) * kCopyThreads;
+  for (size_t i = blockIdx.x * size_t(kCopyThreads) + threadIdx.x; i < kDeviceBytes / 16; i += kStep * kCopyUnroll) {
+    uint4 values[kCopyUnroll];
+#pragma unroll
+    for (int j = 0; j < kCopyUnroll; ++j) {
+      if (i + j * kStep < kDeviceBytes / 16) values[j] = __ldcs(from + i + j * kStep);
+    }
+#pragma unroll
+    for (int j = 0; j < kCopyUnroll; ++j) {
+      if (i + j * kStep < kDeviceBytes / 16) __stcs(to + i + j * kStep, values[j]);
+    }
+  }
+}
 
 // Occupies a multiprocessor for so many nanoseconds.
 __global__ void occupy(unsigned nanoseconds) {
@@ -103,8 +122,9 @@ class Load {
       };
       keep_busy(copies_, [&](cudaStream_t stream) {
         done_.device_bytes += int64_t(kDeviceBytes);
-        return cudaMemcpyAsync(device_memory_, device_memory_ + kDeviceBytes, kDeviceBytes, cudaMemcpyDeviceToDevice,
-                               stream);
+        copy_memory<<<kCopyBlocks, kCopyThreads, 0, stream>>>(
+            reinterpret_cast<uint4*>(device_memory_), reinterpret_cast<const uint4*>(device_memory_ + kDeviceBytes));
+        return cudaGetLastError();
       });
       keep_busy(transfers_, [&](cudaStream_t stream) {
         done_.host_bytes += int64_t(kHostBytes);
@@ -115,7 +135,7 @@ class Load {
       keep_busy(busy_, [&](cudaStream_t stream) {
         ++done_.busy_launches;
         const unsigned blocks = 1 + random() % kMostBlocks, shared = 1024 + random() % (kBusyShared - 1024);
-        occupy<<<blocks, kBusyThreads, shared, stream>>>(1000 + random() % 20000);
+        occupy<<<blocks, kBusyThreads, shared, stream>>>(kShortest + random() % (kLongest - kShortest));
         return cudaGetLastError();
       });
       if (!enqueued) std::this_thread::sleep_for(std::chrono::microseconds(20));

@@ -22,13 +22,18 @@ using jax_router::Report;
 constexpr int kBlocks = 64, kThreads = 256, kEarlyThreads = 32;
 constexpr unsigned kDelay = 1000;  // nanoseconds, up to three times
 
+struct Part {
+  uint32_t* to;
+  const uint32_t* from;
+  uint64_t words;
+};
 struct Parts {
-  struct {
-    uint32_t* to;
-    const uint32_t* from;
-    uint64_t words;
-  } parts[JR_MAX_PARTS];
+  Part parts[JR_MAX_PARTS];
   int count;
+};
+constexpr int kManyParts = 128;
+struct ManyParts {
+  Part parts[kManyParts];
 };
 
 __device__ __forceinline__ void dawdle() { __nanosleep(blockIdx.x % 4 * kDelay); }
@@ -77,19 +82,43 @@ __global__ void __launch_bounds__(kThreads) poison(const Parts p) {
                 [&](int part, uint64_t word) { p.parts[part].to[word] = JR_POISON * 0x01010101u; });
 }
 
-int collect(const jr_part* parts, int count, Parts& p, const Report& report) {
-  if (count < 1 || count > JR_MAX_PARTS)
-    return report.fail(JR_UNSUPPORTED, "count is %d; expected 1 to %d parts", count, int(JR_MAX_PARTS));
-  p.count = count;
+// One block per part.
+__global__ void __launch_bounds__(kThreads) find_differing(const ManyParts p, jr_differing* differing) {
+  const Part& part = p.parts[blockIdx.x];
+  uint32_t mine = 0, first = ~0u;
+  for (uint64_t word = threadIdx.x; word < part.words; word += kThreads) {
+    if (part.to[word] == part.from[word]) continue;
+    if (mine++ == 0) first = uint32_t(word);
+  }
+  __shared__ uint32_t all, lowest;
+  if (threadIdx.x == 0) all = 0, lowest = ~0u;
+  __syncthreads();
+  if (mine != 0) {
+    atomicAdd(&all, mine);
+    atomicMin(&lowest, first);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  differing[blockIdx.x] = all == 0 ? jr_differing{} : jr_differing{all, lowest, part.from[lowest], part.to[lowest]};
+}
+
+int collect(const jr_part* parts, int count, Part* to, const Report& report) {
   for (int i = 0; i < count; ++i) {
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(parts[i].to) | reinterpret_cast<uintptr_t>(parts[i].from);
     if (parts[i].bytes < 0 || parts[i].bytes % 4 != 0 || addresses % 4 != 0)
       return report.fail(JR_UNSUPPORTED, "part %d has %lld bytes at %p and %p; expected words of 4 bytes", i,
                          static_cast<long long>(parts[i].bytes), parts[i].to, parts[i].from);
-    p.parts[i] = {static_cast<uint32_t*>(parts[i].to), static_cast<const uint32_t*>(parts[i].from),
-                  uint64_t(parts[i].bytes) / 4};
+    to[i] = {static_cast<uint32_t*>(parts[i].to), static_cast<const uint32_t*>(parts[i].from),
+             uint64_t(parts[i].bytes) / 4};
   }
   return JR_OK;
+}
+
+int collect(const jr_part* parts, int count, Parts& p, const Report& report) {
+  if (count < 1 || count > JR_MAX_PARTS)
+    return report.fail(JR_UNSUPPORTED, "count is %d; expected 1 to %d parts", count, int(JR_MAX_PARTS));
+  p.count = count;
+  return collect(parts, count, p.parts, report);
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -125,4 +154,17 @@ int jr_neighbour_consume(const jr_part* parts, int count, int launch, jr_wrong* 
   if (const int status = collect(parts, count, p, report); status != JR_OK) return status;
   JR_CHECK(report, launch_programmatically(&compare, stream, p, launch, wrong));
   return report.check(launch_programmatically(&poison, stream, p), "launch of the consumer's poison");
+}
+
+int jr_find_differing(const jr_part* parts, int count, jr_differing* differing, void* stream, char* message,
+                      size_t message_bytes) {
+  const Report report{message, message_bytes};
+  for (int first = 0; first < count; first += kManyParts) {
+    const int now = std::min(count - first, kManyParts);
+    ManyParts p = {};
+    if (const int status = collect(parts + first, now, p.parts, report); status != JR_OK) return status;
+    find_differing<<<now, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, differing + first);
+    JR_CHECK(report, cudaGetLastError());
+  }
+  return JR_OK;
 }

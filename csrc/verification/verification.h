@@ -37,6 +37,15 @@ enum { JR_POISON = 0xFF };  // every byte: a NaN, and no expert
 JR_EXPORT int jr_neighbour_consume(const jr_part* parts, int count, int launch, jr_wrong* wrong, void* stream,
                                    char* message, size_t message_bytes);
 
+// How many words of a part differ, and the first of them.
+typedef struct jr_differing {
+  uint32_t words, first, expected, got;
+} jr_differing;
+
+// Says in `differing[i]` how `to` of part i, which is only read, differs from `from`. Any number of parts.
+JR_EXPORT int jr_find_differing(const jr_part* parts, int count, jr_differing* differing, void* stream, char* message,
+                                size_t message_bytes);
+
 // ---- Load (load.cu) ------------------------------------------------------------------------------------------------
 
 typedef struct jr_load_done {

@@ -146,15 +146,19 @@ def _poisoned(
     shapes: Sequence[jax.ShapeDtypeStruct], poison: int, device: jax.Device
 ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
     """Arrays full of poison, and the guards of each: two where the allocator gave three neighbours, else none."""
+
+    def own(contents: Array) -> jax.Array:
+        # On a CPU JAX would take numpy's memory as it is; a copy there would leave holes where guards should be.
+        array = jax.device_put(contents, device)
+        return jax.block_until_ready(jnp.copy(array) if device.platform == "cpu" else array)
+
     arrays, guards = [], []
     guard = np.full(GUARD_BYTES, poison, np.uint8)
     for shape in shapes:
         filled = np.full(shape.size * shape.dtype.itemsize, poison, np.uint8).view(shape.dtype).reshape(shape.shape)
         held = []  # what did not fit, so that the allocator goes on
         for _ in range(ATTEMPTS):
-            before, array, behind = (
-                jax.block_until_ready(jnp.array(jax.device_put(each, device))) for each in (guard, filled, guard)
-            )
+            before, array, behind = (own(each) for each in (guard, filled, guard))
             starts = [each.unsafe_buffer_pointer() for each in (before, array, behind)]
             gaps = starts[1] - starts[0] - before.nbytes, starts[2] - starts[1] - array.nbytes
             adjacent = all(0 <= gap < 512 for gap in gaps)  # allocators round up

@@ -11,7 +11,8 @@ import jax
 
 from jax_router import build
 
-PRODUCE, CONSUME = "jax_router_verification_produce", "jax_router_verification_consume"
+_PREFIX = "jax_router_verification_"
+PRODUCE, CONSUME, FIND_DIFFERING = (_PREFIX + name for name in ("produce", "consume", "find_differing"))
 
 
 class LoadDone(ctypes.Structure):
@@ -43,8 +44,8 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, name)
         function.restype, function.argtypes = status, arguments
     jax.local_devices(backend="cuda")  # starts the backend, or raises
-    for target, handler in ((PRODUCE, "produce"), (CONSUME, "consume")):
-        symbol = getattr(loaded, f"jr_ffi_verification_{handler}")
+    for target in (PRODUCE, CONSUME, FIND_DIFFERING):
+        symbol = getattr(loaded, f"jr_ffi_verification_{target.removeprefix(_PREFIX)}")
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="CUDA")
     return loaded
 

@@ -14,47 +14,56 @@ import numpy as np
 
 from jax_router import timing
 from jax_router.verification import library
-from jax_router.verification.bits import row_bits
 from jax_router.verification.data import Operands, Subject, compiled, draw, put, random_weights
 from jax_router.verification.result import Context, Failure, Result
 
-TOKENS = (1, 8, 32, 64, 256)
-QUICK_TOKENS = (1, 64, 256)
-MOST_CALLS = 128  # of one executable, each with a weight of its own; more take long to compile
+# Each a chain of its own. From 127 tokens on every model's kernels have a ring of barriers.
+TOKENS = (1, 8, 32, 64, 128, 512)
+QUICK_TOKENS = (1, 64, 128)
+MOST_CALLS, QUICK_CALLS = 128, 64  # of one executable, each with a weight of its own; more take long to compile
 FEWEST_CALLS = 32
 XS = 4  # different x
-IN_FLIGHT_BYTES = 1 << 30  # of outputs that are kept until their verdict is read
-MOST_IN_FLIGHT = 16
+IN_FLIGHT = 16  # executions whose verdict is read at once
+WORDS, FIRST, EXPECTED, GOT = range(4)  # of jr_differing
 GRAPH_TURNS = 24
-GRAPH_TOKENS = (8, 64)
 
 
 @dataclass
 class Chain:
     """One executable of many calls, each with a weight of its own, and what they must give.
 
-    `run(xs, routers, expected)` returns the outputs of all calls and how many words of each differ from `expected`.
+    `run(xs, routers, expected)` returns how the outputs of all calls differ from `expected`, uint32 [calls, parts, 4] as
+    jr_differing of csrc/verification, and the outputs themselves of a subject that promises no bits.
     """
 
     tokens: int
     xs: list[jax.Array]
     routers: list[Operands]
-    run: Callable[..., tuple[Any, jax.Array]]
+    run: Callable[..., tuple[jax.Array, Any]]
     expected: Any
 
     @property
     def calls(self) -> int:
         return len(self.routers)
 
-    @property
-    def output_bytes(self) -> int:
-        return sum(each.nbytes for each in jax.tree.leaves(self.expected))
-
-    def execute(self) -> tuple[Any, jax.Array]:
-        return self.run(self.xs, self.routers, self.expected)
+    def execute(self) -> jax.Array:
+        return self.run(self.xs, self.routers, self.expected)[0]
 
 
-def make_chain(subject: Subject, tokens: int, context: Context, calls: int | None = None) -> Chain:
+def chains_of(subject: Subject, context: Context) -> list[Chain]:
+    """One chain for every number of tokens, compiled once for both checks.
+
+    Raises:
+      WrongAloneError: as `make_chain`.
+    """
+    tokens = context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
+    if subject.label not in context.made:
+        context.made.clear()
+        context.made[subject.label] = [make_chain(subject, count, context) for count in tokens]
+    return list(context.made[subject.label])
+
+
+def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
     """Compile a chain, and take what it gives on an idle GPU as what it must give.
 
     Where the subject promises bits, single launches must give the same.
@@ -63,33 +72,29 @@ def make_chain(subject: Subject, tokens: int, context: Context, calls: int | Non
       WrongAloneError: they do not.
     """
     context.doing(tokens, subject.usual)
+    if context.on_gpu:
+        library.library()
     shape = subject.shape
     weight_bytes = shape.hidden * shape.experts * np.dtype(jnp.bfloat16).itemsize
-    cold = timing.cold_copies(weight_bytes) if context.on_gpu else 4
-    routers = random_weights(subject, calls or min(max(cold, FEWEST_CALLS), MOST_CALLS), context.seed, context.device)
+    cold = timing.cold_copies(weight_bytes)
+    calls = min(max(cold, FEWEST_CALLS), QUICK_CALLS if context.quick else MOST_CALLS) if context.on_gpu else 8
+    routers = random_weights(subject, calls, context.seed, context.device)
     one = compiled(subject)
     xs = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device).x for i in range(XS)]
 
-    def chain(xs: Sequence[jax.Array], routers: Sequence[Operands], expected: Any) -> tuple[Any, jax.Array]:
+    def chain(xs: Sequence[jax.Array], routers: Sequence[Operands], expected: Any) -> tuple[jax.Array, Any]:
         outputs = [one(router._replace(x=xs[i % len(xs)])) for i, router in enumerate(routers)]
-        return outputs, jnp.stack([_differing(*pair) for pair in zip(outputs, expected, strict=True)])
+        return _differing(outputs, expected, context), () if subject.promises_bits else outputs
 
-    shapes = jax.eval_shape(one, routers[0]._replace(x=xs[0]))
-    zeros = [tuple(jnp.zeros(each.shape, each.dtype) for each in shapes)] * len(routers)
-    run = jax.jit(chain)
-    outputs, _ = jax.block_until_ready(run(xs, routers, zeros))
-    context.alive(len(routers))
-    if subject.promises_bits:
-        for i, router in enumerate(routers):
-            alone = row_bits(one(router._replace(x=xs[i % XS])))
-            got = row_bits(outputs[i])
-            if not np.array_equal(alone, got):
-                row = int((alone != got).any(-1).argmax())
-                raise WrongAloneError(
-                    _failure(subject, context, tokens, i, alone, got),
-                    f"row {row} of launch {i} of {len(routers)} in one executable is not what the launch gives alone",
-                )
-    return Chain(tokens, xs, routers, run, outputs)
+    expected = [one(router._replace(x=xs[i % XS])) for i, router in enumerate(routers)]
+    made = Chain(tokens, xs, routers, jax.jit(chain), expected)
+    if not subject.promises_bits:  # what the same executable gives counts, not what another one gives
+        made.expected = jax.block_until_ready(made.run(xs, routers, expected)[1])
+    failure = _first_wrong(subject, context, made, np.asarray(made.execute()), 0)
+    context.alive(2 * calls)
+    if failure is not None:
+        raise WrongAloneError(failure, f"launches in one executable, with {tokens} tokens, are not what they are alone")
+    return made
 
 
 class WrongAloneError(Exception):
@@ -108,12 +113,11 @@ def check_load(subject: Subject, context: Context) -> Result:
     if not context.on_gpu:
         return Result("load", None, reason="there is no GPU")
     started = time.monotonic()
-    tokens = context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
     figures: dict[str, Any] = {"by tokens": {}}
     launches = 0
     try:
-        chains = [make_chain(subject, count, context) for count in tokens]
-        launches = sum(chain.calls for chain in chains)
+        chains = chains_of(subject, context)
+        launches = 2 * sum(chain.calls for chain in chains)
         share = (context.deadline - time.monotonic()) / len(chains)
         with library.load(context.device) as done:
             for chain in chains:
@@ -141,9 +145,8 @@ def check_graphs(subject: Subject, context: Context) -> Result:
     """
     started = time.monotonic()
     launches, failed = 0, None
-    tokens = (context.tokens or GRAPH_TOKENS)[:2]
     try:
-        chains = [make_chain(subject, count, context, calls=8) for count in tokens]
+        chains = chains_of(subject, context)[:2]
         for verdicts in (
             _changing(subject, context, chains[0]),
             _in_turn(subject, context, chains),
@@ -174,7 +177,7 @@ def _changing(subject: Subject, context: Context, chain: Chain) -> Verdicts:
         yield from _judged(subject, context, [(moved, moved.execute())])
     # A permutation of the tokens, written into the same memory.
     turned = jax.jit(lambda x: jnp.flip(x, 0), donate_argnums=0)
-    rows = jax.jit(lambda outputs: jax.tree.map(lambda each: jnp.flip(each, 0), outputs))
+    rows = jax.jit(lambda outputs: jax.tree.map(lambda each: jnp.flip(each, 0), outputs))  # of every output
     for _ in range(2):
         chain.xs[:] = [turned(x) for x in chain.xs]
         chain.expected = rows(chain.expected)
@@ -196,46 +199,51 @@ def _threads(subject: Subject, context: Context, chains: Sequence[Chain]) -> Ver
             yield from _judged(subject, context, executions)
 
 
-def _judged(subject: Subject, context: Context, executions: Sequence[tuple[Chain, Any]]) -> Verdicts:
-    for chain, (outputs, differing) in executions:
-        yield chain.calls, _first_wrong(subject, context, chain, outputs, np.asarray(differing), 0)
+def _judged(subject: Subject, context: Context, executions: Sequence[tuple[Chain, jax.Array]]) -> Verdicts:
+    for chain, differing in executions:
+        yield chain.calls, _first_wrong(subject, context, chain, np.asarray(differing), 0)
 
 
 def _executions(subject: Subject, context: Context, chain: Chain) -> Verdicts:
     """Endless executions, some in flight at any time: how many launches, and the first wrong one."""
-    at_once = max(1, min(MOST_IN_FLIGHT, IN_FLIGHT_BYTES // max(chain.output_bytes, 1)))
     launches = 0
     while True:
-        executions = [chain.execute() for _ in range(at_once)]
-        verdicts = np.asarray(jnp.stack([differing for _, differing in executions]))
-        for (outputs, _), differing in zip(executions, verdicts, strict=True):
-            yield chain.calls, _first_wrong(subject, context, chain, outputs, differing, launches)
+        verdicts = np.asarray(jnp.stack([chain.execute() for _ in range(IN_FLIGHT)]))
+        for differing in verdicts:
+            yield chain.calls, _first_wrong(subject, context, chain, differing, launches)
             launches += chain.calls
-        context.alive(chain.calls * at_once)
+        context.alive(chain.calls * IN_FLIGHT)
 
 
 def _first_wrong(
-    subject: Subject, context: Context, chain: Chain, outputs: Any, differing: np.ndarray, launches: int
+    subject: Subject, context: Context, chain: Chain, differing: np.ndarray, launches: int
 ) -> Failure | None:
-    if not differing.any():
+    """Of `differing` [calls, parts, 4] of one execution."""
+    wrong = np.argwhere(differing[..., WORDS] > 0)
+    if not len(wrong):
         return None
-    at = int(differing.argmax())
-    return _failure(subject, context, chain.tokens, launches + at, row_bits(chain.expected[at]), row_bits(outputs[at]))
+    launch, part = map(int, wrong[0])
+    found = differing[launch, part]
+    words_per_row = chain.expected[launch][part].size // chain.tokens
+    return Failure(
+        chain.tokens, subject.usual, context.seed, launches + launch, int(found[FIRST]) // words_per_row,
+        f"0x{found[EXPECTED]:08x}", f"0x{found[GOT]:08x}",
+    )  # fmt: skip
 
 
-def _failure(
-    subject: Subject, context: Context, tokens: int, launch: int, expected: np.ndarray, got: np.ndarray
-) -> Failure:
-    row, place = map(int, np.argwhere(expected != got)[0])
-    wanted, read = f"0x{expected[row, place]:08x}", f"0x{got[row, place]:08x}"
-    return Failure(tokens, subject.usual, context.seed, launch, row, wanted, read)
+def _differing(outputs: Sequence[Any], expected: Sequence[Any], context: Context) -> jax.Array:
+    """How each launch's outputs differ, uint32 [launches, parts, 4]: by one kernel on a GPU."""
+    flat, wanted = jax.tree.leaves(list(outputs)), jax.tree.leaves(list(expected))
+    result = jax.ShapeDtypeStruct((len(flat), 4), jnp.uint32)
+    if context.on_gpu:
+        differing = jax.ffi.ffi_call(library.FIND_DIFFERING, result)(*flat, *wanted)
+    else:
+        differing = jnp.stack([_differs(*pair) for pair in zip(flat, wanted, strict=True)])
+    return differing.reshape(len(outputs), -1, 4)
 
 
-def _differing(outputs: Sequence[jax.Array], expected: Sequence[jax.Array]) -> jax.Array:
-    """How many words of these outputs have other bits."""
-
-    def bits(array: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize])
-
-    counts = [(bits(a) != bits(b)).sum(dtype=jnp.int32) for a, b in zip(outputs, expected, strict=True)]
-    return jnp.sum(jnp.stack(counts))
+def _differs(output: jax.Array, expected: jax.Array) -> jax.Array:
+    got, wanted = (jax.lax.bitcast_convert_type(each, jnp.uint32).ravel() for each in (output, expected))
+    differs = got != wanted
+    first = differs.argmax()
+    return jnp.stack([differs.sum(dtype=jnp.uint32), first.astype(jnp.uint32), wanted[first], got[first]])

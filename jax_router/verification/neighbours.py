@@ -108,7 +108,7 @@ def _executable(
                 library.PRODUCE, [like(each) for each in source],
                 input_output_aliases={1 + part: part for part in range(count)}, has_side_effect=True,
             )  # fmt: skip
-            buffers = produce(wrong, *buffers, *source)
+            buffers = tuple(produce(wrong, *buffers, *source))
             outputs = subject.call(Operands(**dict(zip(present, buffers, strict=True))))
             consume = jax.ffi.ffi_call(
                 library.CONSUME, [like(wrong), *(like(each) for each in outputs)],

@@ -59,6 +59,7 @@ class Context:
       torch: the module if it has the GPU.
       doing: called before launches, with their number of tokens and their kind of data.
       alive: called with launches done since the last call, at least every few seconds.
+      made: what checks of one subject leave for each other.
     """
 
     device: jax.Device
@@ -70,6 +71,7 @@ class Context:
     torch: Any | None = None
     doing: Callable[[int, str], None] = lambda *_: None
     alive: Callable[[int], None] = lambda *_: None
+    made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
