@@ -111,8 +111,7 @@ def refusals(table: dict[str, Any], rows: Sequence[Row]) -> list[str]:
         return []
     names = dict.fromkeys(name for name, _ in shapes)
     wanted = dict.fromkeys(model for of_reason in shapes.values() for model in of_reason.values())
-    every = len(wanted) == len(set(models.values()))
-    return [*lines, f"To verify: {gate.how_to_verify(names, () if every else wanted)}"]
+    return [*lines, f"To verify: {gate.how_to_verify(names, wanted)}"]
 
 
 def _shape(found: Mapping[str, Any]) -> tuple[Any, ...]:

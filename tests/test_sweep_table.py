@@ -186,7 +186,8 @@ def test_refusals_say_what_why_and_how_to_verify() -> None:
     places = "router_gemm of 2880x128 +bias, router_gemm of 7168x384, route of 2880x128 +bias, route of 7168x384"
     assert lines == [
         *(f"{name} on {places}: there is no verification record of this GPU" for name in ("cuda", "pallas")),
-        "To verify: jax-router verify --implementation cuda --implementation pallas",
+        "To verify: jax-router verify --implementation cuda --implementation pallas "
+        '--model "gpt-oss-120b" --model "Kimi-K2"',
     ]
     partly = {**whole, "subjects": [each for each in whole["subjects"] if each["hidden"] == 2880]}
     partly["subjects"] += [each for each in whole["subjects"] if each["implementation"] == "pallas"]
@@ -265,7 +266,8 @@ def test_what_is_not_accepted_is_printed_and_the_exit_status_says_so(finished: P
             f"not accepted in the table {name} on router_gemm of 7168x384, route of 7168x384: there is no"
             in result.output
         )
-    assert "To verify: jax-router verify --implementation cuda --implementation pallas\n" in result.output
+    command = 'jax-router verify --implementation cuda --implementation pallas --model "Kimi-K2"'
+    assert f"To verify: {command}\n" in result.output
     assert {entry["winner"] for entry in written(tmp_path)["entries"]} == {"xla"}
 
 

@@ -114,9 +114,8 @@ def accepted(record: Record, name: str, subjects: Iterable[Mapping[str, Any]]) -
 
 
 def launches_under_load(subjects: Iterable[Mapping[str, Any]]) -> int:
-    """How many launches were checked while other streams kept the GPU busy."""
-    checks = (check for each in subjects for check in each["checks"])
-    return sum(check["launches"] for check in checks if check["check"] == LOAD and check["passed"])
+    """How many launches of `complete` subjects were checked while other streams kept the GPU busy."""
+    return sum(check["launches"] for each in subjects for check in each["checks"] if check["check"] == LOAD)
 
 
 def how_to_verify(implementations: Iterable[str], models: Iterable[str] = (), *, quick: bool = False) -> str:
