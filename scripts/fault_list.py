@@ -28,8 +28,8 @@ class Edit:
 class Fault:
     """One way to break the kernels, and where it shows.
 
-    `shapes` are presets of `jax_router.models` or "hidden x experts", such as "720x33": the broken code runs for each of
-    them, in each of `operations`, with each of `tokens`. `extends_to` says how far it goes and what else it takes.
+    `shapes` are presets of `jax_router.models` or "hidden x experts", such as "720x33": the broken code runs for each
+    of them, in each of `operations`, with each of `tokens`. `extends_to` says how far it goes and what else it takes.
     """
 
     name: str
@@ -182,7 +182,7 @@ FAULTS = (
         operations=("route",),
         shapes=("DeepSeek-V3",),
         tokens=(1, 16, 64),
-        extends_to="the sums of split router GEMMs too; past 64 tokens the first launch has ended by then, all but its last stores",
+        extends_to="the sums of split router GEMMs too; past 64 tokens the first launch has as good as ended by then",
     ),
     Fault(
         name="stale-tensor-map",

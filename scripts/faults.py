@@ -188,7 +188,9 @@ def build_command(
             task = progress.add_task("compiling", total=len(faults))
             for fault, library, warned in build_libraries(faults, output.resolve()):
                 said = "".join(f"\n  {line}" for line in warned)
-                progress.console.print(f"{fault.name}: {library}, {len(warned)} warnings{said}", markup=False)
+                progress.console.print(
+                    f"{fault.name}: {library}, {len(warned)} warnings{said}", markup=False, soft_wrap=True
+                )
                 progress.advance(task)
     except (FaultError, BuildError) as error:
         typer.echo(f"faults: {error}", err=True)
