@@ -193,7 +193,7 @@ FAULTS = (
                 "      status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, "
                 "report);\n",
                 "    {\n"
-                "      thread_local struct {\n"
+                "      static struct {\n"
                 "        int64_t experts, hidden;\n"
                 "        int dtype, box;\n"
                 "        CUtensorMap map;\n"
@@ -209,7 +209,7 @@ FAULTS = (
                 "    }\n",
             ),
         ),
-        seen_by=("graphs", "load", "neighbours"),
+        seen_by=("load", "graphs"),
         tokens=(128, 256, 1024),
         extends_to="the many-token kernel, from the second address of weights of one shape on",
     ),
