@@ -251,30 +251,35 @@ def register(app: "typer.Typer") -> None:
             raise typer.Exit(1 if faults else 0)
 
 
+def compile_command(compiler: Compiler, source: Path, made: str) -> list[str]:
+    """What compiles one source, a .cu or .cc beside the headers it includes, to the object `made`."""
+    if source.suffix == ".cu":
+        return [*_nvcc(compiler), *NVCC_FLAGS, "-c", str(source), "-o", made]
+    return [str(compiler.host), *HOST_FLAGS, "-isystem", str(ffi_include_directory()), "-c", str(source), "-o", made]
+
+
+def link_command(compiler: Compiler, objects: Iterable[str], made: str) -> list[str]:
+    """What links `objects` to the library `made`, in a folder where `exports.map` holds `EXPORTS`."""
+    return [*_nvcc(compiler), GENERATE, *LINK_FLAGS, *compiler.link_flags, *objects, "-o", made]
+
+
+def _nvcc(compiler: Compiler) -> list[str]:
+    return [str(compiler.nvcc), "-ccbin", str(compiler.host)]
+
+
 def _compile(compiler: Compiler, target: Path, sources: Iterable[Path]) -> None:
     """Compile every source in parallel, link, and give record and library their final names, in one step each."""
     started = time.monotonic()
-    nvcc = [str(compiler.nvcc), "-ccbin", str(compiler.host)]
     how = f"for {ARCHITECTURE} with nvcc {compiler.release}, once, in {target.parent}"
     _say(f"jax_router: compiling the CUDA kernels {how} ...")
     outcome = "failed"
     try:
         # In the folder of the target, so that os.replace stays on one file system.
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
-            commands = [
-                [*nvcc, *NVCC_FLAGS, "-c", str(path), "-o", f"{path.stem}.cu.o"]
-                for path in sources
-                if path.suffix == ".cu"
-            ]
-            headers = ("-isystem", str(ffi_include_directory()))
-            commands += [
-                [str(compiler.host), *HOST_FLAGS, *headers, "-c", str(path), "-o", f"{path.stem}.cc.o"]
-                for path in sources
-                if path.suffix == ".cc"
-            ]
-            objects = [command[-1] for command in commands]
+            made = {path: f"{path.name}.o" for path in sources if path.suffix in (".cu", ".cc")}
+            commands = [compile_command(compiler, path, name) for path, name in made.items()]
             Path(folder, "exports.map").write_text(EXPORTS)
-            link = [*nvcc, GENERATE, *LINK_FLAGS, *compiler.link_flags, *objects, "-o", "library.so"]
+            link = link_command(compiler, made.values(), "library.so")
             with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 logs = list(pool.map(lambda command: run(command, folder), commands))
             log = "".join([*logs, run(link, folder)])

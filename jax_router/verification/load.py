@@ -32,8 +32,8 @@ GRAPH_TURNS = 24
 class Chain:
     """One executable of many calls, each with a weight of its own, and what they must give.
 
-    `run(xs, routers, expected)` returns how the outputs of all calls differ from `expected`, uint32 [calls, parts, 4] as
-    jr_differing of csrc/verification, and the outputs themselves of a subject that promises no bits.
+    `run(xs, routers, expected)` returns how the outputs of all calls differ from `expected`, uint32 [calls, parts, 4]
+    as jr_differing of csrc/verification, and the outputs themselves of a subject that promises no bits.
     """
 
     tokens: int
