@@ -83,8 +83,6 @@ def check_bits(subject: Subject, context: Context) -> Result:
     for count in tokens:
         context.doing(count, subject.usual)
         for turn in range(RUNS):
-            if context.expired and launches > 1:
-                break
             rows = random.permutation(len(expected))[:count]
             garbage = np.flatnonzero(random.random(count) < (0.25 if turn % 2 and count > 1 else 0))
             got = bits_of(with_garbage(everything.x[rows], garbage, random))
@@ -121,8 +119,6 @@ def check_memory(subject: Subject, context: Context) -> Result:
     made = programs_of_memory(subject, context)
 
     for tokens in _memory_tokens(context):
-        if context.expired and launches:
-            break
         context.doing(tokens, subject.usual)
         host = draw(subject, subject.usual, tokens, context.seed)
         operands = put(host, context.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Context:
       device: where everything runs.
       seed: of all data.
       launches: under load, per subject.
-      deadline: on `time.monotonic`'s clock: from then on what repeats ends, with what it has.
+      deadline: on `time.monotonic`'s clock: from then on launches under load end, with what there is.
       quick: less of everything that repeats.
       tokens: numbers of tokens to check instead of the default ones.
       torch: the module if it has the GPU.
@@ -95,10 +94,6 @@ class Context:
     @property
     def on_gpu(self) -> bool:
         return self.device.platform == "gpu"
-
-    @property
-    def expired(self) -> bool:
-        return time.monotonic() >= self.deadline
 
 
 def _at_once(build: Callable[[], Any]) -> Future[Any]:
