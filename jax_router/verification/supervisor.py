@@ -182,13 +182,15 @@ class Worker:
 
     def _read_events(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self._lines.put(line)
         self._lines.put(None)
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith("jax_router: "):
-                sys.stderr.write(line)
-            self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
+        with self.process.stderr as stderr:
+            for line in stderr:
+                if line.startswith("jax_router: "):
+                    sys.stderr.write(line)
+                self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
