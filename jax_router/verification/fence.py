@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from jax_router.implementations import cuda
 from jax_router.verification import library
-from jax_router.verification.bits import row_bits
-from jax_router.verification.data import Operands, Subject, compiled, draw, put
+from jax_router.verification.bits import calls, row_bits
+from jax_router.verification.data import Operands, Subject, draw, put
 from jax_router.verification.numerics import problem_of
-from jax_router.verification.result import Context, Failure, Result
+from jax_router.verification.result import Context, Failure, Programs, Result
 
-TOKENS = (1, 7, 16, 33, 127, 1023)
+TOKENS, QUICK_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)  # as of the memory check
 CANARY, POISON = 0xA5, 0xFF
 CANARY_BYTES = 65536  # right before a buffer; behind it is the fence
 OUTPUTS = ("logits", "weights", "experts", "workspace")
@@ -64,6 +64,15 @@ def fenced(arrays: dict[str, NDArray[Any] | None]) -> Iterator[dict[str, Fenced]
             each.free()
 
 
+def programs(subject: Subject, context: Context) -> Programs:
+    """What `check_fence` runs besides the C launchers."""
+    return calls(subject, _tokens(context)) if subject.implementation == "cuda" else {}
+
+
+def _tokens(context: Context) -> tuple[int, ...]:
+    return context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
+
+
 def check_fence(subject: Subject, context: Context) -> Result:
     """The check "fence", of `cuda`: every buffer of a launch ends at unmapped memory and starts behind canaries.
 
@@ -74,10 +83,11 @@ def check_fence(subject: Subject, context: Context) -> Result:
     if not context.on_gpu:
         return Result("fence", None, reason="there is no GPU")
     started = time.monotonic()
-    run, launches = compiled(subject), 0
-    for tokens in context.tokens or TOKENS:
+    made, launches = programs(subject, context), 0
+    for tokens in _tokens(context):
         context.doing(tokens, subject.usual)
         host = draw(subject, subject.usual, tokens, context.seed)
+        run = context.program(key := ("call", tokens), made[key])
         expected = row_bits(run(put(host, context.device)))
         for scratch in sorted({0, cuda.workspace_bytes(tokens, subject.shape.experts)}):
             launches += 1
