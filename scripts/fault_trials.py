@@ -88,12 +88,11 @@ class Plan:
             if fault is None:
                 for number in self._left(SHIPPED, min(self.trials, len(CONTROL))):
                     request = self._request(("router_gemm", "route"), (CONTROL[number],))
-                    together.append(self._trials(SHIPPED, request, [self._trial(number, request, CHECKS, ())]))
+                    together.append(self._trials(SHIPPED, request, [self._trial(number, request, CHECKS)]))
             else:
                 request = self._request(fault.operations, models_of(fault))
                 left = [
-                    self._trial(number, request, checks_of(fault), fault.tokens)
-                    for number in self._left(fault.name, self.trials)
+                    self._trial(number, request, checks_of(fault)) for number in self._left(fault.name, self.trials)
                 ]
                 if fault.seen_by[0] == "hang":  # each trial costs a process and a wait, in which the GPU does nothing
                     hanging += [self._trials(fault.name, request, [each]) for each in left]
@@ -112,10 +111,9 @@ class Plan:
     def _request(self, operations: Sequence[str], models: Sequence[str]) -> Record:
         return {"implementation": self.implementation, "operations": list(operations), "models": list(models)}
 
-    def _trial(self, number: int, request: Record, checks: Sequence[str], tokens: Sequence[int]) -> Record:
+    def _trial(self, number: int, request: Record, checks: Sequence[str]) -> Record:
         seconds = self.run.record["parameters"]["seconds"]
-        return {"trial": number, "operations": request["operations"], "checks": list(checks), "tokens": list(tokens),
-                "seconds": seconds}  # fmt: skip
+        return {"trial": number, "operations": request["operations"], "checks": list(checks), "seconds": seconds}
 
     def _trials(self, name: str, request: Record, trials: list[Record]) -> Task:
         self.total += len(trials)
@@ -163,6 +161,25 @@ def resumed(path: Path, provenance: Record, again: Sequence[str]) -> Record:
         if name not in again and name in digests and entry["digest"] == digests[name]
     }
     return {"faults": kept, "elapsed_seconds": record["elapsed_seconds"]}
+
+
+def lacks(record: Record, trials: int = 10) -> list[str]:
+    """What a record does not have, or has of a fault that is another one by now."""
+    missing = []
+    for fault in FAULTS:
+        entry = record["faults"].get(fault.name)
+        if entry is None:
+            missing.append(f"{fault.name}: not measured")
+        elif entry["digest"] != digest(fault):
+            missing.append(f"{fault.name}: another fault was measured under this name")
+        elif len(entry["trials"]) < trials:
+            missing.append(f"{fault.name}: {len(entry['trials'])} trials of {trials}")
+        elif fault.missed_by_parity and entry["parity"] is None:
+            missing.append(f"{fault.name}: no parity tests")
+    control = record["faults"].get(SHIPPED)
+    known = {SHIPPED, *(fault.name for fault in FAULTS)}
+    missing += [f"{name}: no fault of the list" for name in record["faults"] if name not in known]
+    return missing + ([] if control and len(control["trials"]) == len(CONTROL) else [f"{SHIPPED}: no control"])
 
 
 def run_phases(run: Run, phases: list[tuple[list[Task], int]]) -> None:

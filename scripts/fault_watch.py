@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_router import build
-from jax_router.verification.supervisor import REFUSED, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "shipped"
@@ -27,7 +29,7 @@ MACHINE_SECONDS = 600.0  # compiling libraries says nothing meanwhile
 PARITY_SECONDS = 300.0
 OF_THE_DEVICE = re.compile(r"CUDA_ERROR_|illegal|misaligned|launch fail", re.IGNORECASE)
 OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
-KILLED_ITSELF = re.compile(r"ended with status -(4|6|7|8|11):")  # SIGILL, SIGABRT, SIGBUS, SIGFPE, SIGSEGV
+KILLED_ITSELF = re.compile(r"ended with signal SIG(ILL|ABRT|BUS|FPE|SEGV):")
 
 Record = dict[str, Any]
 Event = dict[str, Any]
@@ -55,8 +57,7 @@ class Outcome:
         kind = event["event"]
         if kind == "check":
             self.case, self.known = {}, 0
-            limits = {name: event[name] for name in ("tokens", "launches")}
-            self.checks.append({"subject": event["subject"], "check": event["check"], "limits": limits, "results": []})
+            self.checks.append({"subject": event["subject"], "check": event["check"], "results": []})
         elif kind == "case":
             self.case = {name: event[name] for name in ("tokens", "data")}
         elif kind == "alive":
@@ -116,6 +117,67 @@ def _kind_of_end(how: str) -> str | None:
     return "crash" if OF_THE_DEVICE.search(how) or KILLED_ITSELF.match(how) else None
 
 
+def kill(process: subprocess.Popen[Any]) -> None:
+    """With all that it started, as its group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class Child:
+    """A process that gets a request and emits events, one JSON line each. `how_it_ended` once there are no more."""
+
+    def __init__(self, request: Record, command: Sequence[str], environment: Mapping[str, str]):
+        # JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
+        variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self.how_it_ended = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as stdin:
+                json.dump(request, stdin)
+        except BrokenPipeError:
+            pass  # it died: how is read below
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(self.process)
+        self.process.wait()
+        self._reader.join(timeout=5)
+        self._said.close()
+
+    def events(self, hang: float) -> Iterator[Event]:
+        """Until it ends, or says nothing for `hang` seconds."""
+        while True:
+            try:
+                line = self._lines.get(timeout=hang)
+            except queue.Empty:
+                self.how_it_ended = f"hung: no sign of life for {hang:.0f} s"
+                return
+            if line is None:
+                status = self.process.wait()
+                how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+                self._said.seek(0)
+                self.how_it_ended = f"ended with {how}:\n{self._said.read()[-2000:]}"
+                return
+            yield json.loads(line)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+
 class Run:
     """Processes that run at the moment, and the record that they add to. Its methods may be called from threads."""
 
@@ -153,13 +215,13 @@ class Run:
         with self._lock:
             self._stopped = True
             for process in self._processes:
-                process.kill()
+                kill(process)
 
     def _begun(self, process: subprocess.Popen[str]) -> None:
         with self._lock:
             self._processes.add(process)
             if self._stopped:
-                process.kill()
+                kill(process)
 
     def _over(self, process: subprocess.Popen[str]) -> None:
         """Raise Stopped if it may have ended by `stop`."""
@@ -175,13 +237,13 @@ class Run:
           TrialsError: the implementation does not run here; says why.
         """
         request = {"implementation": implementation, "operations": [], "models": [], "trials": []}
-        with Worker(request, self.command) as worker:
-            for event in worker.events(MACHINE_SECONDS):
+        with Child(request, self.command, {}) as child:
+            for event in child.events(MACHINE_SECONDS):
                 if event["event"] == "begin":
                     return event
-                if event["event"] == REFUSED:
+                if event["event"] == "refused":
                     raise TrialsError(f"nothing can be measured here: {event['reason']}")
-        raise TrialsError(f"the process that runs trials ended before it began: {worker.how_it_ended}")
+        raise TrialsError(f"the process that runs trials ended before it began: {child.how_it_ended}")
 
     def environment(self, name: str) -> Mapping[str, str]:
         """Of a process that has the library of a fault."""
@@ -194,9 +256,9 @@ class Run:
             if self._stopped:
                 raise Stopped
             outcome = None
-            with Worker({**request, "trials": left}, self.command, self.environment(name)) as worker:
-                self._begun(worker.process)
-                for event in worker.events(self.hang):
+            with Child({**request, "trials": left}, self.command, self.environment(name)) as child:
+                self._begun(child.process)
+                for event in child.events(self.hang):
                     kind = event["event"]
                     if kind == "trial":
                         outcome = Outcome(left[0])
@@ -205,16 +267,16 @@ class Run:
                     if kind == "done" and outcome is not None:
                         self._add(name, into, left.pop(0), outcome.ended())
                         outcome = None
-                    elif kind in ("end", "crash", REFUSED):
-                        worker.how_it_ended = event.get("reason", "")
+                    elif kind in ("end", "crash", "refused"):
+                        child.how_it_ended = event.get("reason", "")
                         break
-            self._over(worker.process)
+            self._over(child.process)
             if not left:
                 return
             try:
                 if outcome is None:
-                    raise TrialsError(worker.how_it_ended)
-                found = outcome.ended(worker.how_it_ended)
+                    raise TrialsError(child.how_it_ended)
+                found = outcome.ended(child.how_it_ended)
             except TrialsError as error:  # other faults go on
                 self.entry(name)["error"] = str(error)[-2000:]
                 self.save()
@@ -252,7 +314,7 @@ class Run:
         try:
             said, _ = process.communicate(timeout=PARITY_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill(process)
             said, _ = process.communicate()
             said += f"\nno end after {PARITY_SECONDS:.0f} s"
         self._over(process)

@@ -13,16 +13,23 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jax_router.verification.worker import COMPILE_THREADS
+
+if TYPE_CHECKING:
+    from jax_router.verification.data import Subject
+    from jax_router.verification.result import Context
+
 LAUNCHES = 1_000_000  # the default of `jax-router verify`
-ON_CHAINS = ("graphs", "load")  # whose chains take seconds to compile, one per number of tokens
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,6 @@ class Trial:
       trial: its number, and the seed of all data.
       operations: of the subjects that take part.
       checks: of plan.CHECKS, in this order.
-      tokens: those of a fault: of the default ones of a check on chains only these are launched, each as often as by
-        default. Empty for all.
       seconds: for the checks of one subject, the share that `jax-router verify` gives it.
       ends: seconds after which no other subject begins.
       launches, quick: as of `jax-router verify`.
@@ -46,7 +51,6 @@ class Trial:
     checks: tuple[str, ...]
     seconds: float
     ends: float = 300.0
-    tokens: tuple[int, ...] = ()
     launches: int = LAUNCHES
     quick: bool = False
     first: bool = False
@@ -57,20 +61,28 @@ def main() -> None:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
+    lock = threading.Lock()  # threads that compile say so
+
     def emit(event: str, **facts: Any) -> None:
-        events.write(json.dumps({"event": event, **facts}) + "\n")
+        with lock:
+            events.write(json.dumps({"event": event, **facts}) + "\n")
 
-    run(request, emit)
+    pool = ThreadPoolExecutor(max(1, min(COMPILE_THREADS, os.cpu_count() or 1)))
+    try:
+        run(request, emit, pool)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(request: dict[str, Any], emit: Callable[..., None]) -> None:
+def run(request: dict[str, Any], emit: Callable[..., None], pool: Executor) -> None:
     """Emit "begin", then for each trial "trial", what its checks say, and "done"; "crash" ends it early."""
     emit("alive", launches=0)
     import jax
 
     from jax_router.verification import plan
+    from jax_router.verification.result import Context
 
-    alive = _Alive(emit)
+    alive = Alive(emit)
     # Compiling says nothing for as long as it takes; what was compiled is a sign of life.
     jax.monitoring.register_event_duration_secs_listener(lambda *_, **__: alive(0))
     device = jax.local_devices()[0]
@@ -84,9 +96,14 @@ def run(request: dict[str, Any], emit: Callable[..., None]) -> None:
         return
     if not request["trials"]:
         emit("begin", **_machine(device))
+
+    def doing(tokens: int, data: str) -> None:
+        emit("case", tokens=tokens, data=data)
+
+    contexts = [Context(device, doing=doing, alive=alive, pool=pool) for _ in found]
     for document in request["trials"]:
         each = {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}
-        if not run_trial(Trial(**each), found, device, emit, alive):
+        if not run_trial(Trial(**each), list(zip(found, contexts, strict=True)), emit, alive):
             return
     emit("end")
 
@@ -107,49 +124,61 @@ def _machine(device: Any) -> dict[str, Any]:
     return {"provenance": provenance(), "seconds": seconds, "tokens": tokens, "launches": default.launches}
 
 
-class _Alive:
-    """Passes launches on, a few times per second at most."""
+class Alive:
+    """Passes launches on, a few times per second at most, for any thread."""
 
     def __init__(self, emit: Callable[..., None]):
-        self.emit, self.launches, self.at = emit, 0, 0.0
+        self.emit, self.launches, self.at, self.lock = emit, 0, 0.0, threading.Lock()
 
     def __call__(self, launches: int) -> None:
-        self.launches += launches
-        if time.monotonic() - self.at > 0.2:
-            self.flush()
+        with self.lock:
+            self.launches += launches
+            if time.monotonic() - self.at > 0.2:
+                self._pass_on()
 
     def flush(self) -> None:
+        """Pass on what is left."""
+        with self.lock:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
         self.emit("alive", launches=self.launches)
         self.launches, self.at = 0, time.monotonic()
 
 
-def run_trial(trial: Trial, found: list[Any], device: Any, emit: Callable[..., None], alive: _Alive) -> bool:
-    """Whether this process can go on with another one."""
+def run_trial(trial: Trial, found: list[tuple[Subject, Context]], emit: Callable[..., None], alive: Alive) -> bool:
+    """Run a trial on its subjects, each with the context that has its executables; whether another one can follow.
+
+    What a trial compiled the next ones of this process take as it is: nothing in it depends on the data.
+    """
     from jax_router.verification import plan
-    from jax_router.verification.result import Context
 
     emit("trial", trial=trial.trial)
     started = time.monotonic()
-    taking_part = [subject for subject in found if subject.operation in trial.operations]
-    checks = [(name, plan.CHECKS[name]) for name in trial.checks]
-    checks = [pair for i, pair in enumerate(checks) if pair[1] not in [check for _, check in checks[:i]]]
-    for subject in taking_part[:1] if trial.first else taking_part:
+    taking_part = [pair for pair in found if pair[0].operation in trial.operations]
+    checks: dict[str, plan.Check] = {}
+    for name in trial.checks:
+        if plan.CHECKS[name] not in checks.values():
+            checks[name] = plan.CHECKS[name]
+    for subject, kept in taking_part[:1] if trial.first else taking_part:
         if time.monotonic() - started >= trial.ends:
             break
-        context = Context(
-            device, trial.trial, deadline=time.monotonic() + trial.seconds, quick=trial.quick, alive=alive,
-            doing=lambda tokens, data: emit("case", tokens=tokens, data=data),
+        context = dataclasses.replace(
+            kept, seed=trial.trial, launches=trial.launches, deadline=time.monotonic() + trial.seconds,
+            quick=trial.quick, chains=[],
         )  # fmt: skip
-        for name, check in checks:
-            context.tokens, context.launches = of_chains(trial) if name in ON_CHAINS else ((), trial.launches)
-            emit("check", subject=subject.label, check=name, tokens=context.tokens, launches=context.launches)
+        for check in checks.values():
+            context.ahead(check.programs(subject, context))
+        for name, check in checks.items():
+            emit("check", subject=subject.label, check=name)
             try:
-                results = check(subject, context)
+                outcome = check.run(subject, context)
             except Exception as error:  # the device may be lost to this process
                 alive.flush()
                 emit("crash", reason=f"{type(error).__name__}: {error}"[:2000])
                 return False
             alive.flush()
+            results = outcome if isinstance(outcome, list) else [outcome]
             for result in results:
                 emit("result", **dataclasses.asdict(result))
             if any(result.passed is False for result in results):
@@ -157,15 +186,6 @@ def run_trial(trial: Trial, found: list[Any], device: Any, emit: Callable[..., N
                 return True
     emit("done", trial=trial.trial)
     return True
-
-
-def of_chains(trial: Trial) -> tuple[tuple[int, ...], int]:
-    """Numbers of tokens of the chains (empty for the default ones), and launches of all together."""
-    from jax_router.verification import load
-
-    default = load.QUICK_TOKENS if trial.quick else load.TOKENS
-    tokens = tuple(count for count in default if count in trial.tokens)
-    return tokens, trial.launches * len(tokens) // len(default) if tokens else trial.launches
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
 from test_build import FakeCompilers
 
 from jax_router import build
 from jax_router.verification import plan, sanitizers
-from jax_router.verification.result import Failure, Result
+from jax_router.verification.result import Result
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -29,7 +28,6 @@ import fault_list
 import fault_table
 import fault_trials
 import fault_watch
-import fault_worker
 import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +52,7 @@ for trial in request["trials"]:
     does = behaviour.get(name, {}).get(str(trial["trial"]), "passes")
     does = behaviour.get(name, {}).get(trial["checks"][0], does) if trial.get("first") else does
     emit("trial", trial=trial["trial"])
-    emit("check", subject="route cuda x", check=trial["checks"][0], tokens=trial.get("tokens", []), launches=1)
+    emit("check", subject="route cuda x", check=trial["checks"][0])
     emit("case", tokens=8, data="normal")
     emit("alive", launches=100)
     if does == "hangs":
@@ -195,6 +193,27 @@ def test_a_fault_that_changed_is_measured_again(bench, monkeypatch):
     assert [(name, trials) for name, _, trials in bench.processes] == [("rounded-logits", [0])]
 
 
+def test_a_record_says_what_it_lacks(bench):
+    bench.behave({fault.name: {"0": "sees it", "1": "sees it"} for fault in fault_list.FAULTS})
+    bench.measure(*(fault.name for fault in fault_list.FAULTS), "shipped", trials=2)
+    whole = bench.record
+    whole["faults"]["shipped"]["trials"] *= 2  # two of three
+    assert fault_trials.lacks(whole, trials=2) == ["shipped: no control"]
+    del whole["faults"]["shipped"]["trials"][3]
+    assert fault_trials.lacks(whole, trials=2) == []
+    whole["faults"]["a-fault-of-old"] = whole["faults"]["rounded-logits"]
+    del whole["faults"]["rounded-logits"], whole["faults"]["negative-keys"]["trials"][0]
+    whole["faults"]["arrival-order"]["parity"] = None
+    whole["faults"]["ties-to-highest"]["digest"] = "of another edit"
+    assert fault_trials.lacks(whole, trials=2) == [
+        "arrival-order: no parity tests",
+        "ties-to-highest: another fault was measured under this name",
+        "rounded-logits: not measured",
+        "negative-keys: 1 trials of 2",
+        "a-fault-of-old: no fault of the list",
+    ]
+
+
 DRIVER = """
 import sys
 from functools import partial
@@ -308,92 +327,6 @@ def test_a_fault_goes_to_the_checks_and_routers_that_it_is_said_to_show_in():
         options = plan.Options(operations=fault.operations, models=fault_trials.models_of(fault))
         options.check()
         assert {shape.operation for shape in plan.all_shapes(options)} == set(fault.operations)
-
-
-# The child, in this process: subjects of xla, and checks that are functions of the tests.
-@pytest.fixture
-def child(monkeypatch):
-    device, events = jax.devices("cpu")[0], []
-    subjects, _ = plan.subjects(plan.Options(("xla",), models=("gpt-oss-120b", "DeepSeek-V3")), device)
-
-    def emit(event: str, **facts: object) -> None:
-        events.append({"event": event, **json.loads(json.dumps(facts))})
-
-    def run(checks: dict, **trial: object) -> tuple[bool, list[dict]]:
-        for name, check in checks.items():
-            monkeypatch.setitem(plan.CHECKS, name, check)
-        defaults = {"trial": 3, "operations": ("router_gemm", "route"), "checks": tuple(checks), "seconds": 5.0}
-        alive = fault_worker._Alive(emit)
-        return fault_worker.run_trial(
-            fault_worker.Trial(**{**defaults, **trial}), subjects, device, emit, alive
-        ), events
-
-    return run
-
-
-def outcome(name: str, passed: bool, seen: list | None = None):
-    def check(subject, context):
-        if seen is not None:
-            left = context.deadline - time.monotonic()
-            seen.append(
-                (name, subject.label, context.seed, tuple(context.tokens), context.launches, context.quick, left)
-            )
-        return [Result(name, passed, 5, failure=None if passed else Failure(8, "normal", 3, 1, 0, "0x0", "0x1"))]
-
-    return check
-
-
-def test_a_trial_runs_its_checks_in_order_on_each_router_and_ends_at_the_first_failure(child):
-    seen: list = []
-    numerics = outcome("experts", True, seen)
-    goes_on, events = child({"experts": numerics, "accuracy": numerics, "bits": outcome("bits", False, seen)})
-    assert goes_on
-    assert [(name, label) for name, label, *_ in seen] == [
-        ("experts", "router_gemm xla gpt-oss-120b"), ("bits", "router_gemm xla gpt-oss-120b"),
-    ], "accuracy and experts are one function"  # fmt: skip
-    assert {seed for _, _, seed, *_ in seen} == {3}
-    kinds = [event["event"] for event in events if event["event"] != "alive"]
-    assert kinds == ["trial", "check", "result", "check", "result", "done"]
-
-
-def test_of_chains_only_those_of_the_fault_run_each_as_often_as_by_default(child):
-    seen: list = []
-    child({"load": outcome("load", True, seen), "bits": outcome("bits", True, seen)}, tokens=(128, 256, 512))
-    limits = {name: (tokens, launches) for name, _, _, tokens, launches, *_ in seen}
-    assert limits == {"load": ((128, 512), 1_000_000 * 2 // 6), "bits": ((), 1_000_000)}
-    assert len(seen) == 8, "two routers, two operations"
-    assert all(4.0 < left <= 5.0 for *_, left in seen)
-    seen.clear()
-    child({"load": outcome("load", True, seen)}, tokens=(7,), operations=("route",), first=True, quick=True, launches=9)
-    assert [each[1:6] for each in seen] == [("route xla gpt-oss-120b", 3, (), 9, True)], "no chain has 7 tokens"
-
-
-def test_no_router_begins_after_the_default_minutes(child):
-    seen: list = []
-    child({"bits": outcome("bits", True, seen)}, ends=0.0)
-    assert seen == []
-
-
-def test_a_check_that_raises_ends_the_process_of_the_trial(child):
-    def check(subject, context):
-        context.alive(7)
-        raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED")
-
-    goes_on, events = child({"bits": check})
-    assert not goes_on
-    assert events[-1] == {"event": "crash", "reason": "RuntimeError: CUDA_ERROR_LAUNCH_FAILED"}
-    assert sum(event["launches"] for event in events if event["event"] == "alive") == 7
-
-
-def test_the_child_says_what_the_machine_is_and_refuses_what_does_not_run_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    run = fault_watch.Run(tmp_path, 30.0)
-    machine = run.machine("xla")
-    assert machine["provenance"]["gpu"] is None
-    assert machine["launches"] == fault_worker.LAUNCHES == plan.Options().launches
-    assert machine["seconds"] == 300 / 8, "four routers, two operations, and only xla runs"
-    with pytest.raises(fault_watch.TrialsError, match=r"nothing can be measured here: cuda .*compute capability"):
-        run.machine("cuda")
 
 
 def test_a_library_of_other_sources_or_of_none_is_compiled_again(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax_router.verification.plan import Options
@@ -22,7 +22,6 @@ from jax_router.verification.plan import Options
 HANG_SECONDS = 150.0  # without a sign of life: compiling takes some tens
 STDERR_LINES = 12  # of a process that died, in the reason
 REFUSED = "refused"
-COMMAND = (sys.executable, "-m", "jax_router.verification.worker")
 
 Record = dict[str, Any]
 Event = dict[str, Any]
@@ -76,7 +75,7 @@ class _Watch:
     def follow(self, request: dict[str, Any], hang_seconds: float) -> None:
         """One worker, from its start to its end."""
         self.check, self.case, began_before = None, {}, self.began
-        with Worker(request) as worker:
+        with _Worker(request) as worker:
             for event in worker.events(hang_seconds):
                 if event["event"] == REFUSED:
                     raise RefusedError(event["reason"])
@@ -131,17 +130,15 @@ class _Watch:
                 "seconds": 0.0, "figures": {}, "reason": died, "failure": failure}  # fmt: skip
 
 
-class Worker:
-    """A process that gets a request and emits events. Its error output is kept, and what compiling says passed on."""
+class _Worker:
+    """The process. Its error output is kept, and what compiling says is passed on."""
 
-    def __init__(
-        self, request: dict[str, Any], command: Sequence[str] = COMMAND, environment: Mapping[str, str] | None = None
-    ):
+    def __init__(self, request: dict[str, Any]):
         # JAX takes most of the GPU's memory at its start unless told otherwise; a user's process may have it already.
-        variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **(environment or {})}
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         self.process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
+            [sys.executable, "-m", "jax_router.verification.worker"], env=environment, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         self.said: list[str] = []
         self.how_it_ended = ""
@@ -156,7 +153,7 @@ class Worker:
         for reader in self._readers:
             reader.start()
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,15 +179,13 @@ class Worker:
 
     def _read_events(self) -> None:
         assert self.process.stdout is not None
-        with self.process.stdout as stdout:
-            for line in stdout:
-                self._lines.put(line)
+        for line in self.process.stdout:
+            self._lines.put(line)
         self._lines.put(None)
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            for line in stderr:
-                if line.startswith("jax_router: "):
-                    sys.stderr.write(line)
-                self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
+        for line in self.process.stderr:
+            if line.startswith("jax_router: "):
+                sys.stderr.write(line)
+            self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
