@@ -123,7 +123,8 @@ def markdown(record: Record) -> str:
         "Launches and seconds until it was caught: the median, and the least and the most. A hang takes "
         f"{parameters['hang_seconds']:.0f} seconds without a sign of life. A trial runs the checks that must see the "
         "fault, on the routers and operations it is in, with the parameters of `jax-router verify` and its own seed; "
-        f"each router has its share of the default minutes, {parameters['seconds']:.1f} seconds.",
+        f"each router has its share of the default minutes, {parameters['seconds']:.1f} seconds. Trials of one "
+        "process share what was compiled.",
         "",
     ]  # fmt: skip
     found = survey_rows(record)

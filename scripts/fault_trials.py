@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import faults
 from fault_list import FAULTS, Fault
 from fault_table import as_it_should_be, markdown, print_record
-from fault_watch import ROOT, SHIPPED, Run, Stopped, TrialsError
+from fault_watch import ROOT, SHIPPED, Run, Stopped, TrialsError, is_given_up
 
 from jax_router import build
 from jax_router.provenance import gpu_name
@@ -94,18 +94,22 @@ class Plan:
                 left = [
                     self._trial(number, request, checks_of(fault)) for number in self._left(fault.name, self.trials)
                 ]
-                if fault.seen_by[0] == "hang":  # each trial costs a process and a wait, in which the GPU does nothing
-                    hanging += [self._trials(fault.name, request, [each]) for each in left]
-                elif left:
-                    phase = together if set(fault.seen_by) <= TOGETHER else alone
-                    phase.append(self._trials(fault.name, request, left))
+                # A hang costs a trial its process and a wait in which the GPU does nothing, an illegal address its
+                # process: these at the same time.
+                hangs = fault.seen_by[0] == "hang"
+                parts = len(left) if hangs else jobs if "memory" in fault.seen_by else 1
+                phase = hanging if hangs else together if set(fault.seen_by) <= TOGETHER else alone
+                phase += [self._trials(fault.name, request, left[i::parts]) for i in range(min(parts, len(left)))]
             last += self._survey(fault) if self.survey else []
         parity = self._parity(chosen)
         found = [(parity[:1] + together, jobs), (alone, 1), (hanging, jobs), (parity[1:] + last, jobs)]
         return [(tasks, at_once) for tasks, at_once in found if tasks]
 
     def _left(self, name: str, count: int) -> list[int]:
-        done = {trial["trial"] for trial in self.run.entry(name)["trials"]}
+        entry = self.run.entry(name)
+        if name != SHIPPED and is_given_up(entry):
+            return []
+        done = {trial["trial"] for trial in entry["trials"]}
         return [number for number in range(count) if number not in done]
 
     def _request(self, operations: Sequence[str], models: Sequence[str]) -> Record:

@@ -25,6 +25,7 @@ COMMAND = (sys.executable, str(ROOT / "scripts" / "fault_worker.py"))
 PARITY = (
     sys.executable, "-m", "pytest", "tests/test_parity.py", "tests/test_torch_ref.py", "-q", "-k", "cuda or yardstick",
 )  # fmt: skip
+MISSES = 2
 MACHINE_SECONDS = 600.0  # compiling libraries says nothing meanwhile
 PARITY_SECONDS = 300.0
 OF_THE_DEVICE = re.compile(r"CUDA_ERROR_|illegal|misaligned|launch fail", re.IGNORECASE)
@@ -115,6 +116,12 @@ def _kind_of_end(how: str) -> str | None:
     if OF_MEMORY.search(how):  # other processes may have it
         return None
     return "crash" if OF_THE_DEVICE.search(how) or KILLED_ITSELF.match(how) else None
+
+
+def is_given_up(entry: Record) -> bool:
+    """Whether the first trials all missed a fault: each takes the default minutes, and more would say the same."""
+    trials = entry["trials"]
+    return len(trials) >= MISSES and all(trial["caught_by"] is None for trial in trials)
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
@@ -250,11 +257,16 @@ class Run:
         return {} if name == SHIPPED else {build.LIBRARY_VARIABLE: str(self.libraries / f"{name}.so")}
 
     def follow(self, name: str, request: Record, trials: Sequence[Record], into: str) -> None:
-        """Run trials in as many processes as it takes, into the list `into` of the entry; a survey ends with a hang."""
+        """Run trials in as many processes as it takes, into the list `into` of the entry.
+
+        A survey ends with a hang, and a fault that is given up with its last miss.
+        """
         left = list(trials)
         while left:
             if self._stopped:
                 raise Stopped
+            if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
+                return
             outcome = None
             with Child({**request, "trials": left}, self.command, self.environment(name)) as child:
                 self._begun(child.process)
@@ -267,6 +279,9 @@ class Run:
                     if kind == "done" and outcome is not None:
                         self._add(name, into, left.pop(0), outcome.ended())
                         outcome = None
+                        if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
+                            left.clear()
+                            break
                     elif kind in ("end", "crash", "refused"):
                         child.how_it_ended = event.get("reason", "")
                         break

@@ -251,9 +251,10 @@ def test_an_interrupt_keeps_what_was_measured_and_ends_the_children(bench, sent)
             os.kill(child, 0)
 
 
-def test_parity_tests_must_pass_with_the_shipped_library_before_they_mean_anything(bench):
+@pytest.mark.parametrize("said", [("84 deselected in 1s", 5), ("12 skipped in 1s", 0), ("1 failed, 2 passed", 1)])
+def test_parity_tests_must_pass_with_the_shipped_library_before_they_mean_anything(bench, said):
     bench.behave({"arrival-order": {"0": "sees it"}})
-    bench.parity({"shipped": ("84 deselected in 1s", 5)})
+    bench.parity({"shipped": said})
     assert bench.measure("arrival-order", trials=1) == 1
     assert bench.record["faults"]["arrival-order"]["parity"] is None
     bench.parity({})
@@ -270,6 +271,26 @@ def test_parity_tests_that_see_a_fault_they_are_said_to_miss_are_reported(bench)
     assert (found["passed"], found["counts"]) == (False, {"failed": 1, "passed": 3})
     assert bench.record["faults"]["rounded-logits"]["parity"] is None, "nobody says that it is missed"
     assert "FAIL (1 failed, 3 passed)" in bench.console.export_text()
+
+
+def test_a_fault_that_its_first_trials_miss_is_given_up_until_it_is_to_be_measured_again(bench):
+    bench.behave({"rounded-logits": {"0": "passes", "1": "passes", "2": "sees it", "3": "sees it"}})
+    assert bench.measure("rounded-logits", trials=4) == 1
+    assert [trial["trial"] for trial in bench.trials("rounded-logits")] == [0, 1]
+    assert bench.measure("rounded-logits", trials=4) == 1
+    assert bench.processes == []
+    bench.behave({"rounded-logits": {"1": "sees it", "2": "passes", "3": "passes"}})
+    bench.measure("rounded-logits", trials=4, again=True)
+    assert [trial["caught_by"] for trial in bench.trials("rounded-logits")] == [None, "experts", None, None]
+
+
+def test_trials_that_may_cost_their_process_run_at_the_same_time(bench):
+    for name in ("bias-unguarded", "barrier-not-reached"):
+        bench.behave({name: {str(i): "aborts" for i in range(6)}})
+        assert bench.measure(name, trials=6) == 0
+        assert [trial["trial"] for trial in bench.trials(name)] == list(range(6))
+    begun = [trials for _, _, trials in bench.processes]
+    assert sorted(begun) == [[i] for i in range(6)], "of the last one, which may hang"
 
 
 def test_the_shipped_library_must_not_be_caught(bench):

@@ -95,12 +95,13 @@ def test_no_router_begins_after_the_default_minutes(child):
 def test_a_check_that_raises_ends_the_process_of_the_trial(child):
     def run(subject, context):
         context.alive(7)
+        context.alive(5)  # right after, so not yet passed on
         raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED")
 
     goes_on, events = child({"bits": plan.Check(run, lambda subject, context: {})})
     assert not goes_on
     assert events[-1] == {"event": "crash", "reason": "RuntimeError: CUDA_ERROR_LAUNCH_FAILED"}
-    assert sum(event["launches"] for event in events if event["event"] == "alive") == 7
+    assert sum(event["launches"] for event in events if event["event"] == "alive") == 12
 
 
 def test_the_child_says_what_the_machine_is_and_refuses_what_does_not_run_there(tmp_path, monkeypatch):
