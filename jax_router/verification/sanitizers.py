@@ -51,15 +51,15 @@ def build_program(folder: Path, csrc: Path | None = None) -> Path:
 
 
 def check_sanitizers(
-    alive: Callable[[int], None], seconds: float = SECONDS, tools: tuple[str, ...] = TOOLS
+    alive: Callable[[int], None], seconds: float = SECONDS, tools: tuple[str, ...] = TOOLS, csrc: Path | None = None
 ) -> list[Result]:
-    """One result per tool: "memcheck", "racecheck", "synccheck", "initcheck"."""
+    """One result per tool: "memcheck", "racecheck", "synccheck", "initcheck"; of the sources in `csrc` if given."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return [Result(tool, None, reason="compute-sanitizer is not installed") for tool in tools]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            program = build_program(Path(folder))
+            program = build_program(Path(folder), csrc)
         except toolchain.BuildError as error:
             return [Result(tool, None, reason=f"the standalone program does not compile: {error}") for tool in tools]
         alive(0)
