@@ -294,9 +294,10 @@ def test_trials_that_may_cost_their_process_run_at_the_same_time(bench):
 
 
 def test_the_shipped_library_must_not_be_caught(bench):
-    bench.behave({})
-    assert bench.measure("shipped") == 0
-    assert sorted(trials for _, _, trials in bench.processes) == [[0], [1], [2]], "one for each kind of router"
+    assert bench.measure("shipped", trials=2) == 0
+    assert sorted(trials for _, _, trials in bench.processes) == [[0], [1]]
+    assert bench.measure("shipped", trials=10) == 0
+    assert [trials for _, _, trials in bench.processes] == [[2]], "one for each kind of router, and never given up"
     bench.behave({"shipped": {"1": "sees it"}})
     assert bench.measure("shipped", again=True) == 1
     assert "a check sees something in the shipped library" in bench.console.export_text()
