@@ -88,17 +88,20 @@ def _against_the_specification(
     finite: Array,
 ) -> Verdict:  # fmt: skip
     by_specification = _specification(subject, operands, logits)
-    if not finite.all():  # scores are exact there, and so is their order
-        expected = by_specification[1]
-        wrong = ~finite & (experts != expected).any(-1)
-        if wrong.any():
-            row = int(wrong.argmax())
-            return _wrong("experts of infinite or NaN logits are not the specification's", row, expected, experts)
-        wrong = ~finite & (np.isnan(weights) != np.isnan(by_specification[0])).any(-1)
-        if wrong.any():
-            row = int(wrong.argmax())
-            return _wrong("weights of infinite or NaN logits are not the specification's", row, by_specification[0],
-                          weights)  # fmt: skip
+    # Where scores are exact, so is their order, and that of groups: of infinities and NaN, and of nothing but ties.
+    exactly = ~finite | _all_tied(logits, operands.correction_bias)
+    wrong = exactly & (experts != by_specification[1]).any(-1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        what = f"all experts of {kind} data, which tie," if finite[row] else "experts of infinite or NaN logits"
+        return _wrong(f"{what} are not the specification's", row, by_specification[1], experts)
+    scores_are_exact = ~np.isfinite(logits).any(-1, keepdims=True)
+    close = np.isclose(weights, by_specification[0], rtol=_of_weights(spec), atol=0.0, equal_nan=True)
+    same = np.isnan(weights) == np.isnan(by_specification[0])
+    wrong = ~finite & ~np.where(scores_are_exact, close, same).all(-1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        return _wrong("weights of infinite or NaN logits are not the specification's", row, by_specification[0], weights)
     rows = np.flatnonzero(finite)
     if not len(rows):
         return Verdict()
@@ -132,6 +135,17 @@ def _against_the_specification(
     middle = (ends[0] + ends[1]) / 2
     worst = (abs(weights[rows] - middle) / np.maximum((ends[1] - ends[0]) / 2 + slack, 1e-300)).max(initial=0.0)
     return Verdict({"weight": float(worst)})
+
+
+def _all_tied(logits: Array, correction: Array | None) -> Array:
+    """Tokens [T] all of whose experts compete with the very same key."""
+    tied = (logits == logits[:, :1]).all(-1)
+    return tied if correction is None else tied & bool((correction == correction[0]).all())
+
+
+def _of_weights(spec: RoutingSpec) -> float:
+    """What two float32 weights of the same scores may differ by, relative (docs/numerics.md)."""
+    return 2 * (spec.top_k / 2 + 4) * parity.UNIT_SPACING
 
 
 def _higher_of_equals(spec: RoutingSpec, experts: Array, logits: Array, correction: Array | None) -> Array:
@@ -181,8 +195,9 @@ def _gaps(exact: Array, choice: judged.Interval, count: int) -> Array:
     if count >= exact.shape[-1]:
         return np.zeros(len(exact))
     last, first = (np.take_along_axis(exact, order[:, i : i + 1], -1)[:, 0] for i in (count - 1, count))
-    half = [np.take_along_axis(choice.high - choice.low, order[:, i : i + 1], -1)[:, 0] / 2 for i in (count - 1, count)]
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # of experts that are masked with -inf
+        width = choice.high - choice.low
+        half = [np.take_along_axis(width, order[:, i : i + 1], -1)[:, 0] / 2 for i in (count - 1, count)]
         return np.nan_to_num((last - first) / np.maximum(half[0] + half[1], 1e-300))
 
 
