@@ -31,7 +31,7 @@ def problem_of(subject: Subject, tokens: int) -> Problem:
 
 
 def check_numerics(subject: Subject, context: Context) -> list[Result]:
-    """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens, however late it is."""
+    """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens, be it late or not."""
     started = time.monotonic()
     run = compiled(subject, return_logits=True)
     flushes = not context.on_gpu  # XLA's code for a CPU takes subnormal inputs as zeros
