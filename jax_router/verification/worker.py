@@ -88,11 +88,9 @@ def run(request: dict[str, Any], emit: Any) -> None:
                 results = check(subject, context)
             except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
                 text = f"{type(error).__name__}: {error}"
-                results = [Result(name, False, reason=text[:2000])]
-                emit("result", subject=index, **dataclasses.asdict(results[0]))
                 if "CUDA_ERROR" in text or "cuda" in text.lower():
-                    raise  # the device is lost to this process
-                continue
+                    raise  # the device is lost to this process, whose end is the finding
+                results = [Result(name, False, reason=text[:2000])]
             for result in results:
                 emit("result", subject=index, **dataclasses.asdict(result))
         emit("done", subject=index)
