@@ -42,14 +42,17 @@ def run(request: dict[str, Any], emit: Any) -> None:
 
     from jax_router import build
     from jax_router.provenance import provenance
-    from jax_router.sweep import torch_with_gpu
+    from jax_router.timing_torch import torch_with_gpu
     from jax_router.verification import plan
     from jax_router.verification.result import Context, Result
     from jax_router.verification.sanitizers import check_sanitizers
 
     options = plan.Options.of(request["options"])
     device = jax.local_devices()[0]
-    found, refused = plan.subjects(options, device)
+    try:
+        found, refused = plan.subjects(options, device)
+    except (ImportError, NotImplementedError, OSError) as error:  # of a checkpoint
+        raise ValueError(str(error)) from error
     if not found:
         reasons = "; ".join(f"{name} {why}" for name, why in refused.items()) or "no subject is left"
         raise ValueError(
