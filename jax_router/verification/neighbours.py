@@ -59,7 +59,7 @@ def _check_tokens(
     sources = [tuple(getattr(variant, name) for name in present) for variant in variants]
     one = compiled(subject)
     expected = [one(variant) for variant in variants]
-    executable = _executable(subject, present, sources, expected)
+    executable = _traced(subject, present, sources, expected).lower().compile()
     copies = re.findall(r"= \S+ copy(?:-start)?\(", executable.as_text() or "")
     if len(copies) > len(present) + 1:  # of the arguments, once
         return Result("neighbours", None, reason=f"XLA puts {len(copies)} copies between the neighbours")
@@ -91,10 +91,10 @@ def _check_tokens(
     return launches, failure, reason
 
 
-def _executable(
+def _traced(
     subject: Subject, present: Sequence[str], sources: Sequence[tuple[jax.Array, ...]], expected: Sequence[Any]
-) -> jax.stages.Compiled:
-    """Compiled: (wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
+) -> jax.stages.Traced:
+    """Traced: (wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
 
     def like(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
@@ -119,4 +119,4 @@ def _executable(
 
     buffers = tuple(like(each) for each in sources[0])
     function = jax.jit(run, donate_argnums=(0, 1), compiler_options=WITHOUT_GRAPHS)
-    return function.lower(jax.ShapeDtypeStruct((8,), jnp.uint32), buffers, list(sources), list(expected)).compile()
+    return function.trace(jax.ShapeDtypeStruct((8,), jnp.uint32), buffers, list(sources), list(expected))
