@@ -73,7 +73,6 @@ def test_what_is_right_passes_with_every_kind_of_data(name):
     if subject.spec is not None:
         assert found[1].figures["normal"]["tokens"] == NUMERIC_TOKENS * (subject.given is None) + NUMERIC_TOKENS
         assert 0 < found[1].figures["normal"]["weight"] < 1
-    assert caught(subject, seed=1) == {}
 
 
 WRONG_LOGITS = {
