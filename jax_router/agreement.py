@@ -23,10 +23,10 @@ from jax_router import dispatch, implementations, parity
 from jax_router import parity_routing as judged
 from jax_router.agreement_report import ASKED, COUNTED, Record, bar, print_record
 from jax_router.models import models
-from jax_router.sweep import BAD_INPUT, FAILED, INTERRUPTED, gpu_name, torch_with_gpu
+from jax_router.sweep import BAD_INPUT, FAILED, INTERRUPTED, gpu_name
 from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, Shape, route_shapes
 from jax_router.sweep_route import correction_bias, route_calls
-from jax_router.timing_torch import route_operator
+from jax_router.timing_torch import route_operator, torch_with_gpu
 
 CHUNK = 65_536  # tokens at a time: of hidden 7168 they take 4 GB in float64
 LOGIT_DEVIATION = 1.5

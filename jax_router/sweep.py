@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import importlib
 import os
 import shlex
 import sys
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_router import sweep_points
 from jax_router.provenance import gpu_name
 from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, identity, read_rows
+from jax_router.timing_torch import torch_with_gpu
 from jax_router.verification import gate
 
 RESULTS = Path("docs/results")
@@ -286,17 +286,6 @@ def _print_summary(console: Console, rows: Sequence[Row], gpu: bool) -> None:
     if gpu:
         sweep_summary.print_accuracy(console, rows)
         sweep_summary.print_bars(console, evaluate(rows))
-
-
-def torch_with_gpu() -> Any | None:
-    """The torch module if it is installed and has the GPU."""
-    # Processes that compile kernels take longer to start than the few kernels of a router to compile.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
-    return torch if torch.cuda.is_available() else None
 
 
 def register(app: typer.Typer) -> None:

@@ -1,7 +1,9 @@
-"""PyTorch's peers of the sweep, and their timing in CUDA-graph replay. torch itself is an argument, never imported."""
+"""PyTorch's peers of the sweep, and their timing in CUDA-graph replay. torch is an argument; one function finds it."""
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,17 @@ import jax
 
 from jax_router.routing import RoutingSpec
 from jax_router.timing import Operands, Samples, launches_of, replays
+
+
+def torch_with_gpu() -> Any | None:
+    """The torch module if it is installed and has the GPU."""
+    # Processes that compile kernels take longer to start than the few kernels of a router to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
 
 
 def operators(torch: Any) -> dict[str, Callable[..., Any]]:

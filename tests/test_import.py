@@ -46,7 +46,7 @@ def test_the_public_names_are_there() -> None:
     import jax_router
 
     assert all(hasattr(jax_router, name) for name in jax_router.__all__)
-    assert {"router_gemm", "route", "RoutingSpec", "explain", "models", "load_balancing_loss"} <= set(
+    assert {"router_gemm", "route", "RoutingSpec", "explain", "models", "load_balancing_loss", "verify"} <= set(
         jax_router.__all__
     )
 
@@ -56,3 +56,21 @@ def test_the_examples_of_the_docstrings_run(name) -> None:
     result = doctest.testmod(importlib.import_module(f"jax_router.{name}"))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+VERIFY = """
+import json, sys
+for name in ("torch", "typer", "click", "rich", "matplotlib", "safetensors"):
+    sys.modules[name] = None  # as if it were not installed
+from jax_router.verification import Verification, supervisor, worker
+facts = {"gpu": None, "date": "2026-11-26", "source_hash": "0" * 64}
+print(Verification({"subjects": [], "sanitizers": [], "provenance": facts, "interrupted": False}))
+worker.run({"options": {"implementations": ["xla"], "models": ["awkward"], "operations": ["router_gemm"],
+                        "tokens": [1], "checks": ["bits"]}, "skip": 0}, lambda event, **_: print(event))
+"""
+
+
+def test_verify_needs_nothing_beside_jax_and_numpy() -> None:
+    said = subprocess.run([sys.executable, "-c", VERIFY], check=True, capture_output=True, text=True).stdout
+    assert "0 launches under load" in said
+    assert said.splitlines()[-3:] == ["result", "done", "end"]

@@ -14,12 +14,16 @@ from jax_router.implementations import cuda
 
 
 @pytest.fixture(scope="session")
-def timed_build(tmp_path_factory):
-    """The library from the real compilers, compiled in a folder of its own."""
+def compiler():
     try:
-        toolchain.find_compiler()
+        return toolchain.find_compiler()
     except build.BuildError as error:
         pytest.skip(f"the kernels cannot be compiled here: {error}")
+
+
+@pytest.fixture(scope="session")
+def timed_build(compiler, tmp_path_factory):
+    """The library from the real compilers, compiled in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_ROUTER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("JAX_ROUTER_LIBRARY", raising=False)
@@ -45,14 +49,42 @@ def test_real_build_is_quick_small_and_clean(timed_build):
     assert [kernel for kernel in kernels if kernel.spill_bytes] == []
 
 
+def exports(path) -> set[str]:
+    listing = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in listing.splitlines()}
+
+
+def declarations(*headers: str) -> set[str]:
+    text = "".join((build.csrc_directory() / name).read_text() for name in headers)
+    return set(re.findall(r"JR_EXPORT[\w\s*]+?\b(jr_\w+)\(", text))
+
+
 def test_library_exports_the_c_interface_and_nothing_else(real_build):
-    listing = subprocess.run(
-        ["nm", "-D", "--defined-only", real_build], capture_output=True, text=True, check=True
-    ).stdout
-    exported = {line.split()[-1] for line in listing.splitlines()}
-    headers = "".join((build.csrc_directory() / name).read_text() for name in ("router_gemm.h", "route.h"))
-    declared = set(re.findall(r"JR_EXPORT[\w\s*]+?\b(jr_\w+)\(", headers))
-    assert exported == declared | {"jr_ffi_router_gemm", "jr_ffi_route", "jr_ffi_api_version"}
+    calls = {"jr_ffi_router_gemm", "jr_ffi_route", "jr_ffi_api_version"}
+    assert exports(real_build) == declarations("router_gemm.h", "route.h") | calls
+
+
+@pytest.fixture(scope="session")
+def verification_build(compiler, tmp_path_factory):
+    """What runs beside the kernels while they are verified."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_ROUTER_CACHE", str(tmp_path_factory.mktemp("verification")))
+        return build.build(library=build.VERIFICATION)
+
+
+def test_the_library_of_the_verification_is_clean(verification_build):
+    log = build.compiler_log(verification_build)
+    assert toolchain.compiler_warnings(log) == []
+    kernels = toolchain.kernel_resources(log)
+    assert len(kernels) == 6
+    assert [kernel for kernel in kernels if kernel.spill_bytes] == []
+
+
+def test_the_library_of_the_verification_exports_its_interface_and_nothing_else(verification_build):
+    declared = declarations("verification/verification.h")
+    calls = {f"jr_ffi_verification_{name}" for name in ("produce", "consume", "find_differing")}
+    assert exports(verification_build) == declared | calls
+    assert {"jr_load_start", "jr_neighbour_produce"} < declared
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -93,7 +92,7 @@ def check_bits(subject: Subject, context: Context) -> Result:
                 row = int(wrong[0])
                 place = int((got[row] != expected[rows[row]]).argmax())
                 failure = Failure(
-                    count, subject.usual, context.seed, launches, row, f"0x{expected[rows[row], place]:08x}",
+                    count, subject.usual, context.seed, launches - 1, row, f"0x{expected[rows[row], place]:08x}",
                     f"0x{got[row, place]:08x}",
                 )  # fmt: skip
                 reason = (
@@ -141,7 +140,7 @@ def check_memory(subject: Subject, context: Context) -> Result:
             found = _judge_memory(outputs, expected, guards, poison, operands, host)
             if found is not None:
                 reason, row, wanted, got = found
-                failure = Failure(tokens, subject.usual, context.seed, launches, row, wanted, got)
+                failure = Failure(tokens, subject.usual, context.seed, launches - 1, row, wanted, got)
                 return Result("memory", False, launches, time.monotonic() - started, figures, reason, failure)
         context.alive(len(POISONS))
     return Result("memory", True, launches, time.monotonic() - started, figures)
@@ -204,5 +203,4 @@ def _poisoned(
             held.append((before, array, behind))
         arrays.append(array)
         guards.append([before, behind] if adjacent else [])
-    gc.collect()
     return arrays, guards

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_router.verification import gate
@@ -56,8 +57,6 @@ def verify(
     if not console.is_terminal:
         console = Console(width=max(console.width, 160))
     try:
-        if replay is not None:
-            raise typer.Exit(run_again(replay, console))
         options = Options(
             tuple(implementation or ()), tuple(operation or ()), tuple(model or ()), tuple(tokens or ()),
             tuple(check or ()), QUICK_MINUTES if quick and minutes == 5.0 else minutes,
@@ -65,11 +64,18 @@ def verify(
             None if checkpoint is None else str(checkpoint), None if activations is None else str(activations),
             sanitizers,
         )  # fmt: skip
-        status = run(options, output, console)
+        status = run_again(replay, console) if replay is not None else run(options, output, console)
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
+        _print_error(error)
         status = BAD_INPUT
+    except RuntimeError as error:  # the process ended before it began
+        _print_error(error)
+        status = FAILED
     raise typer.Exit(status)
+
+
+def _print_error(error: Exception) -> None:
+    Console(stderr=True).print(f"error: {escape(str(error))}", style="red", highlight=False, soft_wrap=True)
 
 
 def run(options: Options, output: Path | None, console: Console) -> int:
@@ -126,14 +132,15 @@ def supervise_with_progress(options: Options, console: Console) -> Record:
 def write(record: Record, folder: Path) -> Path:
     """Write a record, joined with one of the same sources, GPU and versions that is there, and keep it.
 
-    Subjects that were verified again replace what was there; a quick record stands beside the others.
+    What was verified again replaces what was there; a quick record, or one of some numbers of tokens, stands beside.
 
     Raises:
       ValueError: the folder cannot be written.
     """
     name = gate.file_name(record["provenance"]["gpu"])
-    path = folder / (name if not record["options"]["quick"] else name.replace(".json", "-quick.json"))
-    whole = joined(path, as_record(record))
+    written = as_record(record)
+    path = folder / (name.replace(".json", "-quick.json") if written["quick"] else name)
+    whole = joined(path, written)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".json.partial")
@@ -153,6 +160,7 @@ def as_record(record: Record) -> Record:
     options = record["options"]
     head = {name: record[name] for name in ("provenance", "library")}
     asked = {name: options[name] for name in ("seed", "quick", "minutes")}
+    asked["quick"] = options["quick"] or bool(options["tokens"])  # with few numbers of tokens a run proves as little
     return {**head, **asked, "interrupted": record["interrupted"], "refused": record["refused"],
             "subjects": record["subjects"], "sanitizers": record["sanitizers"]}  # fmt: skip
 
@@ -173,14 +181,35 @@ def joined(path: Path, record: Record) -> Record:
         names = (*gate.SUBJECT, "source", "models")
         return json.dumps([subject[name] for name in names], sort_keys=True)
 
-    again = {key(subject) for subject in record["subjects"]}
-    kept = [subject for subject in earlier["subjects"] if key(subject) not in again]
+    subjects = {key(subject): subject for subject in earlier["subjects"]}
+    for subject in record["subjects"]:
+        before = subjects.pop(key(subject), None)
+        subjects[key(subject)] = subject if before is None else _verified_again(before, subject)
+    whole = all(subject.get("complete", True) for subject in subjects.values())
     return {
         **record,
-        "interrupted": record["interrupted"] or earlier["interrupted"],
-        "subjects": [*kept, *record["subjects"]],
+        "interrupted": record["interrupted"] or (earlier["interrupted"] and not whole),
+        "subjects": list(subjects.values()),
         "sanitizers": record["sanitizers"] or earlier["sanitizers"],
     }
+
+
+def _verified_again(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A subject of two runs: the later one if it has every check; else of each check what says more.
+
+    A failure says most, then a pass of more launches: a few checks alone do not make up for one.
+    """
+    results = {check["check"]: [check] for check in now["checks"]}
+    if all(check["check"] in results or check["passed"] is None for check in before["checks"]):
+        return now
+    for check in before["checks"]:
+        results.setdefault(check["check"], []).append(check)
+    checks = [max(each, key=lambda check: (check["passed"] is False, check["passed"] is True, check["launches"]))
+              for each in results.values()]  # fmt: skip
+    complete = now["complete"] or before.get("complete", True)
+    passed = complete and all(check["passed"] is not False for check in checks)
+    launches = sum(check["launches"] for check in checks)
+    return {**now, "checks": checks, "complete": complete, "passed": passed, "launches": launches}
 
 
 def save_failures(record: Record, folder: Path) -> list[Path]:

@@ -158,7 +158,9 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
         weight = weight.astype(dtype).astype(np.float32)
         weight[second], bias[second], correction[second] = weight[first], bias[first], correction[first]
         if kind == "near ties":
-            one = np.arange(hidden) == random.integers(0, hidden, (int(second.sum()), 1))
+            # The smaller the element, the smaller its spacing: from far above the spacing of float32 logits to below.
+            rank = (hidden ** random.random((int(second.sum()), 1))).astype(int) - 1
+            one = abs(weight[second]).argsort(-1, kind="stable").argsort(-1, kind="stable") == rank
             weight[second] = _nudged(weight[second], one, dtype)
         else:
             x[::8] = 0  # every expert with the same bias

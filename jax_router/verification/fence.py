@@ -101,7 +101,7 @@ def check_fence(subject: Subject, context: Context) -> Result:
             context.alive(1)
             if found is not None:
                 reason, row, wanted, got = found
-                failure = Failure(tokens, subject.usual, context.seed, launches, row, wanted, got)
+                failure = Failure(tokens, subject.usual, context.seed, launches - 1, row, wanted, got)
                 return Result("fence", False, launches, time.monotonic() - started, {}, reason, failure)
     return Result("fence", True, launches, time.monotonic() - started)
 

@@ -44,7 +44,7 @@ def _tokens(context: Context) -> tuple[int, ...]:
 
 
 def check_numerics(subject: Subject, context: Context) -> list[Result]:
-    """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens."""
+    """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens, be it late or not."""
     started = time.monotonic()
     made = programs(subject, context)
     flushes = not context.on_gpu  # XLA's code for a CPU takes subnormal inputs as zeros

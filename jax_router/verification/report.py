@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if TYPE_CHECKING:  # markdown needs no rich
+    from rich.console import Console
 
 Record = dict[str, Any]
 
@@ -72,6 +70,10 @@ def totals(record: Record) -> dict[str, int]:
 
 def print_record(console: Console, record: Record) -> None:
     """The table, what failed and what was not run."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD)
     for place, name in enumerate(header()):
         table.add_column(name, justify="right" if place > 2 + len(CHECKS) else "left")
@@ -82,26 +84,42 @@ def print_record(console: Console, record: Record) -> None:
     for tool in record["sanitizers"]:
         outcome = _cell(tool)
         console.print(f"compute-sanitizer {tool['tool']}: [{styles[outcome]}]{outcome}[/]", highlight=False)
-    for subject, check in failures(record):
-        where = f"{' '.join(_row(subject)[:3])}, " if subject is not None else ""
-        name = check.get("check") or f"compute-sanitizer {check['tool']}"
-        console.print(f"[bold red]failed[/] {escape(where)}{name}: {escape(str(check['reason']))}", highlight=False,
-                      soft_wrap=True)  # fmt: skip
-        if check.get("failure"):
-            facts = ", ".join(f"{key} {value}" for key, value in check["failure"].items())
-            console.print(f"  {escape(facts)}", highlight=False, soft_wrap=True)
+    for where, reason, case in _failed(record):
+        console.print(f"[bold red]failed[/] {escape(where)}: {escape(reason)}", highlight=False, soft_wrap=True)
+        if case:
+            console.print(f"  {escape(case)}", highlight=False, soft_wrap=True)
     for reason, count in not_run(record).items():
         console.print(f"[yellow]not run[/] ({count}) {escape(reason)}", highlight=False, soft_wrap=True)
     for name, reason in record.get("refused", {}).items():
         console.print(f"[yellow]left out[/] {name}: {escape(reason)}", highlight=False, soft_wrap=True)
 
 
+def _failed(record: Record) -> list[tuple[str, str, str]]:
+    """Of every failure what it was of, why, and the case as text, empty where there is none."""
+    found = []
+    for subject, check in failures(record):
+        where = f"{' '.join(_row(subject)[:3])}, " if subject is not None else ""
+        case = ", ".join(f"{key} {value}" for key, value in (check.get("failure") or {}).items())
+        name = check.get("check") or f"compute-sanitizer {check['tool']}"
+        found.append((f"{where}{name}", str(check["reason"]), case))
+    return found
+
+
 def markdown(record: Record) -> str:
-    """The table, and its provenance."""
+    """The table, its provenance, what failed and what was not run."""
     rules = ["---"] * (3 + len(CHECKS)) + ["---:"] * 2
     lines = "".join(f"| {' | '.join(cells)} |\n" for cells in (header(), rules, *rows(record)))
     tools = "".join(f"compute-sanitizer {tool['tool']}: {_cell(tool)}. " for tool in record["sanitizers"])
     facts = record["provenance"]
     sums = totals(record)
     where = f"{facts['gpu'] or 'CPU'}, {facts['date'][:10]}, sources `{facts['source_hash'][:12]}`"
-    return f"{lines}\n{sums['launches']:,} launches under load, {sums['wrong']} subjects wrong. {tools}{where}.\n"
+    text = f"{lines}\n{sums['launches']:,} launches under load, {sums['wrong']} subjects wrong. {tools}{where}.\n"
+    notes = [f"- failed: {of}: {_first_line(reason)}{f' ({case})' if case else ''}"
+             for of, reason, case in _failed(record)]  # fmt: skip
+    notes += [f"- not run ({count}): {_first_line(reason)}" for reason, count in not_run(record).items()]
+    notes += [f"- left out: {name}: {reason}" for name, reason in record.get("refused", {}).items()]
+    return text + "".join(f"{note}\n" for note in ["", *notes] if notes)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -17,11 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax_router.verification.plan import Options
+from jax_router.verification.plan import Options, checks_of
 
 HANG_SECONDS = 150.0  # without a sign of life: compiling takes some tens
 STDERR_LINES = 12  # of a process that died, in the reason
-REFUSED = "refused"
+WORKER = (sys.executable, "-m", "jax_router.verification.worker")
 
 Record = dict[str, Any]
 Event = dict[str, Any]
@@ -46,7 +47,7 @@ def supervise(
       RuntimeError: the worker ended before it began; with what it said.
     """
     record: Record = {"options": dataclasses.asdict(options), "interrupted": False, "subjects": [], "sanitizers": []}
-    watch = _Watch(record, on_event)
+    watch = _Watch(options, record, on_event)
     started = time.monotonic()
     try:
         while not watch.ended:
@@ -64,8 +65,10 @@ def supervise(
 class _Watch:
     """What the events so far have said."""
 
-    def __init__(self, record: Record, on_event: Callable[[Event], None]):
+    def __init__(self, options: Options, record: Record, on_event: Callable[[Event], None]):
         self.record, self.on_event = record, on_event
+        self.options = options
+        self.described: list[dict[str, Any]] = []
         self.skip, self.ended = 0, False
         self.check: str | None = None
         self.subject: int | None = None
@@ -74,27 +77,48 @@ class _Watch:
 
     def follow(self, request: dict[str, Any], hang_seconds: float) -> None:
         """One worker, from its start to its end."""
-        self.check, self.case, began_before = None, {}, self.began
+        self.check, self.case = None, {}
         with _Worker(request) as worker:
             for event in worker.events(hang_seconds):
-                if event["event"] == REFUSED:
-                    raise RefusedError(event["reason"])
+                unlike = self._why_of_another_machine(event)
+                if unlike is not None:
+                    worker.how_it_ended = unlike
+                    break
                 self.take(event)
         if self.ended:
             return
         died = worker.how_it_ended
-        if self.check is None and not (self.began and not began_before):
+        if not self.began:
             raise RuntimeError(f"the process that verifies ended before its first check: {died}")
+        before_any_check = self.check is None
+        if before_any_check:  # after others that were good for checks: the next one would fare no better
+            died = f"the process that was to go on {died}"
+            self.subject = self.skip if self.skip < len(self.record["subjects"]) else None
+            self.check = "sanitizers" if self.subject is None else next(iter(checks_of(self.options)))
         self.take(self._result_of_the_dead(died))
-        if self.subject is None:  # the sanitizers, which come last
+        if self.subject is None or before_any_check:  # the sanitizers come last
             self.ended = True
         else:
             self.take({"event": "done", "subject": self.subject})
 
+    def _why_of_another_machine(self, event: Event) -> str | None:
+        """Why a worker cannot go on where the one before it ended, as after the loss of the GPU, or None.
+
+        Raises:
+          RefusedError: the first worker can run nothing.
+        """
+        if event["event"] == "refused":
+            if not self.began:
+                raise RefusedError(event["reason"])
+            return f"was refused: {event['reason']}"
+        if event["event"] == "begin" and self.began and event["subjects"] != self.described:
+            return f"finds other subjects, {len(event['subjects'])} of them: is the GPU lost?"
+        return None
+
     def take(self, event: Event) -> None:
         kind = event["event"]
         if kind == "begin" and not self.began:
-            self.began = True
+            self.began, self.described = True, event["subjects"]
             self.record.update(provenance=event["provenance"], library=event["library"], refused=event["refused"])
             date = event["provenance"]["date"]
             self.record["subjects"] = [
@@ -114,7 +138,7 @@ class _Watch:
         elif kind == "done":
             self.record["subjects"][event["subject"]]["complete"] = True
             self.skip = event["subject"] + 1
-            self.ended = self.skip == len(self.record["subjects"]) and not self.record["options"]["sanitizers"]
+            self.ended = self.skip == len(self.record["subjects"]) and not self.options.sanitizers
         elif kind == "end":
             self.ended = True
         self.on_event(event)
@@ -123,9 +147,8 @@ class _Watch:
         tokens, data = self.case.get("tokens"), self.case.get("data")
         failure = None
         if tokens is not None:
-            seed = self.record["options"]["seed"]
-            failure = {"tokens": tokens, "data": data, "seed": seed, "launch": 0, "row": None, "expected": "an end",
-                       "got": died.splitlines()[0]}  # fmt: skip
+            failure = {"tokens": tokens, "data": data, "seed": self.options.seed, "launch": 0, "row": None,
+                       "expected": "an end", "got": died.splitlines()[0]}  # fmt: skip
         return {"event": "result", "subject": self.subject, "check": self.check, "passed": False, "launches": 0,
                 "seconds": 0.0, "figures": {}, "reason": died, "failure": failure}  # fmt: skip
 
@@ -137,8 +160,8 @@ class _Worker:
         # JAX takes most of the GPU's memory at its start unless told otherwise; a user's process may have it already.
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jax_router.verification.worker"], env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True,
+            WORKER, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
         self.said: list[str] = []
         self.how_it_ended = ""
@@ -157,7 +180,8 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # a compiler or a sanitizer that it runs, too
         self.process.wait()
         for reader in self._readers:
             reader.join(timeout=5)
@@ -173,19 +197,34 @@ class _Worker:
                 status = self.process.wait()
                 self._readers[1].join(timeout=5)
                 last = "\n".join(line for line in self.said if line)
-                self.how_it_ended = f"ended with status {status}:\n{last[-2000:]}"
+                how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+                self.how_it_ended = f"ended with {how}:\n{last[-2000:]}"
                 return
-            yield json.loads(line)
+            event = _event(line)
+            if event is None:
+                self.how_it_ended = f"said what is no event: {line[:200]!r}"
+                return
+            yield event
 
     def _read_events(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self._lines.put(line)
         self._lines.put(None)
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith("jax_router: "):
-                sys.stderr.write(line)
-            self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
+        with self.process.stderr as stderr:
+            for line in stderr:
+                if line.startswith("jax_router: "):
+                    sys.stderr.write(line)
+                self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
+
+
+def _event(line: str) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None

@@ -48,7 +48,7 @@ def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
 
     from jax_router import build
     from jax_router.provenance import provenance
-    from jax_router.sweep import torch_with_gpu
+    from jax_router.timing_torch import torch_with_gpu
     from jax_router.verification import plan
     from jax_router.verification.data import Subject
     from jax_router.verification.result import Context, Result
@@ -56,7 +56,10 @@ def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
 
     options = plan.Options.of(request["options"])
     device = jax.local_devices()[0]
-    found, refused = plan.subjects(options, device)
+    try:
+        found, refused = plan.subjects(options, device)
+    except (ImportError, NotImplementedError, OSError) as error:  # of a checkpoint
+        raise ValueError(str(error)) from error
     if not found:
         reasons = "; ".join(f"{name} {why}" for name, why in refused.items()) or "no subject is left"
         raise ValueError(
@@ -108,10 +111,9 @@ def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
                 found_here = check.run(subject, context)
             except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
                 text = f"{type(error).__name__}: {error}"
-                emit("result", subject=index, **dataclasses.asdict(Result(name, False, reason=text[:2000])))
                 if "CUDA" in text:
-                    raise  # the device is lost to this process
-                continue
+                    raise  # the device is lost to this process, whose end is the finding
+                found_here = Result(name, False, reason=text[:2000])
             for result in found_here if isinstance(found_here, list) else [found_here]:
                 emit("result", subject=index, **dataclasses.asdict(result))
         emit("done", subject=index)

@@ -1,0 +1,220 @@
+"""What a run covers: subjects by options and device, those of a checkpoint, and what stands between neighbours."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from verification_cases import CPU, GEMM
+
+from jax_router import dispatch, implementations
+from jax_router.implementations import cuda, pallas
+from jax_router.models import models
+from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS
+from jax_router.verification import library, load, neighbours, plan
+from jax_router.verification.data import Subject, draw, put
+from jax_router.verification.plan import AWKWARD, CHECKS, Options, all_shapes, checks_of, chosen, describe, subjects
+from jax_router.verification.result import Context
+
+HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """A device on which everything can run."""
+    for name in IMPLEMENTATIONS:
+        monkeypatch.setattr(implementations.load(name), "unavailable", lambda: None)
+    monkeypatch.setattr(pallas, "FIRST_JAX", (0, 10))
+    monkeypatch.setattr(dispatch.Device, "of", lambda _: dispatch.Device("gpu", "NVIDIA H200", "9.0"))
+    return HOPPER
+
+
+def names(shapes) -> list[tuple[str, str]]:
+    return [(shape.operation, shape.models[0]) for shape in shapes]
+
+
+def test_some_models_and_awkward_sizes_are_verified_unless_told():
+    found = names(all_shapes(Options()))
+    assert {operation: sum(each == operation for each, _ in found) for operation in ("router_gemm", "route")} == {
+        "router_gemm": 1 + len(ROUTE_HEADLINE_MODELS), "route": 1 + len(ROUTE_HEADLINE_MODELS)
+    }  # fmt: skip
+    for name in (AWKWARD, *ROUTE_HEADLINE_MODELS):
+        assert sum(name in shape.models for shape in all_shapes(Options())) == 2
+    assert names(all_shapes(Options(quick=True))) == [
+        ("router_gemm", AWKWARD), ("router_gemm", "gpt-oss-120b"), ("route", AWKWARD), ("route", "gpt-oss-120b")
+    ]  # fmt: skip
+
+
+def test_all_is_every_preset_and_names_are_those_alone():
+    everything = all_shapes(Options(models=("all",)))
+    for operation in ("router_gemm", "route"):
+        covered = [model for shape in everything if shape.operation == operation for model in shape.models]
+        assert sorted(covered) == sorted([*models, AWKWARD])
+    assert names(all_shapes(Options(models=("awkward",), operations=("route",)))) == [("route", AWKWARD)]
+    for name in models:
+        found = all_shapes(Options(models=(name,)))
+        assert [(shape.operation, name in shape.models) for shape in found] == [("router_gemm", True), ("route", True)]
+
+
+def test_awkward_sizes_are_multiples_of_no_tile():
+    for shape in plan.AWKWARD_SHAPES:
+        assert shape.hidden % 8 == 0
+        assert shape.hidden % 16
+        assert shape.experts % 4
+        assert shape.bias
+
+
+def test_every_implementation_runs_on_a_gpu_and_xla_alone_without(on_hopper, monkeypatch):
+    found, refused = subjects(Options(models=("Kimi-K2",)), on_hopper)
+    assert [(each.implementation, each.operation) for each in found] == [
+        (name, operation) for name in IMPLEMENTATIONS for operation in ("router_gemm", "route")
+    ]
+    assert refused == {}
+    quick, _ = subjects(Options(models=("Kimi-K2",), quick=True), on_hopper)
+    assert {each.implementation for each in quick} == {"cuda", "pallas"}
+    monkeypatch.undo()
+    found, refused = subjects(Options(models=("Kimi-K2",)), CPU)
+    assert {each.implementation for each in found} == {"xla"}
+    assert refused == {}
+
+
+def test_what_cannot_run_is_refused_with_the_reason(on_hopper, monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: "has no compiler")
+    found, refused = subjects(Options(models=("awkward",)), on_hopper)
+    assert {each.implementation for each in found} == {"pallas", "xla"}
+    assert refused == {"cuda": "has no compiler"}
+    monkeypatch.undo()
+    found, refused = subjects(Options(("pallas", "cuda")), CPU)
+    assert found == []
+    assert set(refused) == {"pallas", "cuda"}
+    assert "cpu" in refused["cuda"]
+
+
+def checkpoint(folder, *, dtype, layers=3, model_type="gpt_oss"):
+    pytest.importorskip("safetensors")
+    from test_checkpoint_files import CONFIG, EXPERTS, HIDDEN, write
+
+    random = np.random.default_rng(0)
+    tensors = {}
+    for layer in range(layers):
+        name = f"model.layers.{layer}.mlp.router"
+        tensors[f"{name}.weight"] = random.normal(size=(EXPERTS, HIDDEN)).astype(dtype)
+        tensors[f"{name}.bias"] = random.normal(size=EXPERTS).astype(dtype)
+    return write(folder, {"model.safetensors": tensors}, {**CONFIG, "model_type": model_type}), tensors
+
+
+def test_the_first_and_the_last_router_of_a_checkpoint_are_verified(tmp_path):
+    folder, tensors = checkpoint(tmp_path, dtype=ml_dtypes.bfloat16)
+    np.save(tmp_path / "x.npy", np.ones((5, 16), np.float32))
+    found, _ = subjects(Options(checkpoint=str(folder), activations=str(tmp_path / "x.npy")), CPU)
+    routers = ["model.layers.0.mlp.router", "model.layers.2.mlp.router"]
+    assert sorted((each.operation, each.shape.models) for each in found) == [
+        (operation, (name,)) for operation in ("route", "router_gemm") for name in routers
+    ]
+    for subject in found:
+        name = subject.shape.models[0]
+        assert np.array_equal(subject.given.weight, tensors[f"{name}.weight"])
+        assert np.array_equal(subject.given.bias, tensors[f"{name}.bias"])
+        assert subject.source == f"checkpoint {folder}"
+        assert (draw(subject, "as given", 3, 0).x == 1).all()
+        assert (subject.spec is None) == (subject.operation == "router_gemm")
+    only, _ = subjects(Options(checkpoint=str(folder), operations=("route",)), CPU)
+    assert {each.operation for each in only} == {"route"}
+
+
+def test_a_checkpoint_in_float32_is_rounded_for_the_kernels(tmp_path, on_hopper):
+    folder, tensors = checkpoint(tmp_path, dtype=np.float32, layers=1)
+    found, refused = subjects(Options(checkpoint=str(folder)), on_hopper)
+    assert refused == {}
+    for subject in found:
+        stored = tensors["model.layers.0.mlp.router.weight"]
+        if subject.implementation == "xla":
+            assert (subject.dtype, subject.source) == ("float32", f"checkpoint {folder}")
+            assert np.array_equal(subject.given.weight, stored)
+        else:
+            assert (subject.dtype, subject.source) == ("bfloat16", f"checkpoint {folder}, in bfloat16")
+            assert np.array_equal(subject.given.weight, stored.astype(ml_dtypes.bfloat16))
+        assert draw(subject, "as given", 2, 0).x.dtype.name == subject.dtype
+    assert len(found) == 6
+
+
+def test_checks_run_in_their_order_and_each_once():
+    assert [name for name, _ in checks_of(Options())] == [name for name in CHECKS if name != "experts"]
+    assert [name for name, _ in checks_of(Options(checks=("load", "experts")))] == ["experts", "load"]
+    assert [name for name, _ in checks_of(Options(checks=("experts", "accuracy")))] == ["accuracy"]
+
+
+def test_a_subject_is_described_by_what_a_record_has():
+    found, _ = subjects(Options(models=("DeepSeek-V3",)), CPU)
+    described = [describe(subject) for subject in found]
+    assert chosen(found, described[1:]) == found[1:]
+    assert described[1] == {
+        "operation": "route", "implementation": "xla", "models": list(found[1].shape.models), "source": "random",
+        "hidden": 7168, "experts": 256, "bias": False, "dtype": "bfloat16", "out_dtype": "float32",
+        "rule": found[1].shape.rule,
+    }  # fmt: skip
+    assert described[1]["rule"]["correction_bias"]
+    assert described[0]["rule"] is None
+
+
+# What XLA is given for a GPU, seen without one.
+
+
+class OnGpu(Context):
+    on_gpu = True
+
+
+def of_cuda(operands, *, return_logits=False):
+    return (cuda.router_gemm(operands.x, operands.weight, operands.bias, out_dtype=jnp.float32),)
+
+
+def custom_calls(text: str, target: str) -> list[str]:
+    return re.findall(rf"custom_call @{target}\(.*", text)
+
+
+def aliases(call: str) -> list[tuple[int, int]]:
+    """(result, operand) of each alias; a single result has no index."""
+    found = re.findall(r"output_tuple_indices = \[(\d*)\],\s*operand_index = (\d+)", call)
+    return [(int(result or 0), int(operand)) for result, operand in found]
+
+
+def test_the_neighbours_write_into_the_buffers_of_what_they_surround():
+    subject = Subject("cuda", dataclasses.replace(GEMM, hidden=256), function=of_cuda)
+    text = neighbours.trace_between(subject, 16).lower(lowering_platforms=("cuda",)).as_text()
+    produce, consume = (custom_calls(text, name) for name in (library.PRODUCE, library.CONSUME))
+    assert len(produce) == len(consume) == neighbours.CALLS
+    assert len(custom_calls(text, cuda.TARGET)) == 1  # in a function
+    assert len(re.findall(r"= call @", text)) == neighbours.CALLS  # that is called
+    for call in produce:  # operands wrong, three buffers, three sources
+        assert aliases(call) == [(0, 1), (1, 2), (2, 3)]
+        assert "has_side_effect = true" in call
+    for launch, call in enumerate(consume):  # operands wrong, the logits, what is expected of them
+        assert aliases(call) == [(0, 0), (1, 1)]
+        assert "has_side_effect = true" in call
+        assert f"launch = {launch} : i32" in call
+
+
+def test_a_chain_is_compared_by_one_kernel_on_a_gpu():
+    def differing(outputs, expected):
+        return load._differing(outputs, expected, OnGpu(CPU))
+
+    outputs = [(jax.ShapeDtypeStruct((8, 4), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.int32))] * 3
+    text = jax.jit(differing).trace(outputs, outputs).lower(lowering_platforms=("cuda",)).as_text()
+    [call] = custom_calls(text, library.FIND_DIFFERING)
+    assert "-> tensor<6x4xui32>" in call
+    assert call.count("tensor<8x4xf32>") == call.count("tensor<8x4xi32>") == 6
+
+
+def test_neighbours_need_a_gpu_and_bits_to_compare():
+    for subject, where, reason in (
+        (Subject("cuda", GEMM), Context(CPU), "there is no GPU"),
+        (Subject("xla", GEMM), OnGpu(CPU), "xla promises no bits to compare"),
+    ):
+        result = neighbours.check_neighbours(subject, where)
+        assert (result.passed, result.reason) == (None, reason)
