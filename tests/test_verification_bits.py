@@ -261,8 +261,8 @@ def test_two_threads_execute_at_once():
 
 def test_the_first_wrong_launch_and_row_are_named():
     subject, where = kernel(shape=GPT_OSS), Context(CPU, tokens=(8,))
-    [chain] = load.chains_of(subject, where)
-    assert load.chains_of(subject, where)[0] is chain, "it was compiled again"
+    [chain] = load._chains(subject, where)
+    assert load._chains(subject, where)[0] is chain, "it was compiled again"
     differing = np.zeros((CALLS, 2, 4), np.uint32)
     assert load._first_wrong(subject, where, chain, differing, 0) is None
     differing[5, 1] = (2, 4 * 6 + 1, 17, 19)  # of the experts
