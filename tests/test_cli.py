@@ -86,10 +86,11 @@ def test_the_other_commands_are_there(name) -> None:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_a_command_whose_extra_is_missing_says_what_to_install(name, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, f"jax_router.{name}", None)
+    module, extra = cli.COMMANDS[name]
+    monkeypatch.setitem(sys.modules, f"jax_router.{module}", None)
     result = run(name, "--some-option", "value")
     assert result.exit_code == 2
-    assert f'Run pip install ".[{cli.COMMANDS[name]}]" in its checkout.' in result.stderr
+    assert f'Run pip install ".[{extra}]" in its checkout.' in result.stderr
     assert run("--help").exit_code == 0
 
 
