@@ -212,7 +212,7 @@ WRONG_WEIGHTS = {
     "in bfloat16": (GPT_OSS, lambda *args: rounded(weigh(*args), 7), "normal", 0),
     "of one row": (GPT_OSS, lambda *args: weigh(*args).at[9].multiply(1.001), "normal", 9),
     "without the scale of the experts": (SCALED, lambda logits, experts, _, spec: weigh(logits, experts, None, spec),
-                                         "as given", 0),
+                                         "normal", 0),
     "of exponentials that overflow": (QWEN3, exponentials, "wide exponents", None),
     "of infinite logits": (DEEPSEEK_V3, quarters_of_infinity, "infinities and NaN", None),
 }  # fmt: skip

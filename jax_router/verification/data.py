@@ -119,7 +119,7 @@ def compile_call(subject: Subject, tokens: int, *, return_logits: bool = False) 
 
 
 def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
-    """Operands of one kind, on the host: the same for the same seed."""
+    """Operands of one kind, on the host: the same for the same seed, and of each kind with the same dtypes."""
     random = np.random.default_rng([seed, zlib.crc32(f"{kind} {subject.shape.label}".encode())])
     shape, spec = subject.shape, subject.spec
     hidden, experts = shape.hidden, shape.experts
@@ -171,11 +171,18 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
             x[rows, where[rows]] = value
         rows = np.arange(7, tokens, 8)  # infinities of both signs
         x[rows, (where[rows] + 1) % hidden] = -np.inf
+    given, scale = subject.given, None
+    of_bias, of_correction = dtype, np.dtype(np.float32)
+    if given is not None:  # a checkpoint's dtypes, and its scale, which random routers have none of
+        of_bias = of_bias if given.bias is None else given.bias.dtype
+        of_correction = of_correction if given.correction_bias is None else given.correction_bias.dtype
+        scale = given.expert_scale
     return Operands(
         x.astype(dtype),
         weight.astype(dtype),
-        bias.astype(dtype) if shape.bias else None,
-        correction.astype(np.float32) if shape.correction_bias else None,
+        bias.astype(of_bias) if shape.bias else None,
+        correction.astype(of_correction) if shape.correction_bias else None,
+        scale,
     )
 
 
