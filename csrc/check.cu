@@ -4,6 +4,7 @@
 //   ./router_gemm_check                       checks, launches between neighbours, then times
 //   ./router_gemm_check --check               checks only: router GEMM, then routing (check_route.cu)
 //   ./router_gemm_check --small               the same on a few small awkward shapes, for compute-sanitizer
+//   ./router_gemm_check --tiny                the same on fewer launches, for compute-sanitizer's racecheck
 //   ./router_gemm_check --overlap [launches]  only launches between programmatic neighbours under memory traffic, so
 //                                             many per case: router GEMM, then routing (check_overlap*.cu)
 //   ./router_gemm_check --time [shapes]       only times of the router GEMM, of the first so many shapes
@@ -31,7 +32,8 @@ namespace {
 using namespace jax_router;
 using namespace jax_router_check;
 
-constexpr int kTokens[] = {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 255, 1024};
+const std::vector<int> kTokens = {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 255, 1024};
+const std::vector<int> kFewTokens = {1, 7, 17, 65, 255};
 constexpr int kMaxTokens = 1024;
 
 struct Case {
@@ -40,8 +42,9 @@ struct Case {
 };
 
 struct Checker {
+  const std::vector<int>& tokens_list;
   DeviceBuffer workspace{kWorkspaceBytes + kCanaryBytes};
-  std::vector<bool> checked;  // by configuration
+  std::vector<bool> checked = {};  // by configuration
   long launches = 0, failures = 0;
   double worst_error = 0;  // in units of the bound
 
@@ -106,7 +109,7 @@ struct Checker {
     checked.resize(jr_router_gemm_num_configs());
     for (int config = -1; config < jr_router_gemm_num_configs(); ++config) {
       int start = 0;
-      for (const int tokens : kTokens) {
+      for (const int tokens : tokens_list) {
         // Anywhere in x or at its end, where compute-sanitizer sees reads beyond it; every other time the one or other.
         start = (tokens + config) % 2 == 0 ? kMaxTokens - tokens : (start + 37) % (kMaxTokens - tokens + 1);
         jr_router_gemm_args part = args;
@@ -156,10 +159,11 @@ struct Checker {
   }
 };
 
-int check_all(bool only_small) {
-  std::vector<std::array<int, 2>> shapes = {{1, 8},     {3, 72},   {8, 720},  {31, 2688},
-                                            {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}};
-  if (!only_small) {
+int check_all(Extent extent) {
+  std::vector<std::array<int, 2>> shapes = {{3, 72}, {31, 2688}};
+  if (extent != Extent::kTiny)
+    shapes.insert(shapes.end(), {{1, 8}, {8, 720}, {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}});
+  if (extent == Extent::kFull) {
     shapes.insert(shapes.end(), {{33, 2880},
                                  {128, 2880},
                                  {32, 2880},
@@ -173,7 +177,7 @@ int check_all(bool only_small) {
                                  {512, 2048}});
   }
   std::mt19937 random(20261123);
-  Checker checker;
+  Checker checker = {extent == Extent::kTiny ? kFewTokens : kTokens};
   int variant = 0;
   for (const auto& [experts, hidden] : shapes) {
     for (const int dtype : {int(JR_BFLOAT16), int(JR_FLOAT16)}) {
@@ -184,6 +188,7 @@ int check_all(bool only_small) {
     }
   }
   for (const double scale : {ldexp(1, -12), ldexp(1, -14)}) {
+    if (extent == Extent::kTiny) break;
     checker.check({31, 2688, JR_FLOAT16, JR_NONE, JR_FLOAT32, 0.0, scale}, random);
     ++variant;
   }
@@ -269,13 +274,15 @@ void time_shape(int experts, int hidden, bool with_bias) {
 
 int main(int argc, char** argv) {
   const char* only = argc < 2 ? "" : argv[1];
-  const bool small = strcmp(only, "--small") == 0, check = small || argc < 2 || strcmp(only, "--check") == 0;
+  const bool tiny = strcmp(only, "--tiny") == 0, small = strcmp(only, "--small") == 0;
+  const bool check = tiny || small || argc < 2 || strcmp(only, "--check") == 0;
   const bool time = argc < 2 || strcmp(only, "--time") == 0, overlap = argc < 2 || strcmp(only, "--overlap") == 0;
   if (!check && !time && !overlap) {
-    fprintf(stderr, "usage: %s [--check | --small | --overlap [launches] | --time [shapes]]\n", argv[0]);
+    fprintf(stderr, "usage: %s [--check | --small | --tiny | --overlap [launches] | --time [shapes]]\n", argv[0]);
     return 2;
   }
-  int status = check ? check_all(small) | check_route(small) : 0;
+  const Extent extent = tiny ? Extent::kTiny : small ? Extent::kSmall : Extent::kFull;
+  int status = check ? check_all(extent) | check_route(extent) : 0;
   const int launches_per_case = argc > 2 ? atoi(argv[2]) : 1000;
   if (overlap) status |= check_overlap(launches_per_case) | check_overlap_route(launches_per_case);
   if (time) {

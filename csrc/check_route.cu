@@ -267,13 +267,18 @@ struct RouteChecker {
 
 }  // namespace
 
-int check_route(bool only_small) {
+int check_route(Extent extent) {
   struct Shapes {
     int hidden, dtype, variants;
   };
-  std::vector<Shapes> shapes = {{8, JR_BFLOAT16, only_small ? 4 : 8}, {264, JR_FLOAT16, only_small ? 4 : 8}};
-  std::vector<int> experts_list = {3, 65, 256}, tokens_list = {1, 17, 65};
-  if (!only_small) {
+  const int variants = extent == Extent::kFull ? 8 : 4;
+  std::vector<Shapes> shapes = {{264, JR_FLOAT16, variants}};
+  std::vector<int> experts_list = {3, 65, 256}, tokens_list = {17};
+  if (extent != Extent::kTiny) {
+    shapes.push_back({8, JR_BFLOAT16, variants});
+    tokens_list = {1, 17, 65};
+  }
+  if (extent == Extent::kFull) {
     shapes.insert(shapes.end(), {{264, JR_BFLOAT16, 8}, {2880, JR_BFLOAT16, 4}, {7168, JR_BFLOAT16, 4}});
     experts_list = {1, 3, 8, 64, 65, 100, 128, 160, 256, 384, 512, 1024};
     tokens_list = {1, 2, 15, 16, 17, 63, 64, 65, 255, 1024};

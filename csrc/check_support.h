@@ -25,6 +25,9 @@
 
 namespace jax_router_check {
 
+// How much is checked. kTiny has every kernel on a few launches, for tools that take a thousand times as long.
+enum class Extent { kTiny, kSmall, kFull };
+
 constexpr uint8_t kPoison = 0xA5;
 constexpr size_t kCanaryBytes = 256;
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;

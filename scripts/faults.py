@@ -87,7 +87,7 @@ def build_libraries(faults: Sequence[Fault], output: Path) -> Iterator[tuple[Fau
 
     Args:
       faults: which.
-      output: a folder for `NAME.so`, and for `objects` that later calls take up again.
+      output: a folder for `NAME.so`, `NAME.digest` of what each is made of, and `objects` for later calls.
 
     Yields:
       Fault, library, and the lines in which compilers warned.
@@ -114,9 +114,31 @@ def build_libraries(faults: Sequence[Fault], output: Path) -> Iterator[tuple[Fau
                     compiled[made] = pool.submit(_compile, compiler, unit, made)
         try:
             for fault in faults:
-                yield fault, *_link(compiler, fault, objects[fault.name], compiled, output)
+                library, warned = _link(compiler, fault, objects[fault.name], compiled, output)
+                (output / f"{fault.name}.digest").write_text(_library_digest(Path(scratch, fault.name)))
+                yield fault, library, warned
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def is_built(fault: Fault, output: Path) -> bool:
+    """Whether `output` has the library of a fault of the present sources, for the jaxlib of this Python.
+
+    Raises:
+      FaultError: the fault no longer applies.
+    """
+    said = output / f"{fault.name}.digest"
+    if not (output / f"{fault.name}.so").is_file() or not said.is_file():
+        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        apply(fault, build.csrc_directory(), Path(scratch, fault.name))
+        return said.read_text() == _library_digest(Path(scratch, fault.name))
+
+
+def _library_digest(folder: Path) -> str:
+    """Of the broken sources of a library, and what compiles them but for the compilers."""
+    sources = [folder / path.name for path in build.source_files()]
+    return build.digest(sources, *build.flags(), str(build.ffi_version()), version("jaxlib"))
 
 
 def _digest(compiler: Compiler, source: Path) -> str:

@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from jax_router import build, provenance, tables
 from jax_router.verification import gate, standing
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import fault_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = sorted(ROOT.glob("jax_router/tables/*.json"))
@@ -40,6 +45,12 @@ def test_every_table_accepts_what_its_verification_of_these_sources_proves(path)
             subject = {**entry, "implementation": name}
             why = gate.why_unverified(record, subject, source_hash=document["source_hash"], gpu=gpu)
             assert candidate["verified"] == (why is None), (gate.label(subject), name, why)
+
+
+def test_every_record_of_broken_kernels_has_every_fault_as_it_is():
+    records = {path.name: json.loads(path.read_text()) for path in sorted(ROOT.glob("docs/results/faults-*.json"))}
+    found = {name: fault_trials.lacks(record) for name, record in records.items()}
+    assert all(lack == [] for lack in found.values()), f"measure them, python scripts/fault_trials.py: {found}"
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ WRONG_WEIGHTS = {
     "in bfloat16": (GPT_OSS, lambda *args: rounded(weigh(*args), 7), "normal", 0),
     "of one row": (GPT_OSS, lambda *args: weigh(*args).at[9].multiply(1.001), "normal", 9),
     "without the scale of the experts": (SCALED, lambda logits, experts, _, spec: weigh(logits, experts, None, spec),
-                                         "as given", 0),
+                                         "normal", 0),
     "of exponentials that overflow": (QWEN3, exponentials, "wide exponents", None),
     "of infinite logits": (DEEPSEEK_V3, quarters_of_infinity, "infinities and NaN", None),
 }  # fmt: skip
@@ -331,6 +331,17 @@ def test_data_are_those_of_their_seed(name):
     assert draw(subject, "normal", 9, 7).x.tobytes() != draw(subject, "with a mean", 9, 7).x.tobytes()
     wider = dataclasses.replace(subject, shape=dataclasses.replace(subject.shape, hidden=HIDDEN + 8))
     assert (draw(subject, "normal", 1, 7).x[0, :8] != draw(wider, "normal", 1, 7).x[0, :8]).any()
+
+
+def test_every_kind_of_data_has_the_operands_of_the_checkpoint():
+    def forms(operands):
+        return [None if each is None else (each.shape[each.ndim - 1 :], each.dtype) for each in operands]
+
+    corrected = dataclasses.replace(SCALED.shape, correction_bias=True)
+    bias = np.zeros(EXPERTS, ml_dtypes.bfloat16)
+    subject = dataclasses.replace(SCALED, shape=corrected, given=SCALED.given._replace(correction_bias=bias))
+    for kind in KINDS:
+        assert forms(draw(subject, kind, 4, 0)) == forms(draw(subject, "as given", 4, 0)), kind
 
 
 def truth(operands):

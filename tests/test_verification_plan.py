@@ -18,8 +18,8 @@ from jax_router.implementations import cuda, pallas
 from jax_router.models import models
 from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS
 from jax_router.verification import library, load, neighbours, plan
-from jax_router.verification.data import Subject, draw, put
-from jax_router.verification.plan import AWKWARD, CHECKS, Options, all_shapes, checks_of, chosen, describe, subjects
+from jax_router.verification.data import Subject, draw
+from jax_router.verification.plan import AWKWARD, CHECKS, Options, all_shapes, checks_of, describe, subjects
 from jax_router.verification.result import Context
 
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
@@ -77,7 +77,7 @@ def test_every_implementation_runs_on_a_gpu_and_xla_alone_without(on_hopper, mon
     ]
     assert refused == {}
     quick, _ = subjects(Options(models=("Kimi-K2",), quick=True), on_hopper)
-    assert {each.implementation for each in quick} == {"cuda", "pallas"}
+    assert {each.implementation for each in quick} == {"cuda"}, "one is what a minute is enough for"
     monkeypatch.undo()
     found, refused = subjects(Options(models=("Kimi-K2",)), CPU)
     assert {each.implementation for each in found} == {"xla"}
@@ -145,15 +145,14 @@ def test_a_checkpoint_in_float32_is_rounded_for_the_kernels(tmp_path, on_hopper)
 
 
 def test_checks_run_in_their_order_and_each_once():
-    assert [name for name, _ in checks_of(Options())] == [name for name in CHECKS if name != "experts"]
-    assert [name for name, _ in checks_of(Options(checks=("load", "experts")))] == ["experts", "load"]
-    assert [name for name, _ in checks_of(Options(checks=("experts", "accuracy")))] == ["accuracy"]
+    assert [*checks_of(Options())] == [name for name in CHECKS if name != "experts"]
+    assert [*checks_of(Options(checks=("load", "experts")))] == ["experts", "load"]
+    assert [*checks_of(Options(checks=("experts", "accuracy")))] == ["accuracy"]
 
 
 def test_a_subject_is_described_by_what_a_record_has():
     found, _ = subjects(Options(models=("DeepSeek-V3",)), CPU)
     described = [describe(subject) for subject in found]
-    assert chosen(found, described[1:]) == found[1:]
     assert described[1] == {
         "operation": "route", "implementation": "xla", "models": list(found[1].shape.models), "source": "random",
         "hidden": 7168, "experts": 256, "bias": False, "dtype": "bfloat16", "out_dtype": "float32",
@@ -186,15 +185,11 @@ def aliases(call: str) -> list[tuple[int, int]]:
 
 def test_the_neighbours_write_into_the_buffers_of_what_they_surround():
     subject = Subject("cuda", dataclasses.replace(GEMM, hidden=256), function=of_cuda)
-    variants = [put(draw(subject, "normal", 16, i), CPU) for i in range(neighbours.VARIANTS)]
-    present = ["x", "weight", "bias"]
-    sources = [tuple(getattr(variant, name) for name in present) for variant in variants]
-    expected = [(jnp.zeros((16, GEMM.experts)),) for _ in variants]
-    traced = neighbours._traced(subject, present, sources, expected)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    text = neighbours._trace_between(subject, 16).lower(lowering_platforms=("cuda",)).as_text()
     produce, consume = (custom_calls(text, name) for name in (library.PRODUCE, library.CONSUME))
-    launches = custom_calls(text, cuda.TARGET)
+    launches = re.findall(r" = (?:func\.)?call @\w+\(", text)  # of the one function that has the custom call
     assert len(produce) == len(consume) == len(launches) == neighbours.CALLS
+    assert len(custom_calls(text, cuda.TARGET)) == 1
     for call in produce:  # operands wrong, three buffers, three sources
         assert aliases(call) == [(0, 1), (1, 2), (2, 3)]
         assert "has_side_effect = true" in call

@@ -13,7 +13,7 @@ import numpy as np
 from jax_router import routing
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import Shape
-from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compiled, draw, put
+from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compile_call, draw, put
 from jax_router.verification.judge import judge_logits, judge_routing
 from jax_router.verification.result import Context
 
@@ -104,7 +104,7 @@ def broken(subject_shape: Shape, implementation: str = "xla", dtype: str = "bflo
 
 def caught(subject: Subject, seed: int = 0, platform: str = "cpu") -> dict[str, str]:
     """Why each kind of data of which something is wrong is not right, by kind; on a CPU without subnormals."""
-    run, found = compiled(subject, return_logits=True), {}
+    run, found = compile_call(subject, NUMERIC_TOKENS, return_logits=True), {}
     for kind in subject.kinds:
         if kind == "subnormals":
             continue

@@ -19,7 +19,7 @@ from jax_router.verification.report import failures, markdown, print_record
 from jax_router.verification.supervisor import Event, Record, supervise
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
-QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 100_000
+QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
 
 
 def verify(

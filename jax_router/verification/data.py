@@ -104,9 +104,18 @@ class Subject:
         return found if routing.logits is None else (*found, routing.logits)
 
 
-def compiled(subject: Subject, *, return_logits: bool = False) -> Callable[[Operands], tuple[jax.Array, ...]]:
-    """The jitted call. XLA compiles it once per number of tokens."""
-    return jax.jit(lambda operands: subject.call(operands, return_logits=return_logits))
+def structure(subject: Subject, tokens: int) -> Operands:
+    """Shapes and dtypes of the operands of one call."""
+    template = draw(subject, subject.usual, 1, 0)
+    shapes = (jax.ShapeDtypeStruct(each.shape, each.dtype) if each is not None else None for each in template)
+    operands = Operands(*shapes)
+    return operands._replace(x=jax.ShapeDtypeStruct((tokens, subject.shape.hidden), template.x.dtype))
+
+
+def compile_call(subject: Subject, tokens: int, *, return_logits: bool = False) -> jax.stages.Compiled:
+    """The compiled call of one number of tokens: operands -> outputs."""
+    call = jax.jit(lambda operands: subject.call(operands, return_logits=return_logits))
+    return call.lower(structure(subject, tokens)).compile()
 
 
 def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
@@ -162,11 +171,17 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
             x[rows, where[rows]] = value
         rows = np.arange(7, tokens, 8)  # infinities of both signs
         x[rows, (where[rows] + 1) % hidden] = -np.inf
+    given = subject.given or Operands(None, None)
+    of_bias, of_correction = (
+        default if each is None else each.dtype
+        for each, default in ((given.bias, dtype), (given.correction_bias, np.dtype(np.float32)))
+    )
     return Operands(
         x.astype(dtype),
         weight.astype(dtype),
-        bias.astype(dtype) if shape.bias else None,
-        correction.astype(np.float32) if shape.correction_bias else None,
+        bias.astype(of_bias) if shape.bias else None,
+        correction.astype(of_correction) if shape.correction_bias else None,
+        given.expert_scale,
     )
 
 

@@ -13,23 +13,26 @@ from numpy.typing import NDArray
 
 from jax_router.implementations import cuda
 from jax_router.verification import library
-from jax_router.verification.bits import row_bits
-from jax_router.verification.data import Operands, Subject, compiled, draw, put
+from jax_router.verification.bits import calls, row_bits
+from jax_router.verification.data import Operands, Subject, draw, put
 from jax_router.verification.numerics import problem_of
-from jax_router.verification.result import Context, Failure, Result
+from jax_router.verification.result import Context, Failure, Programs, Result
 
-TOKENS = (1, 7, 16, 33, 127, 1023)
+TOKENS, QUICK_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)  # as of the memory check
 CANARY, POISON = 0xA5, 0xFF
 CANARY_BYTES = 65536  # right before a buffer; behind it is the fence
+ALIGNMENT, ALIGNED = 16, ("x", "weight", "logits", "workspace")  # of csrc/router_gemm.h
 OUTPUTS = ("logits", "weights", "experts", "workspace")
 
 
 class Fenced:
-    """Bytes on the device between canaries and a fence."""
+    """An array on the device between canaries and a fence, which it meets as closely as its alignment lets it."""
 
-    def __init__(self, contents: NDArray[Any]):
+    def __init__(self, contents: NDArray[Any], alignment: int):
         address, before = ctypes.c_void_p(), ctypes.c_int64()
-        library.call("jr_fence_create", contents.nbytes, CANARY, ctypes.byref(address), ctypes.byref(before))
+        self.behind = -contents.nbytes % alignment
+        size = contents.nbytes + self.behind
+        library.call("jr_fence_create", size, CANARY, ctypes.byref(address), ctypes.byref(before))
         self.address, self.contents = int(address.value or 0), np.ascontiguousarray(contents)
         library.call("jr_fence_write", self.address, self.contents.ctypes.data, self.contents.nbytes)
 
@@ -39,12 +42,15 @@ class Fenced:
         library.call("jr_fence_read", now.ctypes.data, self.address, now.nbytes)
         return now
 
-    def overwritten(self) -> int | None:
-        """The first canary byte that changed, counted backwards from the buffer, or None."""
-        canaries = np.empty(CANARY_BYTES, np.uint8)
-        library.call("jr_fence_read", canaries.ctypes.data, self.address - CANARY_BYTES, CANARY_BYTES)
-        changed = np.flatnonzero(canaries != CANARY)
-        return CANARY_BYTES - int(changed[-1]) if len(changed) else None
+    def overwritten(self) -> str | None:
+        """Where a canary changed, or None."""
+        before, behind = np.empty(CANARY_BYTES, np.uint8), np.empty(self.behind, np.uint8)
+        library.call("jr_fence_read", before.ctypes.data, self.address - CANARY_BYTES, before.nbytes)
+        if self.behind:
+            library.call("jr_fence_read", behind.ctypes.data, self.address + self.contents.nbytes, behind.nbytes)
+        if (before != CANARY).any():
+            return f"{CANARY_BYTES - int(np.flatnonzero(before != CANARY)[-1])} bytes before"
+        return f"{int((behind != CANARY).argmax())} bytes behind" if (behind != CANARY).any() else None
 
     def free(self) -> None:
         library.call("jr_fence_free", self.address)
@@ -57,11 +63,20 @@ def fenced(arrays: dict[str, NDArray[Any] | None]) -> Iterator[dict[str, Fenced]
     try:
         for name, array in arrays.items():
             if array is not None and array.nbytes:
-                made[name] = Fenced(array)
+                made[name] = Fenced(array, ALIGNMENT if name in ALIGNED else 1)
         yield made
     finally:
         for each in made.values():
             each.free()
+
+
+def programs(subject: Subject, context: Context) -> Programs:
+    """What `check_fence` runs besides the C launchers."""
+    return calls(subject, _tokens(context)) if subject.implementation == "cuda" else {}
+
+
+def _tokens(context: Context) -> tuple[int, ...]:
+    return context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
 
 
 def check_fence(subject: Subject, context: Context) -> Result:
@@ -74,10 +89,11 @@ def check_fence(subject: Subject, context: Context) -> Result:
     if not context.on_gpu:
         return Result("fence", None, reason="there is no GPU")
     started = time.monotonic()
-    run, launches = compiled(subject), 0
-    for tokens in context.tokens or TOKENS:
+    made, launches = programs(subject, context), 0
+    for tokens in _tokens(context):
         context.doing(tokens, subject.usual)
         host = draw(subject, subject.usual, tokens, context.seed)
+        run = context.program(key := ("call", tokens), made[key])
         expected = row_bits(run(put(host, context.device)))
         for scratch in sorted({0, cuda.workspace_bytes(tokens, subject.shape.experts)}):
             launches += 1
@@ -131,9 +147,9 @@ def _launch(
             return (f"row {row} is not what the custom call gives", row, f"0x{expected[row, place]:08x}",
                     f"0x{got[row, place]:08x}")  # fmt: skip
         for name, each in memory.items():
-            before = each.overwritten()
-            if before is not None:
-                return f"{before} bytes before {name} something was written", None, hex(CANARY), "something else"
+            where = each.overwritten()
+            if where is not None:
+                return f"{where} {name} something was written", None, hex(CANARY), "something else"
             if name not in OUTPUTS and not np.array_equal(each.read().view(np.uint8), each.contents.view(np.uint8)):
                 return f"the launch changed its input {name}", None, "the same bytes", "others"
     return None

@@ -198,8 +198,8 @@ def _gaps(exact: Array, choice: judged.Interval, count: int) -> Array:
     if count >= exact.shape[-1]:
         return np.zeros(len(exact))
     last, first = (np.take_along_axis(exact, order[:, i : i + 1], -1)[:, 0] for i in (count - 1, count))
-    with np.errstate(invalid="ignore"):  # of experts that are masked with -inf
-        width = choice.high - choice.low
+    with np.errstate(invalid="ignore"):  # masked groups have no distance
+        width = np.nan_to_num(choice.high - choice.low)
         half = [np.take_along_axis(width, order[:, i : i + 1], -1)[:, 0] / 2 for i in (count - 1, count)]
         return np.nan_to_num((last - first) / np.maximum(half[0] + half[1], 1e-300))
 

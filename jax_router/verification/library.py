@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 
 import jax
@@ -21,13 +22,21 @@ class LoadDone(ctypes.Structure):
     _fields_ = [("device_bytes", ctypes.c_int64), ("host_bytes", ctypes.c_int64), ("busy_launches", ctypes.c_int64)]
 
 
-@functools.cache
+_lock = threading.Lock()
+
+
 def library() -> ctypes.CDLL:
     """The compiled library with its C interface declared; its custom calls are registered. Once per process.
 
     Raises:
       BuildError: it cannot be built; says what to install.
     """
+    with _lock:  # threads that compile ask at the same time
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(build.build(library=build.VERIFICATION)))
     address, text, status = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
     signatures = {

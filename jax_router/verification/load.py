@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router import timing
-from jax_router.verification import library
-from jax_router.verification.data import Operands, Subject, compiled, draw, put, random_weights
-from jax_router.verification.result import Context, Failure, Result
+from jax_router.verification import gate, library
+from jax_router.verification.bits import calls
+from jax_router.verification.data import Operands, Subject, draw, put, random_weights, structure
+from jax_router.verification.result import Context, Failure, Programs, Result
 
 # Each a chain of its own. From 127 tokens on every model's kernels have a ring of barriers.
-TOKENS = (1, 8, 32, 64, 128, 512)
+TOKENS = (1, 8, 64, 128, 512)
 QUICK_TOKENS = (1, 64, 128)
-MOST_CALLS, QUICK_CALLS = 128, 64  # of one executable, each with a weight of its own; more take long to compile
-FEWEST_CALLS = 32
+# Of one executable, each with a weight of its own. The copies of the load keep the weights out of L2 in any case.
+MOST_CALLS, FEWEST_CALLS = 64, 32
 XS = 4  # different x
+LEAST = gate.FEWEST_LAUNCHES  # whatever the time
 IN_FLIGHT = 16  # executions whose verdict is read at once
 WORDS, FIRST, EXPECTED, GOT = range(4)  # of jr_differing
 GRAPH_TURNS = 24
@@ -50,51 +53,71 @@ class Chain:
         return self.run(self.xs, self.routers, self.expected)[0]
 
 
-def chains_of(subject: Subject, context: Context) -> list[Chain]:
-    """One chain for every number of tokens, compiled once for both checks.
+def programs(subject: Subject, context: Context) -> Programs:
+    """What both checks run."""
+    tokens = _tokens(context)
+    chains = {("chain", count): functools.partial(_compile_chain, subject, context, count) for count in tokens}
+    return calls(subject, tokens) | chains
+
+
+def _tokens(context: Context) -> tuple[int, ...]:
+    return context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
+
+
+def _launches(subject: Subject, context: Context) -> int:
+    """Of one chain."""
+    cold = timing.cold_copies(subject.shape.hidden * subject.shape.experts * 2)
+    return min(max(cold, FEWEST_CALLS), MOST_CALLS) if context.on_gpu else 8
+
+
+def _compile_chain(subject: Subject, context: Context, tokens: int) -> jax.stages.Compiled:
+    """(xs, routers, expected) -> how the outputs differ, and the outputs of who promises no bits."""
+    if context.on_gpu:
+        library.library()
+    operands = structure(subject, tokens)
+    outputs = [tuple(jax.eval_shape(subject.call, operands))] * _launches(subject, context)
+    one = jax.jit(subject.call)  # traced once
+
+    def chain(xs: Sequence[jax.Array], routers: Sequence[Operands], expected: Any) -> tuple[jax.Array, Any]:
+        outputs = [tuple(one(router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
+        return _differing(outputs, expected, context), () if subject.promises_bits else outputs
+
+    routers = [operands._replace(x=None)] * len(outputs)
+    return jax.jit(chain).lower([operands.x] * XS, routers, outputs).compile()
+
+
+def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
+    """A chain with its data, and what it must give: what single launches give, or the chain itself on an idle GPU.
+
+    Raises:
+      WrongAloneError: it does not give it although the GPU is idle.
+    """
+    context.doing(tokens, subject.usual)
+    made = programs(subject, context)
+    one = context.program(key := ("call", tokens), made[key])
+    run = context.program(key := ("chain", tokens), made[key])
+    routers = random_weights(subject, _launches(subject, context), context.seed, context.device)
+    xs = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device).x for i in range(XS)]
+    expected = [tuple(one(router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
+    chain = Chain(tokens, xs, routers, run, expected)
+    if not subject.promises_bits:  # what the same executable gives counts, not what another one gives
+        chain.expected = jax.block_until_ready(run(xs, routers, expected)[1])
+    failure = _first_wrong(subject, context, chain, np.asarray(chain.execute()), 0)
+    context.alive(2 * chain.calls)
+    if failure is not None:
+        raise WrongAloneError(failure, f"launches in one executable, with {tokens} tokens, are not what they are alone")
+    return chain
+
+
+def _chains(subject: Subject, context: Context) -> list[Chain]:
+    """One for every number of tokens, made once for both checks.
 
     Raises:
       WrongAloneError: as `make_chain`.
     """
-    tokens = context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
-    if subject.label not in context.made:
-        context.made.clear()
-        context.made[subject.label] = [make_chain(subject, count, context) for count in tokens]
-    return list(context.made[subject.label])
-
-
-def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
-    """Compile a chain, and take what it gives on an idle GPU as what it must give.
-
-    Where the subject promises bits, single launches must give the same.
-
-    Raises:
-      WrongAloneError: they do not.
-    """
-    context.doing(tokens, subject.usual)
-    if context.on_gpu:
-        library.library()
-    shape = subject.shape
-    weight_bytes = shape.hidden * shape.experts * np.dtype(jnp.bfloat16).itemsize
-    cold = timing.cold_copies(weight_bytes)
-    calls = min(max(cold, FEWEST_CALLS), QUICK_CALLS if context.quick else MOST_CALLS) if context.on_gpu else 8
-    routers = random_weights(subject, calls, context.seed, context.device)
-    one = compiled(subject)
-    xs = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device).x for i in range(XS)]
-
-    def chain(xs: Sequence[jax.Array], routers: Sequence[Operands], expected: Any) -> tuple[jax.Array, Any]:
-        outputs = [one(router._replace(x=xs[i % len(xs)])) for i, router in enumerate(routers)]
-        return _differing(outputs, expected, context), () if subject.promises_bits else outputs
-
-    expected = [one(router._replace(x=xs[i % XS])) for i, router in enumerate(routers)]
-    made = Chain(tokens, xs, routers, jax.jit(chain), expected)
-    if not subject.promises_bits:  # what the same executable gives counts, not what another one gives
-        made.expected = jax.block_until_ready(made.run(xs, routers, expected)[1])
-    failure = _first_wrong(subject, context, made, np.asarray(made.execute()), 0)
-    context.alive(2 * calls)
-    if failure is not None:
-        raise WrongAloneError(failure, f"launches in one executable, with {tokens} tokens, are not what they are alone")
-    return made
+    if not context.chains:
+        context.chains = [make_chain(subject, count, context) for count in _tokens(context)]
+    return list(context.chains)
 
 
 class WrongAloneError(Exception):
@@ -116,22 +139,23 @@ def check_load(subject: Subject, context: Context) -> Result:
     figures: dict[str, Any] = {"by tokens": {}}
     launches = 0
     try:
-        chains = chains_of(subject, context)
+        chains = _chains(subject, context)
         share = (context.deadline - time.monotonic()) / len(chains)
-        with library.load(context.device) as done:
+        with library.load(context.device) as by_load:
             for chain in chains:
                 context.doing(chain.tokens, subject.usual)
                 until = min(time.monotonic() + share, context.deadline)
-                wanted = context.launches / len(chains)
+                wanted, least = (min(each, context.launches) / len(chains) for each in (context.launches, LEAST))
                 for count, failure in _executions(subject, context, chain):
                     launches += count
                     figures["by tokens"][str(chain.tokens)] = figures["by tokens"].get(str(chain.tokens), 0) + count
                     if failure is not None:
                         reason = f"launch {launches} is wrong under load, with {chain.tokens} tokens"
                         return Result("load", False, launches, time.monotonic() - started, figures, reason, failure)
-                    if figures["by tokens"][str(chain.tokens)] >= wanted or time.monotonic() >= until:
+                    done = figures["by tokens"][str(chain.tokens)]
+                    if done >= wanted or (done >= least and time.monotonic() >= until):
                         break
-        figures.update(done)
+        figures.update(by_load)
     except WrongAloneError as wrong:
         return Result("load", False, 1, time.monotonic() - started, figures, wrong.reason, wrong.failure)
     return Result("load", True, launches, time.monotonic() - started, figures)
@@ -145,7 +169,7 @@ def check_graphs(subject: Subject, context: Context) -> Result:
     started = time.monotonic()
     launches, failed = 0, None
     try:
-        chains = (chains_of(subject, context) * 2)[:2]  # of one number of tokens, the same twice
+        chains = (_chains(subject, context) * 2)[:2]  # of one number of tokens, the same twice
         for verdicts in (
             _changing(subject, context, chains[0]),
             _in_turn(subject, context, chains),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router.verification import library
-from jax_router.verification.data import Operands, Subject, compiled, draw, put
-from jax_router.verification.result import Context, Failure, Result
+from jax_router.verification.bits import calls
+from jax_router.verification.data import Operands, Subject, draw, put, structure
+from jax_router.verification.result import Context, Failure, Programs, Result
 
-TOKENS = (1, 16, 64, 256)
+TOKENS, QUICK_TOKENS = (1, 16, 64, 257), (1, 64, 128)
 VARIANTS = 4
 CALLS = 24  # of one executable
 LAUNCHES, QUICK_LAUNCHES = 6_000, 1_200  # per number of tokens
@@ -23,6 +24,19 @@ LAUNCH, PART, WORD, EXPECTED, GOT, EARLY = range(2, 8)  # of jr_wrong, behind th
 
 # Launched one by one: in a CUDA graph each custom call is a graph of its own, and none overlaps.
 WITHOUT_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+
+
+def programs(subject: Subject, context: Context) -> Programs:
+    """What `check_neighbours` runs."""
+    if not (context.on_gpu and subject.promises_bits):
+        return {}
+    tokens = _tokens(context)
+    between = {("between", count): functools.partial(_compile_between, subject, count) for count in tokens}
+    return calls(subject, tokens) | between
+
+
+def _tokens(context: Context) -> tuple[int, ...]:
+    return context.tokens or (QUICK_TOKENS if context.quick else TOKENS)
 
 
 def check_neighbours(subject: Subject, context: Context) -> Result:
@@ -37,9 +51,7 @@ def check_neighbours(subject: Subject, context: Context) -> Result:
     library.library()
     started = time.monotonic()
     launches = 0
-    for tokens in context.tokens or TOKENS:
-        if context.expired and launches:
-            break
+    for tokens in _tokens(context):
         context.doing(tokens, subject.usual)
         found = _check_tokens(subject, tokens, context, QUICK_LAUNCHES if context.quick else LAUNCHES)
         if isinstance(found, Result):
@@ -57,9 +69,10 @@ def _check_tokens(
     variants = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device) for i in range(VARIANTS)]
     present = [name for name, value in variants[0]._asdict().items() if value is not None]
     sources = [tuple(getattr(variant, name) for name in present) for variant in variants]
-    one = compiled(subject)
-    expected = [one(variant) for variant in variants]
-    executable = _traced(subject, present, sources, expected).lower().compile()
+    made = programs(subject, context)
+    one = context.program(key := ("call", tokens), made[key])
+    expected = [tuple(one(variant)) for variant in variants]
+    executable = context.program(key := ("between", tokens), made[key])
     copies = re.findall(r"= \S+ copy(?:-start)?\(", executable.as_text() or "")
     if len(copies) > len(present) + 1:  # of the arguments, once
         return Result("neighbours", None, reason=f"XLA puts {len(copies)} copies between the neighbours")
@@ -67,7 +80,7 @@ def _check_tokens(
     buffers = jax.block_until_ready(tuple(jnp.copy(source) for source in sources[-1]))
     wrong = jnp.zeros(8, jnp.uint32)
     launches = 0
-    while launches < wanted and not (context.expired and launches):
+    while launches < wanted:
         wrong, buffers = executable(wrong, buffers, sources, expected)
         launches += CALLS
         if launches % (10 * CALLS) == 0 and np.asarray(wrong)[:2].any():
@@ -91,13 +104,20 @@ def _check_tokens(
     return launches, failure, reason
 
 
-def _traced(
-    subject: Subject, present: Sequence[str], sources: Sequence[tuple[jax.Array, ...]], expected: Sequence[Any]
-) -> jax.stages.Traced:
-    """Traced: (wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
+def _compile_between(subject: Subject, tokens: int) -> jax.stages.Compiled:
+    library.library()
+    return _trace_between(subject, tokens).lower().compile()
+
+
+def _trace_between(subject: Subject, tokens: int) -> jax.stages.Traced:
+    """(wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
+    operands = structure(subject, tokens)
+    present = [name for name, value in operands._asdict().items() if value is not None]
 
     def like(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    one = jax.jit(subject.call)  # traced once
 
     def run(wrong: jax.Array, buffers: Any, sources: Any, expected: Any) -> tuple[jax.Array, Any]:
         for launch in range(CALLS):
@@ -109,7 +129,7 @@ def _traced(
                 input_output_aliases={1 + part: part for part in range(count)}, has_side_effect=True,
             )  # fmt: skip
             buffers = tuple(produce(wrong, *buffers, *source))
-            outputs = subject.call(Operands(**dict(zip(present, buffers, strict=True))))
+            outputs = one(Operands(**dict(zip(present, buffers, strict=True))))
             consume = jax.ffi.ffi_call(
                 library.CONSUME, [like(wrong), *(like(each) for each in outputs)],
                 input_output_aliases={part: part for part in range(1 + len(outputs))}, has_side_effect=True,
@@ -117,6 +137,7 @@ def _traced(
             wrong, *_ = consume(wrong, *outputs, *expected[launch % VARIANTS], launch=np.int32(launch))
         return wrong, buffers
 
-    buffers = tuple(like(each) for each in sources[0])
+    buffers = tuple(getattr(operands, name) for name in present)
+    outputs = tuple(like(each) for each in jax.eval_shape(subject.call, operands))
     function = jax.jit(run, donate_argnums=(0, 1), compiler_options=WITHOUT_GRAPHS)
-    return function.trace(jax.ShapeDtypeStruct((8,), jnp.uint32), buffers, list(sources), list(expected))
+    return function.trace(like(jnp.zeros(8, jnp.uint32)), buffers, [buffers] * VARIANTS, [outputs] * VARIANTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 from jax_router.dispatch import Problem
 from jax_router.timing import Operands as TimedOperands
 from jax_router.timing_torch import as_torch, operators
-from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compiled, draw, put
+from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compile_call, draw, put
 from jax_router.verification.judge import Verdict, judge_logits, judge_routing
-from jax_router.verification.result import Context, Failure, Result
+from jax_router.verification.result import Context, Failure, Programs, Result
 
-MORE_TOKENS = (1, 8, 64, 257, 1024)  # of the usual kind
+MORE_TOKENS, QUICK_TOKENS = (1, 64, 257, 1024), (1,)  # of the usual kind, besides NUMERIC_TOKENS
 PEER = "cuBLAS"
 
 
@@ -30,13 +31,25 @@ def problem_of(subject: Subject, tokens: int) -> Problem:
     )  # fmt: skip
 
 
+def programs(subject: Subject, context: Context) -> Programs:
+    """What `check_numerics` runs."""
+    return {
+        ("logits", tokens): functools.partial(compile_call, subject, tokens, return_logits=True)
+        for tokens in (NUMERIC_TOKENS, *_tokens(context))
+    }
+
+
+def _tokens(context: Context) -> tuple[int, ...]:
+    return context.tokens or (QUICK_TOKENS if context.quick else MORE_TOKENS)
+
+
 def check_numerics(subject: Subject, context: Context) -> list[Result]:
     """The checks "accuracy" and, of routing, "experts": one launch per kind and number of tokens, be it late or not."""
     started = time.monotonic()
-    run = compiled(subject, return_logits=True)
+    made = programs(subject, context)
     flushes = not context.on_gpu  # XLA's code for a CPU takes subnormal inputs as zeros
     cases = [(kind, NUMERIC_TOKENS) for kind in subject.kinds if not (kind == "subnormals" and flushes)]
-    cases += [(subject.usual, tokens) for tokens in context.tokens or MORE_TOKENS]
+    cases += [(subject.usual, tokens) for tokens in _tokens(context)]
     of_logits: dict[str, Any] = {}
     of_routing: dict[str, Any] = {}
     failures: dict[str, Result] = {}
@@ -45,6 +58,7 @@ def check_numerics(subject: Subject, context: Context) -> list[Result]:
         context.doing(tokens, kind)
         operands = draw(subject, kind, tokens, context.seed)
         on_device = put(operands, context.device)
+        run = context.program(key := ("logits", tokens), made[key])
         outputs = [np.asarray(output) for output in run(on_device)]
         platform, logits = context.device.platform, outputs[-1]
         verdicts = {"accuracy": judge_logits(subject, kind, operands, logits, platform)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,9 @@ from jax_router.models import models
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS, Shape, route_shapes, shapes
 from jax_router.tables import OPERATIONS
-from jax_router.verification.bits import check_bits, check_memory
+from jax_router.verification import bits, fence, load, neighbours, numerics
 from jax_router.verification.data import Operands, Subject
-from jax_router.verification.fence import check_fence
-from jax_router.verification.load import check_graphs, check_load
-from jax_router.verification.neighbours import check_neighbours
-from jax_router.verification.numerics import check_numerics, problem_of
-from jax_router.verification.result import Context, Result
+from jax_router.verification.result import Context, Programs, Result
 
 ALL = "all"  # as a model: every preset
 QUICK_MODEL = "gpt-oss-120b"
@@ -104,12 +100,15 @@ def all_shapes(options: Options) -> list[Shape]:
 def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[str, str]]:
     """Everything to verify on a device, and why each implementation that is left out does not run here."""
     routers = _of_checkpoint(options) if options.checkpoint else [Subject("", shape) for shape in all_shapes(options)]
-    found, refused = [], {}
-    default = IMPLEMENTATIONS if not options.quick else tuple(name for name in IMPLEMENTATIONS if name != "xla")
-    for name in options.implementations or (default if device.platform == "gpu" else ("xla",)):
+    found: list[Subject] = []
+    refused: dict[str, str] = {}
+    default = ("cuda", "pallas", "xla") if device.platform == "gpu" else ("xla",)
+    for name in options.implementations or default:
+        if options.quick and not options.implementations and found:
+            break  # one that runs here is what a minute is enough for
         for router in routers:
             subject = _as_taken(dataclasses.replace(router, implementation=name))
-            why = dispatch.why_unsupported(problem_of(subject, 1), dispatch.Device.of(device), name)
+            why = dispatch.why_unsupported(numerics.problem_of(subject, 1), dispatch.Device.of(device), name)
             why = why or implementations.load(name).unavailable()
             if why is None:
                 found.append(subject)
@@ -153,30 +152,35 @@ def _of_checkpoint(options: Options) -> list[Subject]:
     return [subject for subject in found.values() if not options.operations or subject.operation in options.operations]
 
 
-Check = Callable[[Subject, Context], list[Result]]
+@dataclass(frozen=True)
+class Check:
+    """One check: what it is called with, and the executables it will ask for."""
+
+    run: Callable[[Subject, Context], Result | list[Result]]
+    programs: Callable[[Subject, Context], Programs]
 
 
-def _one(check: Callable[[Subject, Context], Result]) -> Check:
-    return lambda subject, context: [check(subject, context)]
-
-
+_NUMERICS = Check(numerics.check_numerics, numerics.programs)
 # By name, in the order in which they run: what is cheap and sees most first, what repeats until the time is up last.
-CHECKS: dict[str, Check] = {
-    "accuracy": check_numerics,
-    "experts": check_numerics,  # of routing, with the accuracy
-    "bits": _one(check_bits),
-    "memory": _one(check_memory),
-    "fence": _one(check_fence),
-    "neighbours": _one(check_neighbours),
-    "graphs": _one(check_graphs),
-    "load": _one(check_load),
+CHECKS = {
+    "accuracy": _NUMERICS,
+    "experts": _NUMERICS,  # of routing
+    "bits": Check(bits.check_bits, bits.programs_of_bits),
+    "memory": Check(bits.check_memory, bits.programs_of_memory),
+    "fence": Check(fence.check_fence, fence.programs),
+    "neighbours": Check(neighbours.check_neighbours, neighbours.programs),
+    "graphs": Check(load.check_graphs, load.programs),
+    "load": Check(load.check_load, load.programs),
 }
 
 
-def checks_of(options: Options) -> list[tuple[str, Check]]:
-    """What is called, by the name that stands for it while it runs."""
-    asked = [(name, check) for name, check in CHECKS.items() if not options.checks or name in options.checks]
-    return [pair for i, pair in enumerate(asked) if pair[1] not in [check for _, check in asked[:i]]]
+def checks_of(options: Options) -> dict[str, Check]:
+    """The checks that are asked for, by the first name of each."""
+    found: dict[str, Check] = {}
+    for name, check in CHECKS.items():
+        if (not options.checks or name in options.checks) and check not in found.values():
+            found[name] = check
+    return found
 
 
 def describe(subject: Subject) -> dict[str, Any]:
@@ -194,8 +198,3 @@ def describe(subject: Subject) -> dict[str, Any]:
         "out_dtype": "float32",
         "rule": shape.rule,
     }
-
-
-def chosen(found: Sequence[Subject], wanted: Sequence[dict[str, Any]]) -> list[Subject]:
-    """Those of `found` that are described in `wanted`."""
-    return [subject for subject in found if describe(subject) in wanted]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,21 +45,25 @@ class Result:
     failure: Failure | None = None
 
 
+Programs = dict[tuple[str, int], Callable[[], Any]]
+
+
 @dataclass
 class Context:
-    """What all checks of one run share.
+    """What the checks of one subject share.
 
     Attributes:
       device: where everything runs.
       seed: of all data.
       launches: under load, per subject.
-      deadline: on `time.monotonic`'s clock: from then on what repeats ends, with what it has.
+      deadline: on `time.monotonic`'s clock: from then on launches under load end, with what there is.
       quick: less of everything that repeats.
       tokens: numbers of tokens to check instead of the default ones.
       torch: the module if it has the GPU.
       doing: called before launches, with their number of tokens and their kind of data.
       alive: called with launches done since the last call, at least every few seconds.
-      made: what checks of one subject leave for each other.
+      pool: of threads that compile ahead, or None.
+      chains: what two checks share (load.py).
     """
 
     device: jax.Device
@@ -71,12 +75,31 @@ class Context:
     torch: Any | None = None
     doing: Callable[[int, str], None] = lambda *_: None
     alive: Callable[[int], None] = lambda *_: None
-    made: dict[str, Any] = field(default_factory=dict)
+    pool: Executor | None = None
+    chains: list[Any] = field(default_factory=list)
+    _programs: dict[Any, Future[Any]] = field(default_factory=dict)
+
+    def program(self, key: tuple[str, int], build: Callable[[], Any]) -> Any:
+        """What `build` makes for the subject of this context, once: an executable by its name and number of tokens."""
+        if key not in self._programs:
+            self.ahead({key: build})
+        return self._programs[key].result()
+
+    def ahead(self, programs: Programs) -> None:
+        """Begin to make these, in their order."""
+        for key, build in programs.items():
+            if key not in self._programs:
+                self._programs[key] = self.pool.submit(build) if self.pool is not None else _at_once(build)
 
     @property
     def on_gpu(self) -> bool:
         return self.device.platform == "gpu"
 
-    @property
-    def expired(self) -> bool:
-        return time.monotonic() >= self.deadline
+
+def _at_once(build: Callable[[], Any]) -> Future[Any]:
+    future: Future[Any] = Future()
+    try:
+        future.set_result(build())
+    except BaseException as error:
+        future.set_exception(error)
+    return future

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,6 +18,7 @@ from jax_router.verification.result import Result
 
 # Shared memory is not tracked by initcheck; leaks are not what memcheck is asked about.
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+EXTENT = {"racecheck": "--tiny"}  # it takes a thousand times as long as the program alone
 SECONDS = 600.0  # of one tool
 
 
@@ -47,15 +51,15 @@ def build_program(folder: Path, csrc: Path | None = None) -> Path:
 
 
 def check_sanitizers(
-    alive: Callable[[int], None], seconds: float = SECONDS, tools: tuple[str, ...] = TOOLS
+    alive: Callable[[int], None], seconds: float = SECONDS, tools: tuple[str, ...] = TOOLS, csrc: Path | None = None
 ) -> list[Result]:
-    """One result per tool: "memcheck", "racecheck", "synccheck", "initcheck"."""
+    """One result per tool: "memcheck", "racecheck", "synccheck", "initcheck"; of the sources in `csrc` if given."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         return [Result(tool, None, reason="compute-sanitizer is not installed") for tool in tools]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            program = build_program(Path(folder))
+            program = build_program(Path(folder), csrc)
         except toolchain.BuildError as error:
             return [Result(tool, None, reason=f"the standalone program does not compile: {error}") for tool in tools]
         alive(0)
@@ -64,8 +68,11 @@ def check_sanitizers(
 
 def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callable[[int], None]) -> Result:
     started = time.monotonic()
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(program), "--small"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(program), EXTENT.get(tool, "--small")]
+    # A group of its own: the tool's end would leave the program running, and holding the pipe.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         while True:
             try:
@@ -74,15 +81,20 @@ def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callab
             except subprocess.TimeoutExpired:
                 alive(0)
                 if time.monotonic() - started > seconds:
-                    process.kill()
-                    process.communicate()
+                    _kill(process)
                     reason = f"{tool} took longer than {seconds:.0f} s"
                     return Result(tool, None, 0, time.monotonic() - started, reason=reason)
     finally:
-        process.kill()
+        _kill(process)
     took = time.monotonic() - started
     launches = sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
     if process.returncode == 0:
         return Result(tool, True, launches, took)
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]
     return Result(tool, False, launches, took, reason="\n".join(said[:12]) or output[-2000:])
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

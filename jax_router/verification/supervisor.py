@@ -94,7 +94,7 @@ class _Watch:
         if before_any_check:  # after others that were good for checks: the next one would fare no better
             died = f"the process that was to go on {died}"
             self.subject = self.skip if self.skip < len(self.record["subjects"]) else None
-            self.check = "sanitizers" if self.subject is None else checks_of(self.options)[0][0]
+            self.check = "sanitizers" if self.subject is None else next(iter(checks_of(self.options)))
         self.take(self._result_of_the_dead(died))
         if self.subject is None or before_any_check:  # the sanitizers come last
             self.ended = True

@@ -13,7 +13,10 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
+
+COMPILE_THREADS = 8
 
 
 def main() -> None:
@@ -25,13 +28,16 @@ def main() -> None:
     def emit(event: str, **facts: Any) -> None:
         events.write(json.dumps({"event": event, **facts}) + "\n")
 
+    pool = ThreadPoolExecutor(max(1, min(COMPILE_THREADS, os.cpu_count() or 1)))
     try:
-        run(request, emit)
+        run(request, emit, pool)
     except ValueError as error:  # what was asked for makes no sense here
         emit("refused", reason=str(error))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(request: dict[str, Any], emit: Any) -> None:
+def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
     """Emit "begin", then "check", "case", "alive" and "result" as they come, and "end".
 
     Raises:
@@ -44,6 +50,7 @@ def run(request: dict[str, Any], emit: Any) -> None:
     from jax_router.provenance import provenance
     from jax_router.timing_torch import torch_with_gpu
     from jax_router.verification import plan
+    from jax_router.verification.data import Subject
     from jax_router.verification.result import Context, Result
     from jax_router.verification.sanitizers import check_sanitizers
 
@@ -78,23 +85,36 @@ def run(request: dict[str, Any], emit: Any) -> None:
 
     torch = torch_with_gpu() if device.platform == "gpu" and not options.quick else None
     ends = time.monotonic() + 60 * request.get("minutes", options.minutes)
+    checks = plan.checks_of(options)
     remaining = list(enumerate(found))[request["skip"] :]
-    for position, (index, subject) in enumerate(remaining):
-        share = max(ends - time.monotonic(), 0.0) / (len(remaining) - position)
+
+    def prepared(subject: Subject) -> Context:
+        """A context whose executables are being compiled."""
         context = Context(
-            device, options.seed, options.launches, time.monotonic() + share, options.quick, options.tokens, torch,
-            doing, alive,
+            device, options.seed, options.launches, quick=options.quick, tokens=options.tokens, torch=torch,
+            doing=doing, alive=alive, pool=pool,
         )  # fmt: skip
-        for name, check in plan.checks_of(options):
+        for check in checks.values():
+            context.ahead(check.programs(subject, context))
+        return context
+
+    following = prepared(remaining[0][1]) if remaining else None
+    for position, (index, subject) in enumerate(remaining):
+        assert following is not None
+        context = following
+        share = max(ends - time.monotonic(), 0.0) / (len(remaining) - position)
+        context.deadline = time.monotonic() + share
+        following = prepared(remaining[position + 1][1]) if position + 1 < len(remaining) else None
+        for name, check in checks.items():
             emit("check", subject=index, check=name)
             try:
-                results = check(subject, context)
+                found_here = check.run(subject, context)
             except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
                 text = f"{type(error).__name__}: {error}"
-                if "CUDA_ERROR" in text or "cuda" in text.lower():
+                if "CUDA" in text:
                     raise  # the device is lost to this process, whose end is the finding
-                results = [Result(name, False, reason=text[:2000])]
-            for result in results:
+                found_here = [Result(name, False, reason=text[:2000])]
+            for result in found_here if isinstance(found_here, list) else [found_here]:
                 emit("result", subject=index, **dataclasses.asdict(result))
         emit("done", subject=index)
     if options.sanitizers:

@@ -1,0 +1,342 @@
+"""Follows the processes of fault_trials.py, and puts what they say, or how they end, into its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_router import build
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = "shipped"
+COMMAND = (sys.executable, str(ROOT / "scripts" / "fault_worker.py"))
+# One launch on an idle stream, against float64 and beside PyTorch.
+PARITY = (
+    sys.executable, "-m", "pytest", "tests/test_parity.py", "tests/test_torch_ref.py", "-q", "-k", "cuda or yardstick",
+)  # fmt: skip
+MISSES = 2
+MACHINE_SECONDS = 600.0  # compiling libraries says nothing meanwhile
+PARITY_SECONDS = 300.0
+OF_THE_DEVICE = re.compile(r"CUDA_ERROR_|illegal|misaligned|launch fail", re.IGNORECASE)
+OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
+KILLED_ITSELF = re.compile(r"ended with signal SIG(ILL|ABRT|BUS|FPE|SEGV):")
+
+Record = dict[str, Any]
+Event = dict[str, Any]
+
+
+class TrialsError(RuntimeError):
+    """Nothing can be measured here."""
+
+
+class Stopped(Exception):
+    """Everything was told to end."""
+
+
+class Outcome:
+    """One trial while it goes on: checks that ran, and their results."""
+
+    def __init__(self, asked: Record):
+        self.asked, self.started = asked, time.monotonic()
+        self.checks: list[Record] = []
+        self.case: Record = {}
+        self.known = 0  # launches of the check that runs
+        self.crash: str | None = None
+
+    def take(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "check":
+            self.case, self.known = {}, 0
+            self.checks.append({"subject": event["subject"], "check": event["check"], "results": []})
+        elif kind == "case":
+            self.case = {name: event[name] for name in ("tokens", "data")}
+        elif kind == "alive":
+            self.known += event["launches"]
+        elif kind == "result":
+            failure = event["failure"] and {
+                name: event["failure"][name] for name in ("tokens", "data", "launch", "row")
+            }
+            facts = {name: event[name] for name in ("check", "passed", "launches", "seconds")}
+            reason = event["reason"] and event["reason"][:500]
+            self.checks[-1]["results"].append({**facts, "reason": reason, "failure": failure})
+        elif kind == "crash":
+            self.crash = event["reason"]
+
+    def ended(self, how: str | None = None) -> Record:
+        """The trial as a record has it; `how` its process ended, if that ended the trial.
+
+        Raises:
+          TrialsError: it ended by something that is no finding about the kernels.
+        """
+        how = self.crash if how is None else how
+        results = [result for check in self.checks for result in check["results"]]
+        failed = [result for result in results if result["passed"] is False]
+        launches = sum(_launches(check["results"]) for check in self.checks)
+        by = failed[0]["check"] if failed else None
+        if how is not None and not failed:
+            by = _kind_of_end(how)
+            if by is None or not self.checks:
+                raise TrialsError(how)
+            launches += self.known
+        found = {
+            "trial": self.asked["trial"],
+            "caught_by": by,
+            "during": self.checks[-1]["check"] if by is not None else None,
+            "subject": self.checks[-1]["subject"] if by is not None else None,
+            "launches": launches,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "ran": any(result["passed"] is not None for result in results) or by is not None,
+            "reason": failed[0]["reason"] if failed else how and how[:500],
+            "checks": self.checks,
+        }
+        return found if failed or how is None else {**found, "case": self.case}
+
+
+def _launches(results: Sequence[Record]) -> int:
+    """Of one call: until it failed if it did, as results of one call share their launches."""
+    failed = [result["launches"] for result in results if result["passed"] is False]
+    return failed[0] if failed else max((result["launches"] for result in results), default=0)
+
+
+def _kind_of_end(how: str) -> str | None:
+    """What the verification would report: "hang", "crash", or None for what has nothing to do with a kernel."""
+    if how.startswith("hung:"):
+        return "hang"
+    if OF_MEMORY.search(how):  # other processes may have it
+        return None
+    return "crash" if OF_THE_DEVICE.search(how) or KILLED_ITSELF.match(how) else None
+
+
+def is_given_up(entry: Record) -> bool:
+    """Whether the first trials all missed a fault: each takes the default minutes, and more would say the same."""
+    trials = entry["trials"]
+    return len(trials) >= MISSES and all(trial["caught_by"] is None for trial in trials)
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """With all that it started, as its group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class Child:
+    """A process that gets a request and emits events, one JSON line each. `how_it_ended` once there are no more."""
+
+    def __init__(self, request: Record, command: Sequence[str], environment: Mapping[str, str]):
+        # JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
+        variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
+        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self.how_it_ended = ""
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self.process.stdin is not None
+        try:
+            with self.process.stdin as stdin:
+                json.dump(request, stdin)
+        except BrokenPipeError:
+            pass  # it died: how is read below
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        kill(self.process)
+        self.process.wait()
+        self._reader.join(timeout=5)
+        self._said.close()
+
+    def events(self, hang: float) -> Iterator[Event]:
+        """Until it ends, or says nothing for `hang` seconds."""
+        while True:
+            try:
+                line = self._lines.get(timeout=hang)
+            except queue.Empty:
+                self.how_it_ended = f"hung: no sign of life for {hang:.0f} s"
+                return
+            if line is None:
+                status = self.process.wait()
+                how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+                self._said.seek(0)
+                self.how_it_ended = f"ended with {how}:\n{self._said.read()[-2000:]}"
+                return
+            yield json.loads(line)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            for line in stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+
+class Run:
+    """Processes that run at the moment, and the record that they add to. Its methods may be called from threads."""
+
+    def __init__(
+        self, libraries: Path, hang: float, *, command: Sequence[str] = COMMAND, parity: Sequence[str] = PARITY
+    ):
+        self.libraries, self.hang, self.command, self.parity_command = libraries, hang, command, parity
+        self.record: Record = {}
+        self.on_done: Callable[[str], None] = lambda _: None
+        self._path, self._started, self._before = Path(), 0.0, 0.0
+        self._lock, self._stopped = threading.Lock(), False
+        self._processes: set[subprocess.Popen[str]] = set()
+
+    def begin(self, path: Path, record: Record, started: float) -> None:
+        """Take `record`, which is saved at `path` from now on."""
+        self._path, self.record = path, record
+        self._started, self._before = started, record["elapsed_seconds"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def entry(self, name: str) -> Record:
+        """Of a fault, or of the shipped library."""
+        found = self.record["faults"].get(name)
+        return found if found is not None else {"trials": [], "survey": [], "parity": None}
+
+    def save(self) -> None:
+        """Write the record, in one step."""
+        with self._lock:
+            self.record["elapsed_seconds"] = round(self._before + time.monotonic() - self._started, 1)
+            unfinished = self._path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(self.record, indent=1) + "\n")
+            os.replace(unfinished, self._path)
+
+    def stop(self) -> None:
+        """Kill what runs; nothing else starts, and what ends by this is not recorded."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                kill(process)
+
+    def _begun(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._processes.add(process)
+            if self._stopped:
+                kill(process)
+
+    def _over(self, process: subprocess.Popen[str]) -> None:
+        """Raise Stopped if it may have ended by `stop`."""
+        with self._lock:
+            self._processes.discard(process)
+            if self._stopped:
+                raise Stopped
+
+    def machine(self, implementation: str) -> Event:
+        """What a process without trials says of the machine.
+
+        Raises:
+          TrialsError: the implementation does not run here; says why.
+        """
+        request = {"implementation": implementation, "operations": [], "models": [], "trials": []}
+        with Child(request, self.command, {}) as child:
+            for event in child.events(MACHINE_SECONDS):
+                if event["event"] == "begin":
+                    return event
+                if event["event"] == "refused":
+                    raise TrialsError(f"nothing can be measured here: {event['reason']}")
+        raise TrialsError(f"the process that runs trials ended before it began: {child.how_it_ended}")
+
+    def environment(self, name: str) -> Mapping[str, str]:
+        """Of a process that has the library of a fault."""
+        return {} if name == SHIPPED else {build.LIBRARY_VARIABLE: str(self.libraries / f"{name}.so")}
+
+    def follow(self, name: str, request: Record, trials: Sequence[Record], into: str) -> None:
+        """Run trials in as many processes as it takes, into the list `into` of the entry.
+
+        A survey ends with a hang, and a fault that is given up with its last miss.
+        """
+        left = list(trials)
+        while left:
+            if self._stopped:
+                raise Stopped
+            if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
+                return
+            outcome = None
+            with Child({**request, "trials": left}, self.command, self.environment(name)) as child:
+                self._begun(child.process)
+                for event in child.events(self.hang):
+                    kind = event["event"]
+                    if kind == "trial":
+                        outcome = Outcome(left[0])
+                    elif outcome is not None:
+                        outcome.take(event)
+                    if kind == "done" and outcome is not None:
+                        self._add(name, into, left.pop(0), outcome.ended())
+                        outcome = None
+                        if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
+                            left.clear()
+                            break
+                    elif kind in ("end", "crash", "refused"):
+                        child.how_it_ended = event.get("reason", "")
+                        break
+            self._over(child.process)
+            if not left:
+                return
+            try:
+                if outcome is None:
+                    raise TrialsError(child.how_it_ended)
+                found = outcome.ended(child.how_it_ended)
+            except TrialsError as error:  # other faults go on
+                self.entry(name)["error"] = str(error)[-2000:]
+                self.save()
+                self.on_done(f"{name}: cannot be measured: {error}")
+                return
+            self._add(name, into, left.pop(0), found)
+            if into == "survey" and found["caught_by"] == "hang":
+                return
+
+    def _add(self, name: str, into: str, asked: Record, found: Record) -> None:
+        if into == "survey":
+            found = {"operation": asked["operations"][0], "asked": asked["checks"][0], **found}
+        self.entry(name)[into].append(found)
+        self.save()
+        by, what = found["caught_by"], f"trial {found['trial']}" if into == "trials" else "survey"
+        ended = f"caught by {by}" + f" in {found['during']}" * (by != found["during"])
+        ended = ended if by is not None else "not caught" if found["ran"] else "no check ran"
+        where = f"{found.get('asked', '')} {found['subject'] or ''}".strip()
+        text = f"{name}: {what} {where}: {ended}, {found['launches']:,} launches, {found['seconds']:.1f} s"
+        self.on_done(" ".join(text.split()))
+
+    def parity(self, name: str) -> None:
+        """Run the plain parity tests with a library; the shipped one first, without which they mean nothing."""
+        if self._stopped:
+            raise Stopped
+        if name != SHIPPED and not (self.entry(SHIPPED)["parity"] or {}).get("passed"):
+            self.on_done(f"{name}: parity tests do not run: they did not pass with the shipped library")
+            return
+        started = time.monotonic()
+        process = subprocess.Popen(
+            self.parity_command, cwd=ROOT, env={**os.environ, **self.environment(name)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self._begun(process)
+        try:
+            said, _ = process.communicate(timeout=PARITY_SECONDS)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            said, _ = process.communicate()
+            said += f"\nno end after {PARITY_SECONDS:.0f} s"
+        self._over(process)
+        counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)\b", said)}
+        missed = process.returncode == 0 and counts.get("passed", 0) > 0  # all of some, not all of none
+        seconds = round(time.monotonic() - started, 1)
+        found = {"passed": missed, "counts": counts, "seconds": seconds, "tests": list(self.parity_command[2:])}
+        self.entry(name)["parity"] = found if missed else {**found, "said": said[-2000:]}
+        self.save()
+        self.on_done(f"{name}: parity tests {'pass' if missed else 'do not pass'}: {counts}, {seconds:.1f} s")
