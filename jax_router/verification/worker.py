@@ -28,21 +28,26 @@ def main() -> None:
     def emit(event: str, **facts: Any) -> None:
         events.write(json.dumps({"event": event, **facts}) + "\n")
 
-    pool = ThreadPoolExecutor(max(1, min(COMPILE_THREADS, os.cpu_count() or 1)))
     try:
-        run(request, emit, pool)
+        run(request, emit)
     except ValueError as error:  # what was asked for makes no sense here
         emit("refused", reason=str(error))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
+def run(request: dict[str, Any], emit: Any) -> None:
     """Emit "begin", then "check", "case", "alive" and "result" as they come, and "end".
 
     Raises:
       ValueError: nothing of what was asked for can run here; says why.
     """
+    pool = ThreadPoolExecutor(max(1, min(COMPILE_THREADS, os.cpu_count() or 1)))
+    try:
+        _run(request, emit, pool)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
     emit("alive", launches=0)
     import jax
 
@@ -113,7 +118,7 @@ def run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
                 text = f"{type(error).__name__}: {error}"
                 if "CUDA" in text:
                     raise  # the device is lost to this process, whose end is the finding
-                found_here = [Result(name, False, reason=text[:2000])]
+                found_here = Result(name, False, reason=text[:2000])
             for result in found_here if isinstance(found_here, list) else [found_here]:
                 emit("result", subject=index, **dataclasses.asdict(result))
         emit("done", subject=index)
