@@ -66,7 +66,7 @@ from jax_router.verification import Verification, supervisor, worker
 facts = {"gpu": None, "date": "2026-11-26", "source_hash": "0" * 64}
 print(Verification({"subjects": [], "sanitizers": [], "provenance": facts, "interrupted": False}))
 worker.run({"options": {"implementations": ["xla"], "models": ["awkward"], "operations": ["router_gemm"],
-                        "tokens": [1], "checks": ["bits"]}, "skip": 0}, lambda event, **_: print(event), pool=None)
+                        "tokens": [1], "checks": ["bits"]}, "skip": 0}, lambda event, **_: print(event))
 """
 
 

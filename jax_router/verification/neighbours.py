@@ -116,6 +116,7 @@ def _describe(
 
 
 def _compile_between(subject: Subject, tokens: int) -> jax.stages.Compiled:
+    """(wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
     library.library()
     return trace_between(subject, tokens).lower().compile()
 
