@@ -333,6 +333,17 @@ def test_data_are_those_of_their_seed(name):
     assert (draw(subject, "normal", 1, 7).x[0, :8] != draw(wider, "normal", 1, 7).x[0, :8]).any()
 
 
+def test_every_kind_of_data_has_the_operands_of_the_checkpoint():
+    def forms(operands):
+        return [None if each is None else (each.shape[each.ndim - 1 :], each.dtype) for each in operands]
+
+    corrected = dataclasses.replace(SCALED.shape, correction_bias=True)
+    bias = np.zeros(EXPERTS, ml_dtypes.bfloat16)
+    subject = dataclasses.replace(SCALED, shape=corrected, given=SCALED.given._replace(correction_bias=bias))
+    for kind in KINDS:
+        assert forms(draw(subject, kind, 4, 0)) == forms(draw(subject, "as given", 4, 0)), kind
+
+
 def truth(operands):
     return parity.reference(operands.x, operands.weight, operands.bias)
 

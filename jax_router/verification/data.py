@@ -171,18 +171,17 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
             x[rows, where[rows]] = value
         rows = np.arange(7, tokens, 8)  # infinities of both signs
         x[rows, (where[rows] + 1) % hidden] = -np.inf
-    given, scale = subject.given, None
-    of_bias, of_correction = dtype, np.dtype(np.float32)
-    if given is not None:  # a checkpoint's dtypes, and its scale, which random routers have none of
-        of_bias = of_bias if given.bias is None else given.bias.dtype
-        of_correction = of_correction if given.correction_bias is None else given.correction_bias.dtype
-        scale = given.expert_scale
+    given = subject.given or Operands(None, None)
+    of_bias, of_correction = (
+        default if each is None else each.dtype
+        for each, default in ((given.bias, dtype), (given.correction_bias, np.dtype(np.float32)))
+    )
     return Operands(
         x.astype(dtype),
         weight.astype(dtype),
         bias.astype(of_bias) if shape.bias else None,
         correction.astype(of_correction) if shape.correction_bias else None,
-        scale,
+        given.expert_scale,
     )
 
 
