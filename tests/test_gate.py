@@ -169,8 +169,9 @@ def test_a_failure_is_remembered_until_a_full_run_passes_it() -> None:
     gate.keep(record(wrong, sanitizers=[{"tool": "racecheck", "passed": False, "reason": None}]))
     later = {"provenance": {"date": "2026-03-04T00:00:00+00:00"}}
     for other in (record(ROUTE, **later), record(GEMM, quick=True, **later), record({**GEMM, "hidden": 8}, **later)):
+        before = gate.kept("NVIDIA H200")
         gate.keep(other)
-        assert gate.kept("NVIDIA H200")["subjects"][0] == other["subjects"][0]
+        assert gate.kept("NVIDIA H200")["subjects"][0] == (before if other["quick"] else other)["subjects"][0]
         assert "load failed (3 wrong), router_gemm of 2880x128 +bias, 2026-01-02" in str(why(gate.kept("NVIDIA H200")))
     gate.keep(record(GEMM, **later))
     assert why(gate.kept("NVIDIA H200")) == "compute-sanitizer's racecheck failed"
@@ -178,6 +179,16 @@ def test_a_failure_is_remembered_until_a_full_run_passes_it() -> None:
     assert why(gate.kept("NVIDIA H200")) == "compute-sanitizer's racecheck failed"
     gate.keep(record(GEMM, sanitizers=[{"tool": "racecheck", "passed": True, "reason": None}]))
     assert why(gate.kept("NVIDIA H200")) is None
+
+
+def test_a_short_run_replaces_no_long_one_but_adds_what_it_failed() -> None:
+    gate.keep(record(GEMM, ROUTE))
+    gate.keep(record(GEMM, quick=True))
+    assert gate.kept("NVIDIA H200") == record(GEMM, ROUTE)
+    wrong = with_check(GEMM, "load", False, "1 wrong")
+    gate.keep(record(wrong, ROUTE, quick=True))
+    assert gate.kept("NVIDIA H200")["subjects"] == [GEMM, ROUTE, wrong]
+    assert "load failed (1 wrong)" in str(why(gate.kept("NVIDIA H200")))
 
 
 def test_a_failure_on_other_sources_is_forgotten() -> None:

@@ -1,4 +1,4 @@
-"""The README's code runs, and its generated parts are there."""
+"""The code of the README and of docs/numerics.md runs, and the README's generated parts are there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def test_the_code_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None
         exec(compile(block, str(README), "exec"), names)
         assert names["routing"].experts.shape == names["routing"].weights.shape == (8, 4)
     assert "xla" in capsys.readouterr().out
+
+
+def test_what_the_numerics_page_says_of_cosine_and_tolerances_is_what_its_code_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = README.parent / "docs" / "numerics.md"
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})
+    said = re.findall(r"# (\d+)%", block)
+    assert re.findall(r": (\d+)% of the tokens", capsys.readouterr().out) == said == ["80", "6"]
 
 
 def test_the_generated_parts_of_the_readme_are_filled() -> None:

@@ -19,7 +19,7 @@ from jax_router.verification.report import failures, markdown, print_record
 from jax_router.verification.supervisor import Event, Record, supervise
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
-QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
+MINUTES, QUICK_MINUTES, QUICK_LAUNCHES = 5.0, 0.75, 500_000
 
 
 def verify(
@@ -30,7 +30,9 @@ def verify(
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="only this number of tokens; may be repeated")] = None,
     check: Annotated[list[str] | None, typer.Option(help="only this check; may be repeated")] = None,
-    minutes: Annotated[float, typer.Option(help="of everything together, but for what runs once")] = 5.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="of everything together, but for what runs once (default: 5; quick 0.75)")
+    ] = None,
     launches: Annotated[
         int, typer.Option(help="under load, per router and implementation, if time allows")
     ] = 1_000_000,
@@ -59,7 +61,7 @@ def verify(
     try:
         options = Options(
             tuple(implementation or ()), tuple(operation or ()), tuple(model or ()), tuple(tokens or ()),
-            tuple(check or ()), QUICK_MINUTES if quick and minutes == 5.0 else minutes,
+            tuple(check or ()), minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES,
             min(launches, QUICK_LAUNCHES) if quick else launches, seed, quick,
             None if checkpoint is None else str(checkpoint), None if activations is None else str(activations),
             sanitizers,

@@ -210,7 +210,7 @@ def keep(record: Record) -> Path | None:
         descriptor, partial = tempfile.mkstemp(prefix=".verify-", dir=path.parent)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(record if earlier is None else _with_failures_of(earlier, record), file, indent=1)
+                json.dump(record if earlier is None else _joined(earlier, record), file, indent=1)
             os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
@@ -250,11 +250,16 @@ def _kept_path(gpu: str) -> Path | None:
         return None
 
 
-def _with_failures_of(earlier: Record, record: Record) -> Record:
-    """`record`, and what failed in `earlier` unless it was of something else or has passed since."""
+def _joined(earlier: Record, record: Record) -> Record:
+    """`record`, and what failed in `earlier` unless it was of something else or has passed since.
+
+    A short run replaces no long one: of it only what failed is added.
+    """
     of = record["provenance"]
     if why_of_other(earlier, source_hash=of["source_hash"], gpu=of["gpu"]) is not None:
         return record
+    if record["quick"] and not earlier["quick"]:
+        return {**earlier, "subjects": [*earlier["subjects"], *filter(_failed, record["subjects"])]}
     passed = [] if record["quick"] else [each for each in record["subjects"] if _not_run(each) is None]
     settled = {(_key(each), each.get("source")) for each in passed}
     subjects = [

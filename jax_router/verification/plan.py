@@ -122,8 +122,7 @@ def _as_taken(subject: Subject) -> Subject:
     if subject.given is None or subject.dtype != "float32" or subject.implementation == "xla":
         return subject
     narrow = np.dtype(ml_dtypes.bfloat16)
-    bias = None if subject.given.bias is None else subject.given.bias.astype(narrow)
-    given = subject.given._replace(weight=subject.given.weight.astype(narrow), bias=bias)
+    given = subject.given._replace(weight=subject.given.weight.astype(narrow))  # biases they take in float32
     return dataclasses.replace(subject, given=given, dtype=narrow.name, source=f"{subject.source}, in bfloat16")
 
 
