@@ -116,7 +116,7 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
                 found_here = check.run(subject, context)
             except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
                 text = f"{type(error).__name__}: {error}"
-                if "CUDA" in text:
+                if "CUDA" in text or "cudaError" in text:
                     raise  # the device is lost to this process, whose end is the finding
                 found_here = Result(name, False, reason=text[:2000])
             for result in found_here if isinstance(found_here, list) else [found_here]:
