@@ -32,6 +32,18 @@ AWKWARD_SHAPES = (
 )
 
 
+MINUTES, LAUNCHES = 5.0, 1_000_000
+QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
+MOST_SEED = 2**31 - 1
+
+
+def defaults(minutes: float | None, launches: int | None, *, quick: bool) -> tuple[float, int]:
+    """What was asked for, or what a run has that did not ask."""
+    if minutes is None:
+        minutes = QUICK_MINUTES if quick else MINUTES
+    return minutes, launches if launches is not None else QUICK_LAUNCHES if quick else LAUNCHES
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command was asked for; JSON holds all of it. Empty tuples ask for everything, or for the default."""
@@ -41,8 +53,8 @@ class Options:
     models: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     checks: tuple[str, ...] = ()
-    minutes: float = 5.0
-    launches: int = 1_000_000
+    minutes: float = MINUTES
+    launches: int = LAUNCHES
     seed: int = 0
     quick: bool = False
     checkpoint: str | None = None
@@ -73,6 +85,8 @@ class Options:
         for name, number in {"minutes": self.minutes, "launches": self.launches}.items():
             if not number > 0:
                 raise ValueError(f"{name} is {number}. Expected more than 0; pass a positive number to --{name}.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"seed is {self.seed}. Expected 0 to {MOST_SEED}; pass one of these to --seed.")
         for count in self.tokens:
             if count < 1:
                 raise ValueError(f"tokens is {count}. Expected 1 or more; pass a positive number to --tokens.")
