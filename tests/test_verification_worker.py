@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,25 @@ def test_what_says_nothing_of_the_kernel_fails_nothing(results, error):
 def test_a_lost_device_ends_the_process(results, message):
     with pytest.raises(RuntimeError, match="illegal"):
         results(RuntimeError(message))
+
+
+def test_compiling_the_kernels_at_first_use_is_no_hang(monkeypatch):
+    events: list[str] = []
+
+    def subjects(*_: Any) -> Any:
+        ends = time.monotonic() + 5
+        while events.count("alive") < 4 and time.monotonic() < ends:  # the first comes before
+            time.sleep(0.01)
+        raise ImportError("safetensors is missing")
+
+    monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "subjects", subjects)
+    with pytest.raises(ValueError, match="safetensors is missing"):
+        worker.run(REQUEST, lambda event, **_: events.append(event))
+    count = len(events)
+    assert count >= 4
+    time.sleep(0.05)
+    assert len(events) == count, "it ends with what it stands for"
 
 
 @pytest.mark.parametrize(

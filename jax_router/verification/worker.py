@@ -8,12 +8,15 @@ kernel that hangs or touches what it must not takes this process down and not th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # JAX is imported after the first sign of life
     from jax_router.verification.result import Result
 
 COMPILE_THREADS = 8
+TICK_SECONDS = 5.0
 OF_THE_DEVICE = re.compile(r"CUDA|cudaError")  # as XLA and as the C interfaces name its errors
 OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED|cudaErrorMemoryAllocation", re.IGNORECASE)
 
@@ -70,7 +74,8 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
     options = plan.Options.of(request["options"])
     device = jax.local_devices()[0]
     try:
-        found, refused = plan.subjects(options, device)
+        with _signs_of_life(emit):
+            found, refused = plan.subjects(options, device)
     except (ImportError, NotImplementedError, OSError) as error:  # of a checkpoint
         raise ValueError(str(error)) from error
     if not found:
@@ -140,6 +145,24 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
         for result in check_sanitizers(alive):
             emit("result", subject=None, **dataclasses.asdict(result))
     emit("end")
+
+
+@contextlib.contextmanager
+def _signs_of_life(emit: Any) -> Iterator[None]:
+    """For as long as nothing is launched: to compile the kernels at first use may take longer than a hang."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TICK_SECONDS):
+            emit("alive", launches=0)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _raised(check: str, error: Exception, case: tuple[int, str] | None, seed: int) -> Result | None:
