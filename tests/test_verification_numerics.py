@@ -30,7 +30,7 @@ from verification_cases import (
 )
 
 from jax_router import parity, routing
-from jax_router.verification import data
+from jax_router.verification import data, plan
 from jax_router.verification.data import IN_RANDOM_ORDER, KINDS, NUMERIC_TOKENS, Subject, draw
 from jax_router.verification.judge import judge_logits
 from jax_router.verification.numerics import check_numerics
@@ -108,6 +108,18 @@ def test_wrong_logits_fail_the_accuracy(name):
     assert "logits of normal data are wrong" in reason
     if row is not None:
         assert at == row
+
+
+def test_a_float32_checkpoint_has_every_kind_of_data_and_passes():
+    wide = SCALED.given._replace(weight=SCALED.given.weight.astype(np.float32))
+    subject = plan._as_taken(dataclasses.replace(SCALED, dtype="float32", given=wide))
+    assert {each.dtype.name for each in subject.given if each is not None} == {"float32"}, "the scale was in bfloat16"
+    assert {str(draw(subject, kind, 4, 0).weight.dtype) for kind in subject.kinds} == {"float32"}
+    nudged = draw(subject, "near ties", 4, 0).weight
+    spacings = abs(nudged[1::3] - nudged[0:-1:3]) / np.spacing(abs(nudged[0:-1:3]))
+    assert (spacings.max(-1) == 1).all()
+    assert ((spacings != 0).sum(-1) == 1).all()
+    assert failures(subject) == {}
 
 
 def test_float32_inputs_multiplied_as_tf32_fail_the_accuracy():

@@ -132,12 +132,23 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
 
 
 def _as_taken(subject: Subject) -> Subject:
-    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says."""
-    if subject.given is None or subject.dtype != "float32" or subject.implementation == "xla":
+    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says.
+
+    Biases and scales stay as they are stored, or become float32, which is exact, beside weights of another dtype.
+    """
+    given, dtype, source = subject.given, subject.dtype, subject.source
+    if given is None:
         return subject
-    narrow = np.dtype(ml_dtypes.bfloat16)
-    given = subject.given._replace(weight=subject.given.weight.astype(narrow))  # biases they take in float32
-    return dataclasses.replace(subject, given=given, dtype=narrow.name, source=f"{subject.source}, in bfloat16")
+    if dtype == "float32" and subject.implementation != "xla":
+        narrow = np.dtype(ml_dtypes.bfloat16)
+        given, dtype = given._replace(weight=given.weight.astype(narrow)), narrow.name
+        source = f"{source}, in bfloat16"
+    wide = {
+        name: value.astype(np.float32)
+        for name, value in given._asdict().items()
+        if name not in ("x", "weight") and value is not None and value.dtype.name not in (dtype, "float32")
+    }
+    return dataclasses.replace(subject, given=given._replace(**wide), dtype=dtype, source=source)
 
 
 def _of_checkpoint(options: Options) -> list[Subject]:
