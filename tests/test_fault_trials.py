@@ -397,3 +397,10 @@ def test_an_unknown_name_is_refused():
     chosen, names = fault_trials.split(["shipped"])
     assert (chosen, names) == ([None], ["shipped"])
     assert len(fault_trials.split([])[0]) == 1 + len(fault_list.FAULTS)
+
+
+def test_a_control_in_which_no_check_ran_shows_nothing():
+    trial = {"caught_by": None, "ran": True}
+    assert fault_table.is_shipped_right({"trials": [trial], "survey": [{**trial, "ran": False}]})
+    assert not fault_table.is_shipped_right({"trials": [trial, {**trial, "ran": False}], "survey": []})
+    assert not fault_table.is_shipped_right({"trials": [{**trial, "caught_by": "load"}], "survey": []})

@@ -69,6 +69,25 @@ def test_what_does_not_prove_a_kernel_says_why(found: dict[str, Any] | None, rea
     assert reason in str(why(found))
 
 
+def test_an_interrupted_run_failed_nothing() -> None:
+    part = {**GEMM, "complete": False, "passed": False, "checks": GEMM["checks"][:2]}
+    none = {**part, "checks": []}
+    for each in (part, none):
+        assert gate.outcome(each) is False
+        assert gate.failure(record(each, interrupted=True), "router_gemm", "cuda") is None
+        assert "was not run, the run was interrupted" in str(why(record(each, interrupted=True)))
+
+
+def test_a_subject_passed_if_all_it_needs_ran_and_something_did() -> None:
+    whole, of_xla = ({**subject(implementation=name), "complete": True} for name in ("cuda", "xla"))
+    assert gate.outcome(whole) is True
+    assert gate.outcome(with_check(whole, "load", False, "wrong")) is False
+    assert gate.outcome(with_check(whole, "load", None, "no compiler")) is False
+    assert gate.outcome(with_check(of_xla, "load", None, "there is no GPU")) is True
+    assert gate.outcome({**of_xla, "checks": [{"check": "bits", "passed": None}]}) is None
+    assert gate.outcome({**whole, "checks": [{"check": "fence", "passed": None}]}) is None
+
+
 @pytest.mark.parametrize("field", ["hidden", "experts", "bias", "dtype", "out_dtype", "rule"])
 def test_another_shape_proves_nothing(field: str) -> None:
     other = {"bias": False, "rule": {"top_k": 8, "correction_bias": False}}.get(field, "other")

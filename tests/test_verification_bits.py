@@ -335,6 +335,17 @@ def test_a_launch_that_is_wrong_under_load_is_found(loaded):
     assert (alone.passed, alone.reason, alone.launches) == (False, ALONE, 1)
 
 
+def test_a_load_that_does_nothing_is_none(loaded, monkeypatch):
+    @contextlib.contextmanager
+    def of_nothing(_: Any) -> Any:
+        yield (done := {})
+        done |= {"device_bytes": 1, "host_bytes": 0, "busy_launches": 3}
+
+    monkeypatch.setattr(load.library, "load", of_nothing)
+    result = load.check_load(kernel(), context(tokens=(8,), launches=300))
+    assert (result.passed, result.reason) == (None, "the load did nothing of host_bytes")
+
+
 def test_there_is_no_load_without_a_gpu():
     result = load.check_load(kernel(), Context(CPU))
     assert (result.passed, result.reason) == (None, "there is no GPU")

@@ -89,6 +89,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch):
                                  "neighbours, graphs, load; pass one of these to --check."),
         ({"minutes": 0.0}, "minutes is 0.0. Expected more than 0; pass a positive number to --minutes."),
         ({"minutes": float("nan")}, "minutes is nan. Expected more than 0"),
+        ({"seed": -1}, "seed is -1. Expected 0 to 2147483647; pass one of these to --seed."),
         ({"launches": -1}, "launches is -1. Expected more than 0; pass a positive number to --launches."),
         ({"tokens": (8, 0)}, "tokens is 0. Expected 1 or more; pass a positive number to --tokens."),
         ({"checkpoint": "here", "models": ("all",)}, "checkpoint and model are both given. Expected one of them; leave "
@@ -136,8 +137,10 @@ def test_the_function_asks_for_the_same(supervised):
     given = supervised(found(complete(), WRONG))
     result = jr.verify("cuda", operation="route", model=["all"], tokens=[8], minutes=2, quick=True, seed=4)
     jr.verify()
+    jr.verify(quick=True)
     assert given == [
-        Options(("cuda",), ("route",), ("all",), (8,), minutes=2, quick=True, seed=4), Options()
+        Options(("cuda",), ("route",), ("all",), (8,), minutes=2, launches=500_000, quick=True, seed=4), Options(),
+        Options(minutes=0.75, launches=500_000, quick=True),
     ]  # fmt: skip
     assert isinstance(result, Verification)
     assert not result.passed
@@ -192,12 +195,26 @@ def test_every_end_has_its_status(supervised, tmp_path, cache):
     assert (result.exit_code, result.stderr[:30]) == (command.FAILED, "error: the process that verifi")
 
 
+def test_what_did_not_run_is_no_success(supervised, tmp_path):
+    lacking = {**with_check(complete(), "load", None, "no compiler"), "passed": False}
+    nothing = {**with_check(only(complete(implementation="xla"), "bits"), "bits", None, "no bits"), "passed": None}
+    for subjects, status in (([lacking], 1), ([nothing], 1), ([nothing, only(complete(), "bits")], 0)):
+        supervised(found(*subjects))
+        assert verify("--output", str(tmp_path / "records")).exit_code == status
+
+
 def test_an_output_that_cannot_be_written_is_refused(supervised, tmp_path):
-    supervised(found(complete()))
+    given = supervised(found(complete()))
     (tmp_path / "file").write_text("")
     result = verify("--output", str(tmp_path / "file"))
     assert result.exit_code == command.BAD_INPUT
-    assert f"error: output leads to {tmp_path / 'file' / 'verify-h200.json'}: " in result.stderr
+    assert (
+        result.stderr == f"error: output is {tmp_path / 'file'}, a file. Expected a folder of records; name another.\n"
+    )
+    assert (result.exit_code, given) == (command.BAD_INPUT, []), "it takes minutes"
+    result = verify("--output", str(tmp_path / "file" / "folder"))
+    assert result.exit_code == command.BAD_INPUT
+    assert f"error: output leads to {tmp_path / 'file' / 'folder' / 'verify-h200.json'}: " in result.stderr
     assert "Expected a place that can be written; name another." in result.stderr
 
 
@@ -314,9 +331,12 @@ def test_a_failure_is_saved_and_its_replay_asks_for_that_case_alone(supervised, 
     result = verify("--replay", str(path))
     assert result.exit_code == 0
     assert "It does not fail here, or not this time." in result.output
+    supervised(found(with_check(only(complete(), "load"), "load", None, "there is no GPU")))
+    assert "It does not run here, which says nothing." in (result := verify("--replay", str(path))).output
+    assert result.exit_code == command.FAILED
     supervised(found(interrupted=True))
     assert verify("--replay", str(path)).exit_code == command.INTERRUPTED
-    assert given[1:] == [options] * 3
+    assert given[1:] == [options] * 4
     assert before == {each: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()}
 
 

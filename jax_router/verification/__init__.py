@@ -16,7 +16,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, and everything that was asked for was done."""
+        """Whether nothing failed, and every subject was verified; a sanitizer that is not installed is no failure."""
         subjects = self.record["subjects"]
         tools = self.record["sanitizers"]
         whole = bool(subjects) and all(subject["passed"] for subject in subjects)
@@ -34,8 +34,8 @@ def verify(
     operation: str | None = None,
     model: str | Sequence[str] | None = None,
     tokens: Sequence[int] = (),
-    minutes: float = 5.0,
-    launches: int = 1_000_000,
+    minutes: float | None = None,
+    launches: int | None = None,
     quick: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     activations: str | os.PathLike[str] | None = None,
@@ -52,29 +52,30 @@ def verify(
       operation: "router_gemm", "route", or None for both.
       model: names of `jax_router.models`, "awkward" (sizes no tile divides), "all", or None for some and "awkward".
       tokens: numbers of tokens, instead of those of each check.
-      minutes: for everything together; what runs once runs at least once.
-      launches: under load, per router and implementation, if the time allows.
-      quick: one model, and less of everything that repeats: under a minute, which is for you to set with `minutes`.
+      minutes: for everything together; what runs once runs at least once. 5 unless given, 0.75 if quick.
+      launches: under load, per router and implementation, if the time allows. 1,000,000 unless given, 500,000 if quick.
+      quick: one model, and less of everything that repeats: under a minute.
       checkpoint: folder of a Hugging Face checkpoint, whose routers are verified instead of a model's.
       activations: .npy of recorded inputs [tokens, hidden] of these routers.
       sanitizers: run compute-sanitizer on the CUDA kernels too, some minutes more.
       seed: of all data.
 
     Returns:
-      What was found, as a record.
+      What was found, as a record, which is neither written nor kept for the dispatcher: that the command does.
 
     Raises:
       ValueError: an argument that makes no sense, or nothing that can run here; says what to pass instead.
       RuntimeError: the process ended before it began.
     """
-    from jax_router.verification.plan import Options
+    from jax_router.verification.plan import Options, defaults
     from jax_router.verification.supervisor import supervise
 
     def several(value: str | Sequence[str] | None) -> tuple[str, ...]:
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
     options = Options(
-        several(implementation), several(operation), several(model), tuple(tokens), (), minutes, launches, seed, quick,
+        several(implementation), several(operation), several(model), tuple(tokens), (),
+        *defaults(minutes, launches, quick=quick), seed, quick,
         None if checkpoint is None else os.fspath(checkpoint), None if activations is None else os.fspath(activations),
         sanitizers,
     )  # fmt: skip

@@ -14,12 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_router.verification import gate
-from jax_router.verification.plan import Options
+from jax_router.verification.plan import Options, defaults
 from jax_router.verification.report import failures, markdown, print_record
 from jax_router.verification.supervisor import Event, Record, supervise
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
-MINUTES, QUICK_MINUTES, QUICK_LAUNCHES = 5.0, 0.75, 500_000
 
 
 def verify(
@@ -34,8 +33,9 @@ def verify(
         float | None, typer.Option(help="of everything together, but for what runs once (default: 5; quick 0.75)")
     ] = None,
     launches: Annotated[
-        int, typer.Option(help="under load, per router and implementation, if time allows")
-    ] = 1_000_000,
+        int | None,
+        typer.Option(help="under load, per router and implementation, if time allows (default: 1000000; quick 500000)"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="under a minute: one model, fewer of everything")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="folder of a Hugging Face checkpoint: its routers")] = None,
     activations: Annotated[
@@ -52,8 +52,8 @@ def verify(
 ) -> None:
     """Verify implementations on this machine's GPU: accuracy, experts, bits, memory, neighbours, graphs, load.
 
-    Exit status: 0; 1 if a check failed, each case saved for --replay; 2 for bad input; 130 when interrupted, with
-    what was verified so far kept.
+    Exit status: 0; 1 if a check failed, each case saved for --replay, if one that cuda or pallas needs for a table
+    could not run, or if none ran; 2 for bad input; 130 when interrupted, with what was verified so far kept.
     """
     console = Console()
     if not console.is_terminal:
@@ -61,8 +61,7 @@ def verify(
     try:
         options = Options(
             tuple(implementation or ()), tuple(operation or ()), tuple(model or ()), tuple(tokens or ()),
-            tuple(check or ()), minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES,
-            min(launches, QUICK_LAUNCHES) if quick else launches, seed, quick,
+            tuple(check or ()), *defaults(minutes, launches, quick=quick), seed, quick,
             None if checkpoint is None else str(checkpoint), None if activations is None else str(activations),
             sanitizers,
         )  # fmt: skip
@@ -87,6 +86,8 @@ def run(options: Options, output: Path | None, console: Console) -> int:
       ValueError: options that make no sense, or a folder that cannot be written.
     """
     options.check()
+    if output is not None and output.exists() and not output.is_dir():  # not after minutes of verifying
+        raise ValueError(f"output is {output}, a file. Expected a folder of records; name another.")
     record = supervise_with_progress(options, console)
     if "provenance" not in record:  # interrupted before anything was known
         return INTERRUPTED
@@ -98,7 +99,8 @@ def run(options: Options, output: Path | None, console: Console) -> int:
     console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     if record["interrupted"]:
         return INTERRUPTED
-    return FAILED if failures(record) else 0
+    outcomes = [subject["passed"] for subject in record["subjects"]]
+    return FAILED if failures(record) or False in outcomes or True not in outcomes else 0
 
 
 def supervise_with_progress(options: Options, console: Console) -> Record:
@@ -209,9 +211,9 @@ def _verified_again(before: dict[str, Any], now: dict[str, Any]) -> dict[str, An
     checks = [max(each, key=lambda check: (check["passed"] is False, check["passed"] is True, check["launches"]))
               for each in results.values()]  # fmt: skip
     complete = now["complete"] or before.get("complete", True)
-    passed = complete and all(check["passed"] is not False for check in checks)
     launches = sum(check["launches"] for check in checks)
-    return {**now, "checks": checks, "complete": complete, "passed": passed, "launches": launches}
+    whole = {**now, "checks": checks, "complete": complete, "launches": launches}
+    return {**whole, "passed": gate.outcome(whole)}
 
 
 def save_failures(record: Record, folder: Path) -> list[Path]:
@@ -229,7 +231,7 @@ def save_failures(record: Record, folder: Path) -> list[Path]:
 
 
 def run_again(path: Path, console: Console) -> int:
-    """Run a saved case; returns FAILED if it fails again, else 0.
+    """Run a saved case; returns FAILED if it fails again or cannot run here, else 0.
 
     Raises:
       ValueError: the file holds no case.
@@ -243,6 +245,9 @@ def run_again(path: Path, console: Console) -> int:
         return INTERRUPTED
     print_record(console, record)
     again = bool(failures(record))
+    if all(check["passed"] is None for subject in record["subjects"] for check in subject["checks"]):
+        console.print("It does not run here, which says nothing.")
+        return FAILED
     console.print("It fails again." if again else "It does not fail here, or not this time.")
     return FAILED if again else 0
 

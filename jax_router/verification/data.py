@@ -187,8 +187,9 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
 
 def _nudged(values: NDArray[np.float32], where: Array, dtype: np.dtype) -> NDArray[np.float32]:
     """Values of the dtype, one spacing larger in magnitude where asked for."""
-    bits = np.ascontiguousarray(values.astype(dtype)).view(np.uint16)
-    return (bits + where.astype(np.uint16)).view(dtype).astype(np.float32)
+    integers = np.dtype(f"u{dtype.itemsize}")
+    bits = np.ascontiguousarray(values.astype(dtype)).view(integers)
+    return (bits + where.astype(integers)).view(dtype).astype(np.float32)
 
 
 def put(operands: Operands, device: jax.Device) -> Operands:

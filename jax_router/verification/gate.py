@@ -87,6 +87,17 @@ def failure(record: Record, operation: str, implementation: str) -> str | None:
     return None
 
 
+def outcome(subject: Mapping[str, Any]) -> bool | None:
+    """Whether a subject passed: False if a check failed or a kernel's required one did not run, None if nothing ran."""
+    found = [check["passed"] for check in subject["checks"]]
+    if not subject["complete"] or False in found:
+        return False
+    kernel = subject.get("implementation") in KERNELS
+    if kernel and any(check["passed"] is None and check["check"] in REQUIRED for check in subject["checks"]):
+        return False
+    return True if True in found else None
+
+
 def complete(record: Record, operation: str, implementation: str) -> list[dict[str, Any]]:
     """The subjects of an implementation in an operation for which every required check was run and passed."""
     wanted = (operation, implementation)
@@ -285,8 +296,9 @@ def _failed(subject: Mapping[str, Any]) -> str | None:
     for check in subject["checks"]:
         if check["passed"] is False:
             return f"{check['check']} failed{_because(check)}"
-    # Where a check was not run, the subject as a whole did not pass either, and nothing failed.
-    return "it failed" if subject["passed"] is False and all(check["passed"] for check in subject["checks"]) else None
+    # Where a check was not run, or the run was interrupted, the subject did not pass either, and nothing failed.
+    ran = subject.get("complete", True) and all(check["passed"] for check in subject["checks"])
+    return "it failed" if subject["passed"] is False and ran else None
 
 
 def _not_run(subject: Mapping[str, Any]) -> str | None:

@@ -156,6 +156,10 @@ def check_load(subject: Subject, context: Context) -> Result:
                     if done >= wanted or (done >= least and time.monotonic() >= until):
                         break
         figures.update(by_load)
+        idle = [name for name, done in by_load.items() if not done]
+        if idle:
+            reason = f"the load did nothing of {', '.join(idle)}"
+            return Result("load", None, launches, time.monotonic() - started, figures, reason)
     except WrongAloneError as wrong:
         return Result("load", False, 1, time.monotonic() - started, figures, wrong.reason, wrong.failure)
     return Result("load", True, launches, time.monotonic() - started, figures)

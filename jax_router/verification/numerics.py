@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax_router.dispatch import Problem
 from jax_router.timing import Operands as TimedOperands
 from jax_router.timing_torch import as_torch, operators
+from jax_router.verification.bits import calls, row_bits
 from jax_router.verification.data import NUMERIC_TOKENS, Operands, Subject, compile_call, draw, put
 from jax_router.verification.judge import Verdict, judge_logits, judge_routing
 from jax_router.verification.result import Context, Failure, Programs, Result
@@ -33,10 +35,16 @@ def problem_of(subject: Subject, tokens: int) -> Problem:
 
 def programs(subject: Subject, context: Context) -> Programs:
     """What `check_numerics` runs."""
-    return {
-        ("logits", tokens): functools.partial(compile_call, subject, tokens, return_logits=True)
-        for tokens in (NUMERIC_TOKENS, *_tokens(context))
+    counts = (NUMERIC_TOKENS, *_tokens(context))
+    judged: Programs = {
+        ("logits", tokens): functools.partial(compile_call, subject, tokens, return_logits=True) for tokens in counts
     }
+    return judged | calls(subject, counts) if _compares_bits(subject, context) else judged
+
+
+def _compares_bits(subject: Subject, context: Context) -> bool:
+    """Whether routing that returns no logits, which cannot be judged alone, must be that which returns them."""
+    return subject.spec is not None and subject.promises_bits and context.on_gpu
 
 
 def _tokens(context: Context) -> tuple[int, ...]:
@@ -68,6 +76,9 @@ def check_numerics(subject: Subject, context: Context) -> list[Result]:
         if subject.spec is not None:
             weights, experts = outputs[:2]
             verdicts["experts"] = judge_routing(subject, kind, operands, weights, experts, logits, platform)
+            if _compares_bits(subject, context) and verdicts["experts"].passed:
+                alone = context.program(key := ("call", tokens), made[key])(on_device)
+                verdicts["experts"] = _same_without_logits(verdicts["experts"], kind, outputs[:2], alone)
             _collect(of_routing, kind, verdicts["experts"].figures)
         for check, verdict in verdicts.items():
             if not verdict.passed and check not in failures:
@@ -89,6 +100,18 @@ def _collect(figures: dict[str, Any], kind: str, found: dict[str, Any]) -> None:
 def _failed(check: str, verdict: Verdict, kind: str, tokens: int, context: Context, launches: int) -> Result:
     failure = Failure(tokens, kind, context.seed, launches, verdict.row, verdict.expected, verdict.got)
     return Result(check, False, launches + 1, 0.0, verdict.figures, verdict.reason, failure)
+
+
+def _same_without_logits(
+    verdict: Verdict, kind: str, outputs: Sequence[np.ndarray], alone: Sequence[jax.Array]
+) -> Verdict:
+    wanted, got = row_bits(outputs), row_bits(alone)
+    wrong = np.argwhere(wanted != got)
+    if not len(wrong):
+        return verdict
+    row, place = map(int, wrong[0])
+    reason = f"weights or experts of {kind} data are others where no logits are returned"
+    return Verdict(verdict.figures, reason, row, f"0x{wanted[row, place]:08x}", f"0x{got[row, place]:08x}")
 
 
 def _peer(subject: Subject, kind: str, operands: Operands, on_device: Operands, context: Context) -> dict[str, Any]:

@@ -32,6 +32,18 @@ AWKWARD_SHAPES = (
 )
 
 
+MINUTES, LAUNCHES = 5.0, 1_000_000
+QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
+MOST_SEED = 2**31 - 1
+
+
+def defaults(minutes: float | None, launches: int | None, *, quick: bool) -> tuple[float, int]:
+    """What was asked for, or what a run has that did not ask."""
+    if minutes is None:
+        minutes = QUICK_MINUTES if quick else MINUTES
+    return minutes, launches if launches is not None else QUICK_LAUNCHES if quick else LAUNCHES
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command was asked for; JSON holds all of it. Empty tuples ask for everything, or for the default."""
@@ -41,8 +53,8 @@ class Options:
     models: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
     checks: tuple[str, ...] = ()
-    minutes: float = 5.0
-    launches: int = 1_000_000
+    minutes: float = MINUTES
+    launches: int = LAUNCHES
     seed: int = 0
     quick: bool = False
     checkpoint: str | None = None
@@ -73,6 +85,8 @@ class Options:
         for name, number in {"minutes": self.minutes, "launches": self.launches}.items():
             if not number > 0:
                 raise ValueError(f"{name} is {number}. Expected more than 0; pass a positive number to --{name}.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"seed is {self.seed}. Expected 0 to {MOST_SEED}; pass one of these to --seed.")
         for count in self.tokens:
             if count < 1:
                 raise ValueError(f"tokens is {count}. Expected 1 or more; pass a positive number to --tokens.")
@@ -118,12 +132,23 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
 
 
 def _as_taken(subject: Subject) -> Subject:
-    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says."""
-    if subject.given is None or subject.dtype != "float32" or subject.implementation == "xla":
+    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says.
+
+    Biases and scales stay as they are stored, or become float32, which is exact, beside weights of another dtype.
+    """
+    given, dtype, source = subject.given, subject.dtype, subject.source
+    if given is None:
         return subject
-    narrow = np.dtype(ml_dtypes.bfloat16)
-    given = subject.given._replace(weight=subject.given.weight.astype(narrow))  # biases they take in float32
-    return dataclasses.replace(subject, given=given, dtype=narrow.name, source=f"{subject.source}, in bfloat16")
+    if dtype == "float32" and subject.implementation != "xla":
+        narrow = np.dtype(ml_dtypes.bfloat16)
+        given, dtype = given._replace(weight=given.weight.astype(narrow)), narrow.name
+        source = f"{source}, in bfloat16"
+    wide = {
+        name: value.astype(np.float32)
+        for name, value in given._asdict().items()
+        if name not in ("x", "weight") and value is not None and value.dtype.name not in (dtype, "float32")
+    }
+    return dataclasses.replace(subject, given=given._replace(**wide), dtype=dtype, source=source)
 
 
 def _of_checkpoint(options: Options) -> list[Subject]:

@@ -88,6 +88,8 @@ def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callab
         _kill(process)
     took = time.monotonic() - started
     launches = sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
+    if process.returncode == 0 and launches == 0:
+        return Result(tool, None, 0, took, reason=f"the program launched nothing: {output[-2000:]}")
     if process.returncode == 0:
         return Result(tool, True, launches, took)
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax_router.verification import gate
 from jax_router.verification.plan import Options, checks_of
 
 HANG_SECONDS = 150.0  # without a sign of life: compiling takes some tens
@@ -56,9 +57,8 @@ def supervise(
     except KeyboardInterrupt:
         record["interrupted"] = True
     for subject in record["subjects"]:
-        outcomes = [check["passed"] for check in subject["checks"]]
         subject["launches"] = sum(check["launches"] for check in subject["checks"])
-        subject["passed"] = subject["complete"] and False not in outcomes
+        subject["passed"] = gate.outcome(subject)
     return record
 
 

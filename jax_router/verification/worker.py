@@ -8,15 +8,27 @@ kernel that hangs or touches what it must not takes this process down and not th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from jax_router.toolchain import BuildError
+
+if TYPE_CHECKING:  # JAX is imported after the first sign of life
+    from jax_router.verification.result import Result
 
 COMPILE_THREADS = 8
+TICK_SECONDS = 5.0
+OF_THE_DEVICE = re.compile(r"CUDA|cudaError")  # as XLA and as the C interfaces name its errors
+OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 
 def main() -> None:
@@ -56,13 +68,14 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
     from jax_router.timing_torch import torch_with_gpu
     from jax_router.verification import plan
     from jax_router.verification.data import Subject
-    from jax_router.verification.result import Context, Result
+    from jax_router.verification.result import Context
     from jax_router.verification.sanitizers import check_sanitizers
 
     options = plan.Options.of(request["options"])
     device = jax.local_devices()[0]
     try:
-        found, refused = plan.subjects(options, device)
+        with _signs_of_life(emit):
+            found, refused = plan.subjects(options, device)
     except (ImportError, NotImplementedError, OSError) as error:  # of a checkpoint
         raise ValueError(str(error)) from error
     if not found:
@@ -76,7 +89,11 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
     emit("begin", provenance=facts, library=library, subjects=described, refused=refused)
     alive_at = 0.0
 
+    case: tuple[int, str] | None = None
+
     def doing(tokens: int, data: str) -> None:
+        nonlocal case
+        case = tokens, data
         emit("case", tokens=tokens, data=data)
 
     launches_since = 0
@@ -112,13 +129,14 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
         following = prepared(remaining[position + 1][1]) if position + 1 < len(remaining) else None
         for name, check in checks.items():
             emit("check", subject=index, check=name)
+            case = None
             try:
                 found_here = check.run(subject, context)
-            except Exception as error:  # a kernel that is refused or fails is a finding, and the others go on
-                text = f"{type(error).__name__}: {error}"
-                if "CUDA" in text or "cudaError" in text:
-                    raise  # the device is lost to this process, whose end is the finding
-                found_here = Result(name, False, reason=text[:2000])
+            except Exception as error:
+                raised = _raised(name, error, case, options.seed)
+                if raised is None:
+                    raise
+                found_here = raised
             for result in found_here if isinstance(found_here, list) else [found_here]:
                 emit("result", subject=index, **dataclasses.asdict(result))
         emit("done", subject=index)
@@ -127,6 +145,37 @@ def _run(request: dict[str, Any], emit: Any, pool: Executor) -> None:
         for result in check_sanitizers(alive):
             emit("result", subject=None, **dataclasses.asdict(result))
     emit("end")
+
+
+@contextlib.contextmanager
+def _signs_of_life(emit: Any) -> Iterator[None]:
+    """For as long as nothing is launched: to compile the kernels at first use may take longer than a hang."""
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.wait(TICK_SECONDS):
+            emit("alive", launches=0)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _raised(check: str, error: Exception, case: tuple[int, str] | None, seed: int) -> Result | None:
+    """What an exception says of the kernel; None if the device is lost to this process, whose end is the finding."""
+    from jax_router.verification.result import Failure, Result
+
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, (BuildError, MemoryError)) or OF_MEMORY.search(text):  # nothing, so it failed nothing
+        return Result(check, None, reason=text[:2000])
+    if OF_THE_DEVICE.search(text):
+        return None
+    failure = None if case is None else Failure(*case, seed, 0, None, "an end", text.splitlines()[0][:500])
+    return Result(check, False, reason=text[:2000], failure=failure)
 
 
 if __name__ == "__main__":

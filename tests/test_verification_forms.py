@@ -1,0 +1,53 @@
+"""The checks "accuracy" and "experts" in every form of a call: weights of any dtype, logits returned or not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from verification_cases import CPU, GPT_OSS, SCALED, context, function
+
+from jax_router.verification import data, plan
+from jax_router.verification.data import NUMERIC_TOKENS, Subject, draw
+from jax_router.verification.numerics import check_numerics
+from jax_router.verification.result import Context
+
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+
+
+def test_a_float32_checkpoint_has_every_kind_of_data_and_passes():
+    wide = SCALED.given._replace(weight=SCALED.given.weight.astype(np.float32))
+    subject = plan._as_taken(dataclasses.replace(SCALED, dtype="float32", given=wide))
+    assert {each.dtype.name for each in subject.given if each is not None} == {"float32"}, "the scale was in bfloat16"
+    assert {str(draw(subject, kind, 4, 0).weight.dtype) for kind in subject.kinds} == {"float32"}
+    nudged = draw(subject, "near ties", 4, 0).weight
+    spacings = abs(nudged[1::3] - nudged[0:-1:3]) / np.spacing(abs(nudged[0:-1:3]))
+    assert (spacings.max(-1) == 1).all()
+    assert ((spacings != 0).sum(-1) == 1).all()
+    assert all(result.passed for result in check_numerics(subject, context()))
+
+
+class OnGpu(Context):
+    """As on a GPU, where kernels promise bits."""
+
+    on_gpu = True
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_routing_without_logits_must_be_that_with_them(monkeypatch, part):
+    def call(operands, *, return_logits=False):
+        routed = list(right(operands, return_logits=return_logits))
+        if not return_logits:
+            routed[part] = routed[part].at[5, -1].set(routed[part][5, 0])
+        return tuple(routed)
+
+    right = function(GPT_OSS.spec)
+    monkeypatch.setattr(data, "KINDS", ("normal",))
+    right_one, wrong_one = (Subject("cuda", GPT_OSS, function=each) for each in (right, call))
+    here = OnGpu(CPU, tokens=(NUMERIC_TOKENS,))
+    assert [result.passed for result in check_numerics(right_one, here)] == [True, True]
+    accuracy, experts = check_numerics(wrong_one, OnGpu(CPU, tokens=(NUMERIC_TOKENS,)))
+    assert accuracy.passed
+    assert (experts.passed, experts.failure.data, experts.failure.row) == (False, "normal", 5)
+    assert experts.reason == "weights or experts of normal data are others where no logits are returned"

@@ -1,0 +1,103 @@
+"""What the process of the verification makes of a check that raises, and of a sanitizer that had nothing to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_router.toolchain import BuildError
+from jax_router.verification import plan, sanitizers, worker
+
+REQUEST = {
+    "options": {"implementations": ["xla"], "models": ["awkward"], "operations": ["router_gemm"], "seed": 3}, "skip": 0
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], list[dict[str, Any]]]:
+    def of(error: Exception) -> list[dict[str, Any]]:
+        def run(_: Any, context: Any) -> Any:
+            context.doing(17, "ties")
+            raise error
+
+        checks = {"memory": plan.Check(run, lambda *_: {})}
+        monkeypatch.setattr(plan, "checks_of", lambda _: checks)
+        events: list[dict[str, Any]] = []
+        worker.run(REQUEST, lambda event, **facts: events.append({"event": event, **facts}))
+        assert [each["event"] for each in events[-2:]] == ["done", "end"]
+        return [each for each in events if each["event"] == "result"]
+
+    return of
+
+
+def test_a_check_that_raises_fails_with_its_case(results):
+    [result] = results(NotImplementedError("no such tile\nand more"))
+    assert (result["check"], result["passed"]) == ("memory", False)
+    assert result["reason"] == "NotImplementedError: no such tile\nand more"
+    assert result["failure"] == {
+        "tokens": 17, "data": "ties", "seed": 3, "launch": 0, "row": None, "expected": "an end",
+        "got": "NotImplementedError: no such tile",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BuildError("no nvcc was found. Install the CUDA toolkit"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+        RuntimeError("jr_fence_create: cudaMalloc() failed: cudaErrorMemoryAllocation (out of memory)"),
+        RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY"),
+        MemoryError("Unable to allocate 9 TiB"),
+    ],
+)
+def test_what_says_nothing_of_the_kernel_fails_nothing(results, error):
+    [result] = results(error)
+    assert (result["passed"], result["failure"]) == (None, None)
+    assert str(error) in result["reason"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: CUDA error: an illegal memory access",
+        "jr_fence_read: cudaDeviceSynchronize() failed: cudaErrorIllegalAddress (an illegal memory access)",
+    ],
+)
+def test_a_lost_device_ends_the_process(results, message):
+    with pytest.raises(RuntimeError, match="illegal"):
+        results(RuntimeError(message))
+
+
+def test_compiling_the_kernels_at_first_use_is_no_hang(monkeypatch):
+    events: list[str] = []
+
+    def subjects(*_: Any) -> Any:
+        ends = time.monotonic() + 5
+        while events.count("alive") < 4 and time.monotonic() < ends:  # the first comes before
+            time.sleep(0.01)
+        raise ImportError("safetensors is missing")
+
+    monkeypatch.setattr(worker, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(plan, "subjects", subjects)
+    with pytest.raises(ValueError, match="safetensors is missing"):
+        worker.run(REQUEST, lambda event, **_: events.append(event))
+    count = len(events)
+    assert count >= 4
+    time.sleep(0.05)
+    assert len(events) == count, "it ends with what it stands for"
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "passed"), [("checked 4 cases, 9 launches", 0, True), ("usage", 0, None), ("FAILED", 9, False)]
+)
+def test_a_sanitizer_passes_what_it_saw(tmp_path, said, status, passed):
+    tool = Path(tmp_path, "compute-sanitizer")
+    tool.write_text(f"#!/bin/sh\necho '{said}'\nexit {status}\n")
+    tool.chmod(0o755)
+    result = sanitizers._run(str(tool), "memcheck", Path("program"), 60.0, lambda _: None)
+    assert result.passed is passed
+    assert result.passed or said in result.reason
