@@ -111,10 +111,10 @@ def run(request: dict[str, Any], emit: Callable[..., None], pool: Executor) -> N
 def _machine(device: Any) -> dict[str, Any]:
     """The provenance, what a subject has of the default minutes, and the default numbers of tokens of each check."""
     from jax_router.provenance import provenance
-    from jax_router.verification import bits, fence, library, load, neighbours, numerics, plan
+    from jax_router.verification import bits, fence, gpu_tools, load, neighbours, numerics, plan
 
     if device.platform == "gpu":
-        library.library()
+        gpu_tools.loaded()
     default = plan.Options()
     tokens = {
         "accuracy, experts": numerics.MORE_TOKENS, "bits": bits.TOKENS, "memory": bits.MEMORY_TOKENS,

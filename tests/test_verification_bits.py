@@ -303,8 +303,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done["busy_launches"] = 3
         said.append("stop")
 
-    monkeypatch.setattr(load.library, "library", lambda: None)
-    monkeypatch.setattr(load.library, "load", of_nothing)
+    monkeypatch.setattr(load.gpu_tools, "loaded", lambda: None)
+    monkeypatch.setattr(load.gpu_tools, "load", of_nothing)
     monkeypatch.setattr(load, "_differing", lambda outputs, expected, _: differing(outputs, expected, Context(CPU)))
     monkeypatch.setattr(load, "MOST_CALLS", CALLS)
     monkeypatch.setattr(load, "LEAST", 0)
@@ -341,7 +341,7 @@ def test_a_load_that_does_nothing_is_none(loaded, monkeypatch):
         yield (done := {})
         done |= {"device_bytes": 1, "host_bytes": 0, "busy_launches": 3}
 
-    monkeypatch.setattr(load.library, "load", of_nothing)
+    monkeypatch.setattr(load.gpu_tools, "load", of_nothing)
     result = load.check_load(kernel(), context(tokens=(8,), launches=300))
     assert (result.passed, result.reason) == (None, "the load did nothing of host_bytes")
 

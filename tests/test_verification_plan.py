@@ -17,7 +17,7 @@ from jax_router import dispatch, implementations
 from jax_router.implementations import cuda, pallas
 from jax_router.models import models
 from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS
-from jax_router.verification import library, load, neighbours, plan
+from jax_router.verification import gpu_tools, load, neighbours, plan
 from jax_router.verification.data import Subject, draw
 from jax_router.verification.plan import AWKWARD, CHECKS, Options, all_shapes, checks_of, describe, subjects
 from jax_router.verification.result import Context
@@ -186,7 +186,7 @@ def aliases(call: str) -> list[tuple[int, int]]:
 def test_the_neighbours_write_into_the_buffers_of_what_they_surround():
     subject = Subject("cuda", dataclasses.replace(GEMM, hidden=256), function=of_cuda)
     text = neighbours.trace_between(subject, 16).lower(lowering_platforms=("cuda",)).as_text()
-    produce, consume = (custom_calls(text, name) for name in (library.PRODUCE, library.CONSUME))
+    produce, consume = (custom_calls(text, name) for name in (gpu_tools.PRODUCE, gpu_tools.CONSUME))
     assert len(produce) == len(consume) == neighbours.CALLS
     assert len(custom_calls(text, cuda.TARGET)) == 1  # in a function
     assert len(re.findall(r"= call @", text)) == neighbours.CALLS  # that is called
@@ -205,7 +205,7 @@ def test_a_chain_is_compared_by_one_kernel_on_a_gpu():
 
     outputs = [(jax.ShapeDtypeStruct((8, 4), jnp.float32), jax.ShapeDtypeStruct((8, 4), jnp.int32))] * 3
     text = jax.jit(differing).trace(outputs, outputs).lower(lowering_platforms=("cuda",)).as_text()
-    [call] = custom_calls(text, library.FIND_DIFFERING)
+    [call] = custom_calls(text, gpu_tools.FIND_DIFFERING)
     assert "-> tensor<6x4xui32>" in call
     assert call.count("tensor<8x4xf32>") == call.count("tensor<8x4xi32>") == 6
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_router.implementations import cuda
-from jax_router.verification import library
+from jax_router.verification import gpu_tools
 from jax_router.verification.bits import calls, row_bits
 from jax_router.verification.data import Operands, Subject, draw, put
 from jax_router.verification.numerics import problem_of
@@ -32,28 +32,28 @@ class Fenced:
         address, before = ctypes.c_void_p(), ctypes.c_int64()
         self.behind = -contents.nbytes % alignment
         size = contents.nbytes + self.behind
-        library.call("jr_fence_create", size, CANARY, ctypes.byref(address), ctypes.byref(before))
+        gpu_tools.call("jr_fence_create", size, CANARY, ctypes.byref(address), ctypes.byref(before))
         self.address, self.contents = int(address.value or 0), np.ascontiguousarray(contents)
-        library.call("jr_fence_write", self.address, self.contents.ctypes.data, self.contents.nbytes)
+        gpu_tools.call("jr_fence_write", self.address, self.contents.ctypes.data, self.contents.nbytes)
 
     def read(self) -> NDArray[Any]:
         """What stands there, as an array like the contents."""
         now = np.empty_like(self.contents)
-        library.call("jr_fence_read", now.ctypes.data, self.address, now.nbytes)
+        gpu_tools.call("jr_fence_read", now.ctypes.data, self.address, now.nbytes)
         return now
 
     def overwritten(self) -> str | None:
         """Where a canary changed, or None."""
         before, behind = np.empty(CANARY_BYTES, np.uint8), np.empty(self.behind, np.uint8)
-        library.call("jr_fence_read", before.ctypes.data, self.address - CANARY_BYTES, before.nbytes)
+        gpu_tools.call("jr_fence_read", before.ctypes.data, self.address - CANARY_BYTES, before.nbytes)
         if self.behind:
-            library.call("jr_fence_read", behind.ctypes.data, self.address + self.contents.nbytes, behind.nbytes)
+            gpu_tools.call("jr_fence_read", behind.ctypes.data, self.address + self.contents.nbytes, behind.nbytes)
         if (before != CANARY).any():
             return f"{CANARY_BYTES - int(np.flatnonzero(before != CANARY)[-1])} bytes before"
         return f"{int((behind != CANARY).argmax())} bytes behind" if (behind != CANARY).any() else None
 
     def free(self) -> None:
-        library.call("jr_fence_free", self.address)
+        gpu_tools.call("jr_fence_free", self.address)
 
 
 @contextlib.contextmanager

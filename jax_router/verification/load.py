@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router import timing
-from jax_router.verification import gate, library
+from jax_router.verification import gate, gpu_tools
 from jax_router.verification.bits import calls
 from jax_router.verification.data import Operands, Subject, draw, put, random_weights, structure
 from jax_router.verification.result import Context, Failure, Programs, Result
@@ -73,7 +73,7 @@ def _launches(subject: Subject, context: Context) -> int:
 def _compile_chain(subject: Subject, context: Context, tokens: int) -> jax.stages.Compiled:
     """(xs, routers, expected) -> how the outputs differ, and the outputs of who promises no bits."""
     if context.on_gpu:
-        library.library()
+        gpu_tools.loaded()
     operands = structure(subject, tokens)
     outputs = [tuple(jax.eval_shape(subject.call, operands))] * _launches(subject, context)
     one = jax.jit(subject.call)  # traced once
@@ -141,7 +141,7 @@ def check_load(subject: Subject, context: Context) -> Result:
     try:
         chains = _chains(subject, context)
         share = (context.deadline - time.monotonic()) / len(chains)
-        with library.load(context.device) as by_load:
+        with gpu_tools.load(context.device) as by_load:
             for chain in chains:
                 context.doing(chain.tokens, subject.usual)
                 until = min(time.monotonic() + share, context.deadline)
@@ -263,7 +263,7 @@ def _differing(outputs: Sequence[Any], expected: Sequence[Any], context: Context
     flat, wanted = jax.tree.leaves(list(outputs)), jax.tree.leaves(list(expected))
     result = jax.ShapeDtypeStruct((len(flat), 4), jnp.uint32)
     if context.on_gpu:
-        differing = jax.ffi.ffi_call(library.FIND_DIFFERING, result)(*flat, *wanted)
+        differing = jax.ffi.ffi_call(gpu_tools.FIND_DIFFERING, result)(*flat, *wanted)
     else:
         differing = jnp.stack([_differs(*pair) for pair in zip(flat, wanted, strict=True)])
     return differing.reshape(len(outputs), -1, 4)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router.verification import library
+from jax_router.verification import gpu_tools
 from jax_router.verification.bits import calls
 from jax_router.verification.data import Operands, Subject, draw, put, structure
 from jax_router.verification.result import Context, Failure, Programs, Result
@@ -52,7 +52,7 @@ def check_neighbours(subject: Subject, context: Context) -> Result:
         return Result("neighbours", None, reason="there is no GPU")
     if not subject.promises_bits:
         return Result("neighbours", None, reason=f"{subject.implementation} promises no bits to compare")
-    library.library()
+    gpu_tools.loaded()
     started = time.monotonic()
     launches = 0
     for tokens in _tokens(context):
@@ -117,7 +117,7 @@ def _describe(
 
 def _compile_between(subject: Subject, tokens: int) -> jax.stages.Compiled:
     """(wrong, buffers, sources, expected) -> (wrong, buffers) of CALLS launches between their neighbours."""
-    library.library()
+    gpu_tools.loaded()
     return trace_between(subject, tokens).lower().compile()
 
 
@@ -137,13 +137,13 @@ def trace_between(subject: Subject, tokens: int) -> jax.stages.Traced:
             count = len(source)
             # It takes `wrong` only to come after the consumer before it.
             produce = jax.ffi.ffi_call(
-                library.PRODUCE, [like(each) for each in source],
+                gpu_tools.PRODUCE, [like(each) for each in source],
                 input_output_aliases={1 + part: part for part in range(count)}, has_side_effect=True,
             )  # fmt: skip
             buffers = tuple(produce(wrong, *buffers, *source))
             outputs = one(Operands(**dict(zip(present, buffers, strict=True))))
             consume = jax.ffi.ffi_call(
-                library.CONSUME, [like(wrong), *(like(each) for each in outputs)],
+                gpu_tools.CONSUME, [like(wrong), *(like(each) for each in outputs)],
                 input_output_aliases={part: part for part in range(1 + len(outputs))}, has_side_effect=True,
             )  # fmt: skip
             wrong, *_ = consume(wrong, *outputs, *expected[launch % VARIANTS], launch=np.int32(launch))

@@ -25,19 +25,19 @@ class LoadDone(ctypes.Structure):
 _lock = threading.Lock()
 
 
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """The compiled library with its C interface declared; its custom calls are registered. Once per process.
 
     Raises:
       BuildError: it cannot be built; says what to install.
     """
     with _lock:  # threads that compile ask at the same time
-        return _loaded()
+        return _load_once()
 
 
 @functools.cache
-def _loaded() -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(build.build(library=build.VERIFICATION)))
+def _load_once() -> ctypes.CDLL:
+    found = ctypes.CDLL(str(build.build(library=build.VERIFICATION)))
     address, text, status = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
     signatures = {
         "jr_load_start": (ctypes.c_int, *text),
@@ -50,13 +50,13 @@ def _loaded() -> ctypes.CDLL:
         "jr_fence_read": (address, address, ctypes.c_int64, *text),
     }  # fmt: skip
     for name, arguments in signatures.items():
-        function = getattr(loaded, name)
+        function = getattr(found, name)
         function.restype, function.argtypes = status, arguments
     jax.local_devices(backend="cuda")  # starts the backend, or raises
     for target in (PRODUCE, CONSUME, FIND_DIFFERING):
-        symbol = getattr(loaded, f"jr_ffi_verification_{target.removeprefix(_PREFIX)}")
+        symbol = getattr(found, f"jr_ffi_verification_{target.removeprefix(_PREFIX)}")
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="CUDA")
-    return loaded
+    return found
 
 
 def call(name: str, *arguments: object) -> None:
@@ -66,7 +66,7 @@ def call(name: str, *arguments: object) -> None:
       RuntimeError: it failed, or the library could not be built.
     """
     message = ctypes.create_string_buffer(512)
-    if getattr(library(), name)(*arguments, message, len(message)) != 0:
+    if getattr(loaded(), name)(*arguments, message, len(message)) != 0:
         raise RuntimeError(f"{name}: {message.value.decode(errors='replace')}")
 
 
