@@ -4,6 +4,7 @@
 #include "check_neighbours.h"
 
 #include "check_support.h"
+#include "launch.cuh"
 #include "sm90_primitives.cuh"
 
 namespace jax_router_check {
@@ -78,16 +79,8 @@ __global__ void fill(uint16_t* to, size_t count, uint32_t seed) {
 
 template <typename... Parameters, typename... Arguments>
 void launch_programmatically(void (*kernel)(Parameters...), cudaStream_t stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kBlocks;
-  config.blockDim = kThreads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CUDA_OK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  const jax_router::Launch launch(kBlocks, kThreads, 0, 1, stream);
+  CUDA_OK(cudaLaunchKernelEx(&launch.shape, kernel, Parameters(arguments)...));
 }
 
 float as_float(uint32_t bits) {

@@ -8,6 +8,7 @@
 //   poison    dawdles before it writes: who stores early is overwritten, who does not store leaves poison.
 #include <algorithm>
 
+#include "../launch.cuh"
 #include "../sm90_primitives.cuh"
 #include "../status.h"
 #include "verification.h"
@@ -123,16 +124,8 @@ int collect(const jr_part* parts, int count, Parts& p, const Report& report) {
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_programmatically(void (*kernel)(Parameters...), void* stream, Arguments... arguments) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kBlocks;
-  config.blockDim = kThreads;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  const jax_router::Launch launch(kBlocks, kThreads, 0, 1, static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernelEx(&launch.shape, kernel, Parameters(arguments)...);
 }
 
 }  // namespace
