@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax_router import build
+from jax_router.verification.process import OF_MEMORY, OF_THE_DEVICE, Child, Event, kill
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "shipped"
+# JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
+ENVIRONMENT = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 COMMAND = (sys.executable, str(ROOT / "scripts" / "fault_worker.py"))
 # One launch on an idle stream, against float64 and beside PyTorch.
 PARITY = (
@@ -28,12 +28,9 @@ PARITY = (
 MISSES = 2
 MACHINE_SECONDS = 600.0  # compiling libraries says nothing meanwhile
 PARITY_SECONDS = 300.0
-OF_THE_DEVICE = re.compile(r"CUDA_ERROR_|illegal|misaligned|launch fail", re.IGNORECASE)
-OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED", re.IGNORECASE)
 KILLED_ITSELF = re.compile(r"ended with signal SIG(ILL|ABRT|BUS|FPE|SEGV):")
 
 Record = dict[str, Any]
-Event = dict[str, Any]
 
 
 class TrialsError(RuntimeError):
@@ -124,67 +121,6 @@ def is_given_up(entry: Record) -> bool:
     return len(trials) >= MISSES and all(trial["caught_by"] is None for trial in trials)
 
 
-def kill(process: subprocess.Popen[Any]) -> None:
-    """With all that it started, as its group."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-class Child:
-    """A process that gets a request and emits events, one JSON line each. `how_it_ended` once there are no more."""
-
-    def __init__(self, request: Record, command: Sequence[str], environment: Mapping[str, str]):
-        # JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
-        variables = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment}
-        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        self.how_it_ended = ""
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        assert self.process.stdin is not None
-        try:
-            with self.process.stdin as stdin:
-                json.dump(request, stdin)
-        except BrokenPipeError:
-            pass  # it died: how is read below
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        kill(self.process)
-        self.process.wait()
-        self._reader.join(timeout=5)
-        self._said.close()
-
-    def events(self, hang: float) -> Iterator[Event]:
-        """Until it ends, or says nothing for `hang` seconds."""
-        while True:
-            try:
-                line = self._lines.get(timeout=hang)
-            except queue.Empty:
-                self.how_it_ended = f"hung: no sign of life for {hang:.0f} s"
-                return
-            if line is None:
-                status = self.process.wait()
-                how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-                self._said.seek(0)
-                self.how_it_ended = f"ended with {how}:\n{self._said.read()[-2000:]}"
-                return
-            yield json.loads(line)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stdout:
-            for line in stdout:
-                self._lines.put(line)
-        self._lines.put(None)
-
-
 class Run:
     """Processes that run at the moment, and the record that they add to. Its methods may be called from threads."""
 
@@ -244,7 +180,7 @@ class Run:
           TrialsError: the implementation does not run here; says why.
         """
         request = {"implementation": implementation, "operations": [], "models": [], "trials": []}
-        with Child(request, self.command, {}) as child:
+        with Child(self.command, request, ENVIRONMENT) as child:
             for event in child.events(MACHINE_SECONDS):
                 if event["event"] == "begin":
                     return event
@@ -268,7 +204,7 @@ class Run:
             if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
                 return
             outcome = None
-            with Child({**request, "trials": left}, self.command, self.environment(name)) as child:
+            with Child(self.command, {**request, "trials": left}, {**ENVIRONMENT, **self.environment(name)}) as child:
                 self._begun(child.process)
                 for event in child.events(self.hang):
                     kind = event["event"]

@@ -10,7 +10,6 @@ the machine is, having compiled what trials need.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jax_router.verification.process import conversation
 from jax_router.verification.worker import COMPILE_THREADS
 
 if TYPE_CHECKING:
@@ -57,16 +57,7 @@ class Trial:
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
-    events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    lock = threading.Lock()  # threads that compile say so
-
-    def emit(event: str, **facts: Any) -> None:
-        with lock:
-            events.write(json.dumps({"event": event, **facts}) + "\n")
-
+    request, emit = conversation()
     pool = ThreadPoolExecutor(max(1, min(COMPILE_THREADS, os.cpu_count() or 1)))
     try:
         run(request, emit, pool)

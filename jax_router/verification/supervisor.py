@@ -7,26 +7,20 @@ goes on with the next subject.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from jax_router.verification import gate
 from jax_router.verification.plan import Options, checks_of
+from jax_router.verification.process import Child, Event
 
 HANG_SECONDS = 150.0  # without a sign of life: compiling takes some tens
-STDERR_LINES = 12  # of a process that died, in the reason
 WORKER = (sys.executable, "-m", "jax_router.verification.worker")
 
 Record = dict[str, Any]
-Event = dict[str, Any]
 
 
 class RefusedError(ValueError):
@@ -78,7 +72,9 @@ class _Watch:
     def follow(self, request: dict[str, Any], hang_seconds: float) -> None:
         """One worker, from its start to its end."""
         self.check, self.case = None, {}
-        with _Worker(request) as worker:
+        # JAX takes most of the GPU's memory at its start unless told otherwise; a user's process may have it already.
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        with Child(WORKER, request, environment, sys.stderr.write) as worker:
             for event in worker.events(hang_seconds):
                 unlike = self._why_of_another_machine(event)
                 if unlike is not None:
@@ -151,80 +147,3 @@ class _Watch:
                        "expected": "an end", "got": died.splitlines()[0]}  # fmt: skip
         return {"event": "result", "subject": self.subject, "check": self.check, "passed": False, "launches": 0,
                 "seconds": 0.0, "figures": {}, "reason": died, "failure": failure}  # fmt: skip
-
-
-class _Worker:
-    """The process. Its error output is kept, and what compiling says is passed on."""
-
-    def __init__(self, request: dict[str, Any]):
-        # JAX takes most of the GPU's memory at its start unless told otherwise; a user's process may have it already.
-        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-        self.process = subprocess.Popen(
-            WORKER, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
-        self.said: list[str] = []
-        self.how_it_ended = ""
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        assert self.process.stdin is not None
-        try:
-            with self.process.stdin as stdin:
-                json.dump(request, stdin)
-        except BrokenPipeError:
-            pass  # it died: how is read below
-        self._readers = [threading.Thread(target=each, daemon=True) for each in (self._read_events, self._read_errors)]
-        for reader in self._readers:
-            reader.start()
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # a compiler or a sanitizer that it runs, too
-        self.process.wait()
-        for reader in self._readers:
-            reader.join(timeout=5)
-
-    def events(self, hang_seconds: float) -> Iterator[Event]:
-        while True:
-            try:
-                line = self._lines.get(timeout=hang_seconds)
-            except queue.Empty:
-                self.how_it_ended = f"hung: no sign of life for {hang_seconds:.0f} s"
-                return
-            if line is None:
-                status = self.process.wait()
-                self._readers[1].join(timeout=5)
-                last = "\n".join(line for line in self.said if line)
-                how = f"status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-                self.how_it_ended = f"ended with {how}:\n{last[-2000:]}"
-                return
-            event = _event(line)
-            if event is None:
-                self.how_it_ended = f"said what is no event: {line[:200]!r}"
-                return
-            yield event
-
-    def _read_events(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stdout:
-            for line in stdout:
-                self._lines.put(line)
-        self._lines.put(None)
-
-    def _read_errors(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            for line in stderr:
-                if line.startswith("jax_router: "):
-                    sys.stderr.write(line)
-                self.said = [*self.said[1 - STDERR_LINES :], line.rstrip()]
-
-
-def _event(line: str) -> Event | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and "event" in event else None

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,25 +18,18 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from jax_router.toolchain import BuildError
+from jax_router.verification.process import OF_MEMORY, OF_THE_DEVICE, conversation
 
 if TYPE_CHECKING:  # JAX is imported after the first sign of life
     from jax_router.verification.result import Result
 
 COMPILE_THREADS = 8
 TICK_SECONDS = 5.0
-OF_THE_DEVICE = re.compile(r"CUDA|cudaError")  # as XLA and as the C interfaces name its errors
-OF_MEMORY = re.compile(r"out[ _]of[ _]memory|RESOURCE_EXHAUSTED|cudaErrorMemoryAllocation", re.IGNORECASE)
 
 
 def main() -> None:
     """Run the request; exit status 0 however the checks end."""
-    request = json.load(sys.stdin)
-    events = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def emit(event: str, **facts: Any) -> None:
-        events.write(json.dumps({"event": event, **facts}) + "\n")
-
+    request, emit = conversation()
     try:
         run(request, emit)
     except ValueError as error:  # what was asked for makes no sense here
