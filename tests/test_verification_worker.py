@@ -69,7 +69,7 @@ def test_what_says_nothing_of_the_kernel_fails_nothing(results, error):
     ],
 )
 def test_a_lost_device_ends_the_process(results, message):
-    with pytest.raises(RuntimeError, match="illegal|CUresult 719"):
+    with pytest.raises(RuntimeError, match=r"illegal|CUresult 719"):
         results(RuntimeError(message))
 
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_router.dispatch import Problem
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import Shape
 
@@ -86,6 +87,16 @@ class Subject:
     def usual(self) -> str:
         """The kind that stands for what the model computes."""
         return "normal" if self.given is None else "as given"
+
+    def problem(self, tokens: int) -> Problem:
+        """As the dispatcher and the kernels see it."""
+        bias_dtype = self.dtype if self.shape.bias else None
+        if self.given is not None and self.given.bias is not None:
+            bias_dtype = self.given.bias.dtype.name
+        return Problem(
+            tokens=tokens, hidden=self.shape.hidden, experts=self.shape.experts, dtype=self.dtype,
+            bias_dtype=bias_dtype, spec=self.spec,
+        )  # fmt: skip
 
     def call(self, operands: Operands, *, return_logits: bool = False) -> tuple[jax.Array, ...]:
         """(logits,) of the router GEMM; (weights, experts) of routing, and its logits if asked for. Traceable."""

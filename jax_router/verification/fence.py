@@ -15,7 +15,6 @@ from jax_router.implementations import cuda
 from jax_router.verification import gpu_tools
 from jax_router.verification.bits import calls, row_bits
 from jax_router.verification.data import Operands, Subject, draw, put
-from jax_router.verification.numerics import problem_of
 from jax_router.verification.result import Context, Failure, Programs, Result
 
 TOKENS, QUICK_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)  # as of the memory check
@@ -120,7 +119,7 @@ def _launch(
         outputs["workspace"] = np.full(scratch, POISON, np.uint8)
     with fenced({**host._asdict(), **outputs}) as memory:
         at = {name: each.address for name, each in memory.items()}
-        problem = problem_of(subject, tokens)
+        problem = subject.problem(tokens)
         gemm = cuda.RouterGemmArgs.of(
             problem, x=at["x"], weight=at["weight"], bias=at.get("bias"), out=at["logits"],
             workspace=at.get("workspace"), workspace_bytes=scratch,

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router.dispatch import Problem
 from jax_router.timing import Operands as TimedOperands
 from jax_router.timing_torch import as_torch, operators
 from jax_router.verification.bits import calls, row_bits
@@ -20,17 +19,6 @@ from jax_router.verification.result import Context, Failure, Programs, Result
 
 MORE_TOKENS, QUICK_TOKENS = (1, 64, 257, 1024), (1,)  # of the usual kind, besides NUMERIC_TOKENS
 PEER = "cuBLAS"
-
-
-def problem_of(subject: Subject, tokens: int) -> Problem:
-    """The subject's problem as the dispatcher and the kernels see it."""
-    shape = subject.shape
-    bias = (subject.given.bias.dtype.name if subject.given is not None and subject.given.bias is not None
-            else subject.dtype) if shape.bias else None  # fmt: skip
-    return Problem(
-        tokens=tokens, hidden=shape.hidden, experts=shape.experts, dtype=subject.dtype, bias_dtype=bias,
-        spec=subject.spec,
-    )  # fmt: skip
 
 
 def programs(subject: Subject, context: Context) -> Programs:

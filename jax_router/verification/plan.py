@@ -122,7 +122,7 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
             break  # one that runs here is what a minute is enough for
         for router in routers:
             subject = _as_taken(dataclasses.replace(router, implementation=name))
-            why = dispatch.why_unsupported(numerics.problem_of(subject, 1), dispatch.Device.of(device), name)
+            why = dispatch.why_unsupported(subject.problem(1), dispatch.Device.of(device), name)
             why = why or implementations.load(name).unavailable()
             if why is None:
                 found.append(subject)
