@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,11 +62,26 @@ def sweep(
         "operation": operation or [],
     }
     try:
-        status = run(suite, filters, output, resume, write_table, verification, compile_threads, console)
+        with _interpreted_pallas():
+            status = run(suite, filters, output, resume, write_table, verification, compile_threads, console)
     except (RowsError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         status = BAD_INPUT
     raise typer.Exit(status)
+
+
+@contextlib.contextmanager
+def _interpreted_pallas() -> Iterator[None]:
+    """Pallas in its interpreter meanwhile, should JAX compute on the CPU; only the tiny shapes ask for it there."""
+    from jax_router.implementations.pallas import INTERPRET_VARIABLE
+
+    asked = INTERPRET_VARIABLE in os.environ
+    os.environ.setdefault(INTERPRET_VARIABLE, "1")
+    try:
+        yield
+    finally:
+        if not asked:
+            del os.environ[INTERPRET_VARIABLE]
 
 
 def run(
@@ -90,8 +106,6 @@ def run(
 
     device = jax.local_devices()[0]
     gpu = device.platform == "gpu"
-    if not gpu:
-        os.environ.setdefault("JAX_ROUTER_PALLAS_INTERPRET", "1")  # only the tiny shapes ask for pallas
     torch = torch_with_gpu() if gpu else None
     points = sweep_points.points(
         suite,

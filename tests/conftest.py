@@ -20,6 +20,18 @@ def has_gpu() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """No test leaves a variable of ours, JAX's or XLA's behind: which tests share a process is chance."""
+
+    def variables() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
+
+    before = variables()
+    yield
+    assert variables() == before
+
+
 @pytest.fixture
 def gpu() -> jax.Device:
     """The first GPU. A test that asks for it is a GPU test, with or without the marker."""
