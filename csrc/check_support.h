@@ -28,6 +28,9 @@ namespace jax_router_check {
 // How much is checked. kTiny has every kernel on a few launches, for tools that take a thousand times as long.
 enum class Extent { kTiny, kSmall, kFull };
 
+// Of the launches that the others are compared with.
+constexpr int max_tokens_of(Extent extent) { return extent == Extent::kTiny ? 256 : 1024; }
+
 constexpr uint8_t kPoison = 0xA5;
 constexpr size_t kCanaryBytes = 256;
 constexpr size_t kWorkspaceBytes = size_t(64) << 20;

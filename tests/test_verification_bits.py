@@ -16,6 +16,7 @@ from verification_cases import CPU, EXPERTS, GEMM, GPT_OSS
 
 from jax_router.verification import bits, load
 from jax_router.verification.data import Subject, draw, put, random_weights, with_garbage
+from jax_router.verification.gpu_tools import Calls
 from jax_router.verification.result import Context
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -108,6 +109,24 @@ def test_bits_are_checked_in_whole_when_the_time_is_up():
     assert bits.check_bits(kernel(), context(deadline=0.0)).figures["batches"] == bits.RUNS * len(SHORT)
 
 
+def test_one_number_of_tokens_alone_is_checked_as_beside_others():
+    """What --replay needs: the rows of a batch hang on its size and the seed alone."""
+    seen: list[list[float]] = []
+
+    def batches(*tokens: int) -> list[list[float]]:
+        seen.clear()
+        result = bits.check_bits(kernel(watched), context(tokens=tokens))
+        assert result.passed
+        return [batch for batch in seen if len(batch) == 8]
+
+    def watched(operands, logits):
+        jax.debug.callback(lambda x: seen.append(x[:, 0].astype(float).tolist()), operands.x, ordered=True)
+        return logits
+
+    np.testing.assert_equal(batches(8), alone := batches(1, 8, 17))
+    assert len(alone) == bits.RUNS
+
+
 def test_bits_are_of_those_who_promise_them_on_a_gpu():
     for subject, where in ((Subject("xla", GEMM), context()), (kernel(), Context(CPU))):
         result = bits.check_bits(subject, where)
@@ -129,11 +148,21 @@ def test_garbage_is_garbage_and_the_rest_is_left_alone():
 # Memory.
 
 
+@pytest.mark.parametrize("guards", [0, 2])
 @pytest.mark.parametrize("shape", [GEMM, GPT_OSS], ids=["router_gemm", "route"])
-def test_what_writes_its_outputs_passes(shape):
+def test_what_writes_its_outputs_passes_if_guards_lay_beside_them(shape, guards, monkeypatch):
+    poisoned = bits._poisoned
+
+    def beside(shapes, poison, device):
+        guard = jnp.full(bits.GUARD_BYTES, poison, jnp.uint8)
+        return poisoned(shapes, poison, device)[0], [[guard] * guards] * len(shapes)
+
+    monkeypatch.setattr(bits, "_poisoned", beside)
     result = bits.check_memory(kernel(shape=shape), context(deadline=0.0))
-    assert result.passed
+    assert result.passed is (True if guards else None)
     assert result.launches == len(bits.POISONS) * len(SHORT)
+    assert result.figures["guarded"] == (result.launches if guards else 0)
+    assert guards or "no guard" in result.reason
 
 
 def test_launches_that_differ_are_found_by_their_outputs():
@@ -233,6 +262,21 @@ def test_what_promises_no_bits_must_agree_with_its_own_chain():
     subject = Subject("xla", GEMM, function=wrong.function)
     result = load.check_graphs(subject, Context(CPU, tokens=(8,)))
     assert (result.passed, result.reason) == (False, ALONE)
+
+
+@pytest.mark.parametrize("recorded", [0, 7])
+def test_graphs_that_were_not_recorded_are_not_checked(recorded, monkeypatch):
+    calls = iter([Calls(4, 0), Calls(5, 0), Calls(6, recorded)])
+    monkeypatch.setattr(load.gpu_tools, "calls", lambda: next(calls))
+    monkeypatch.setattr(load.gpu_tools, "loaded", lambda: None)
+    differing = load._differing
+    monkeypatch.setattr(load, "_differing", lambda outputs, expected, _: differing(outputs, expected, Context(CPU)))
+    monkeypatch.setattr(load, "MOST_CALLS", CALLS)
+    result = load.check_graphs(kernel(), context(tokens=(8,)))
+    assert result.passed is (True if recorded else None)
+    executions = load.GRAPH_TURNS * 5 + 2
+    assert result.figures == {"recorded": recorded, "replayed": executions - recorded - 1}
+    assert recorded or result.reason == "XLA recorded no CUDA graph of these launches"
 
 
 def test_other_contents_of_the_same_buffers_are_judged():

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic_record
 from synthetic_record import subject, with_check
 from synthetic_rows import PROVENANCE
 
 import jax_router as jr
 from jax_router import build, cli
-from jax_router.verification import Verification, gate, plan, report, supervisor
+from jax_router.verification import Verification, gate, report, supervisor
 from jax_router.verification.plan import Options
 
 pytest.importorskip("typer")
 
-from rich.console import Console
 from typer.testing import CliRunner
 
 from jax_router.verification import command
@@ -347,6 +344,12 @@ def test_the_case_of_a_checkpoint_names_the_checkpoint_and_no_model(tmp_path):
     assert (options.checkpoint, options.models) == ("folder", ())
 
 
+def test_the_failure_of_an_earlier_run_is_kept(tmp_path):
+    earlier = command.save_failures(found(WRONG), tmp_path)
+    later = command.save_failures(found(WRONG, WRONG), tmp_path)
+    assert len({*earlier, *later}) == 3 == len(list(tmp_path.iterdir()))
+
+
 def test_failures_without_a_case_are_not_saved(tmp_path):
     wrong = with_check(complete(), "bits", False, "RuntimeError: refused")
     tool = {"tool": "memcheck", "passed": False, "reason": "a leak"}
@@ -362,39 +365,3 @@ def test_a_file_without_a_case_is_refused(tmp_path, text):
     assert result.exit_code == command.BAD_INPUT
     assert f"error: replay leads to {path}, which cannot be used (" in result.stderr
     assert "Expected a case that jax-router verify saved; check the path." in result.stderr
-
-
-# What is said.
-
-
-def printed(record: dict[str, Any]) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    report.print_record(console, record)
-    return console.file.getvalue()
-
-
-def test_the_report_shows_failures_and_what_was_not_run():
-    not_run = with_check(complete(operation="route"), "memory", None, "XLA copies [here]")
-    tools = [{"tool": "memcheck", "passed": False, "reason": "a leak"},
-             {"tool": "racecheck", "passed": None, "reason": "is not installed"}]  # fmt: skip
-    record = found(WRONG, not_run, not_run, sanitizers=tools, refused={"pallas": "needs jax 0.11"})
-    for text in (printed(record), report.markdown(record)):
-        assert "FAILED" in text
-        assert "cuda 2880x128 +bias gpt-oss-120b, load: launch 7 is wrong under load, with 17 tokens" in text
-        assert "tokens 17, data ties, seed 4, launch 2, row 5, expected 0x00000001, got 0x00000002" in text
-        assert "compute-sanitizer memcheck: a leak" in text
-        for count, reason in ((2, "memory: XLA copies [here]"), (1, "racecheck: is not installed")):
-            assert f"({count}){':' * (text[0] == '|')} {reason}" in text
-        assert "pallas: needs jax 0.11" in text
-    assert report.totals(record) == {"launches": 3_000_000, "wrong": 1}
-    assert "not run" not in report.markdown(found(complete()))
-    assert "failed" not in printed(found(complete()))
-
-
-def test_the_table_has_every_check():
-    assert tuple(plan.CHECKS) == report.CHECKS
-    assert set(gate.REQUIRED) <= set(plan.CHECKS)
-    [row] = report.rows(found(synthetic_record.subject("route", models=["a", "b"])))
-    assert len(row) == len(report.header())
-    assert row[:3] == ["route", "cuda", "2880x128 +bias a and 1 more"]
-    assert row[-2:] == ["1,000,240", "1,000,000"]

@@ -73,7 +73,8 @@ int jr_fence_create(int64_t bytes, int poison, void** address, int64_t* before, 
   JR_CHECK(report, cudaGetDevice(&device));
   JR_CHECK(report, cudaFree(nullptr));  // the context
   const Driver& d = the_driver();
-  if (!d.complete()) return report.fail(JR_CUDA_ERROR, "the driver has no virtual memory; expected CUDA 12.0 or newer");
+  if (!d.complete())
+    return report.fail(JR_UNSUPPORTED, "the driver has no virtual memory; expected CUDA 12.0 or newer");
   CUmemAllocationProp properties = {};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;

@@ -7,6 +7,7 @@
 //             dawdle before they read: who stores early stores into what is still being compared.
 //   poison    dawdles before it writes: who stores early is overwritten, who does not store leaves poison.
 #include <algorithm>
+#include <atomic>
 
 #include "../launch.cuh"
 #include "../sm90_primitives.cuh"
@@ -128,10 +129,14 @@ cudaError_t launch_programmatically(void (*kernel)(Parameters...), void* stream,
   return cudaLaunchKernelEx(&launch.shape, kernel, Parameters(arguments)...);
 }
 
+std::atomic<int64_t> launched, captured;  // calls of jr_find_differing
+
 }  // namespace
 }  // namespace jax_router_verification
 
 using namespace jax_router_verification;
+
+void jr_find_differing_calls(jr_calls* calls) { *calls = {launched, captured}; }
 
 int jr_neighbour_produce(const jr_part* parts, int count, void* stream, char* message, size_t message_bytes) {
   const Report report{message, message_bytes};
@@ -152,6 +157,9 @@ int jr_neighbour_consume(const jr_part* parts, int count, int launch, jr_wrong* 
 int jr_find_differing(const jr_part* parts, int count, jr_differing* differing, void* stream, char* message,
                       size_t message_bytes) {
   const Report report{message, message_bytes};
+  cudaStreamCaptureStatus capture;
+  JR_CHECK(report, cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture));
+  ++(capture == cudaStreamCaptureStatusActive ? captured : launched);
   for (int first = 0; first < count; first += kManyParts) {
     const int now = std::min(count - first, kManyParts);
     ManyParts p = {};

@@ -46,6 +46,12 @@ typedef struct jr_differing {
 JR_EXPORT int jr_find_differing(const jr_part* parts, int count, jr_differing* differing, void* stream, char* message,
                                 size_t message_bytes);
 
+// How often it was called since the library was loaded: to launch, and into a CUDA graph.
+typedef struct jr_calls {
+  int64_t launched, captured;
+} jr_calls;
+JR_EXPORT void jr_find_differing_calls(jr_calls* calls);
+
 // ---- Load (load.cu) ------------------------------------------------------------------------------------------------
 
 typedef struct jr_load_done {

@@ -20,6 +20,7 @@ Array = NDArray[Any]
 
 TOKENS = (1, 2, 7, 8, 16, 33, 64, 127, 128, 257, 1024)
 QUICK_TOKENS = (1, 7, 64, 128, 257)
+REFERENCE_TOKENS = 1087  # the batch whose rows are the reference: larger than the others, and of an odd size
 RUNS = 8  # of every number of tokens, each on other rows
 MEMORY_TOKENS, QUICK_MEMORY_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)
 POISONS = (0xFF, 0x2A)  # bytes
@@ -59,8 +60,8 @@ def _memory_tokens(context: Context) -> tuple[int, ...]:
 
 
 def _reference_tokens(tokens: Iterable[int]) -> int:
-    """Of the batch whose rows are the reference: larger than any other, and of an odd size."""
-    return max(tokens) + 63
+    """The same whatever was asked for, so that a single number of tokens is checked on the same rows again."""
+    return max(REFERENCE_TOKENS, max(tokens) + 63)
 
 
 def check_bits(subject: Subject, context: Context) -> Result:
@@ -68,7 +69,6 @@ def check_bits(subject: Subject, context: Context) -> Result:
     if not (subject.promises_bits and context.on_gpu):
         return Result("bits", None, reason=f"{subject.implementation} promises no bits here")
     started = time.monotonic()
-    random = np.random.default_rng(context.seed)
     tokens, made = _tokens(context), programs_of_bits(subject, context)
     everything = draw(subject, subject.usual, _reference_tokens(tokens), context.seed)
     fixed = put(everything._replace(x=None), context.device)
@@ -81,6 +81,7 @@ def check_bits(subject: Subject, context: Context) -> Result:
     figures = {"batches": 0, "rows": 0}
     for count in tokens:
         context.doing(count, subject.usual)
+        random = np.random.default_rng([context.seed, count])
         for turn in range(RUNS):
             rows = random.permutation(len(expected))[:count]
             garbage = np.flatnonzero(random.random(count) < (0.25 if turn % 2 and count > 1 else 0))
@@ -143,6 +144,9 @@ def check_memory(subject: Subject, context: Context) -> Result:
                 failure = Failure(tokens, subject.usual, context.seed, launches - 1, row, wanted, got)
                 return Result("memory", False, launches, time.monotonic() - started, figures, reason, failure)
         context.alive(len(POISONS))
+    if context.on_gpu and not figures["guarded"]:
+        reason = "the allocator put no guard beside an output; every element was written, and no input changed"
+        return Result("memory", None, launches, time.monotonic() - started, figures, reason)
     return Result("memory", True, launches, time.monotonic() - started, figures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -217,14 +218,16 @@ def _verified_again(before: dict[str, Any], now: dict[str, Any]) -> dict[str, An
 
 
 def save_failures(record: Record, folder: Path) -> list[Path]:
-    """Save every failing case that can be run again, and return where."""
+    """Save every failing case that can be run again, beside those of earlier runs, and return where."""
     saved: list[Path] = []
     for subject, check in failures(record):
         if subject is None or not check.get("failure"):
             continue
         facts = {name: subject[name] for name in (*gate.SUBJECT, "source", "models")}
         case = {"provenance": record["provenance"], "options": record["options"], "subject": facts, **check}
-        path = folder / f"failure-{subject['operation']}-{subject['implementation']}-{check['check']}-{len(saved)}.json"
+        name = f"failure-{subject['operation']}-{subject['implementation']}-{check['check']}"
+        numbered = (folder / f"{name}-{number}.json" for number in itertools.count())
+        path = next(path for path in numbered if not path.exists())
         path.write_text(json.dumps(case, indent=1) + "\n", encoding="utf-8")
         saved.append(path)
     return saved

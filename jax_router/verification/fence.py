@@ -87,6 +87,10 @@ def check_fence(subject: Subject, context: Context) -> Result:
         return Result("fence", None, reason="only the C launchers take memory of ours")
     if not context.on_gpu:
         return Result("fence", None, reason="there is no GPU")
+    try:
+        Fenced(np.zeros(1, np.uint8), 1).free()
+    except NotImplementedError as error:
+        return Result("fence", None, reason=str(error))
     started = time.monotonic()
     made, launches = programs(subject, context), 0
     for tokens in _tokens(context):

@@ -22,6 +22,12 @@ class LoadDone(ctypes.Structure):
     _fields_ = [("device_bytes", ctypes.c_int64), ("host_bytes", ctypes.c_int64), ("busy_launches", ctypes.c_int64)]
 
 
+class Calls(ctypes.Structure):
+    """`jr_calls`: of `find_differing` by XLA, to launch and into a CUDA graph."""
+
+    _fields_ = [("launched", ctypes.c_int64), ("captured", ctypes.c_int64)]
+
+
 _lock = threading.Lock()
 
 
@@ -49,6 +55,7 @@ def _load_once() -> ctypes.CDLL:
         "jr_fence_write": (address, address, ctypes.c_int64, *text),
         "jr_fence_read": (address, address, ctypes.c_int64, *text),
     }  # fmt: skip
+    found.jr_find_differing_calls.restype, found.jr_find_differing_calls.argtypes = None, (ctypes.POINTER(Calls),)
     for name, arguments in signatures.items():
         function = getattr(found, name)
         function.restype, function.argtypes = status, arguments
@@ -63,11 +70,21 @@ def call(name: str, *arguments: object) -> None:
     """Call a function of the library that returns a status and writes a message: the last two are added here.
 
     Raises:
+      NotImplementedError: this machine does not have what it needs.
       RuntimeError: it failed, or the library could not be built.
     """
     message = ctypes.create_string_buffer(512)
-    if getattr(loaded(), name)(*arguments, message, len(message)) != 0:
-        raise RuntimeError(f"{name}: {message.value.decode(errors='replace')}")
+    status = getattr(loaded(), name)(*arguments, message, len(message))
+    if status != 0:
+        text = f"{name}: {message.value.decode(errors='replace')}"
+        raise NotImplementedError(text) if status == 1 else RuntimeError(text)
+
+
+def calls() -> Calls:
+    """How often `find_differing` was called so far: not by the replay of a graph, whose capture called it."""
+    found = Calls()
+    loaded().jr_find_differing_calls(ctypes.byref(found))
+    return found
 
 
 @contextlib.contextmanager

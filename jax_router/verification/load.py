@@ -168,12 +168,16 @@ def check_load(subject: Subject, context: Context) -> Result:
 def check_graphs(subject: Subject, context: Context) -> Result:
     """The check "graphs": chains that XLA replays as CUDA graphs.
 
-    With changing contents and buffers, two executables in turn, and two Python threads.
+    With changing contents and buffers, two executables in turn, and two Python threads. Figures of a GPU: how many
+    executions recorded a graph, or recorded it again for other buffers, and how many replayed one as it was.
     """
     started = time.monotonic()
-    launches, failed = 0, None
+    launches, executions, failed = 0, 0, None
+    figures = {}
     try:
+        at_first = gpu_tools.calls() if context.on_gpu else None
         chains = (_chains(subject, context) * 2)[:2]  # of one number of tokens, the same twice
+        before = gpu_tools.calls() if context.on_gpu else None
         for verdicts in (
             _changing(subject, context, chains[0]),
             _in_turn(subject, context, chains),
@@ -181,14 +185,22 @@ def check_graphs(subject: Subject, context: Context) -> Result:
         ):
             for count, failure in verdicts:
                 launches += count
+                executions += 1
                 failed = failed or failure
                 context.alive(count)
     except WrongAloneError as wrong:
         return Result("graphs", False, 1, time.monotonic() - started, {}, wrong.reason, wrong.failure)
+    if at_first is not None and before is not None:
+        now = gpu_tools.calls()
+        called = now.launched + now.captured - before.launched - before.captured
+        figures = {"recorded": now.captured - at_first.captured, "replayed": executions - called}
     if failed is not None:
         reason = f"a replayed chain of launches with {failed.tokens} tokens is wrong"
-        return Result("graphs", False, launches, time.monotonic() - started, {}, reason, failed)
-    return Result("graphs", True, launches, time.monotonic() - started)
+        return Result("graphs", False, launches, time.monotonic() - started, figures, reason, failed)
+    if context.on_gpu and not figures["recorded"]:
+        reason = "XLA recorded no CUDA graph of these launches"
+        return Result("graphs", None, launches, time.monotonic() - started, figures, reason)
+    return Result("graphs", True, launches, time.monotonic() - started, figures)
 
 
 Verdicts = Iterator[tuple[int, Failure | None]]

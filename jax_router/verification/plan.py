@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from jax_router import dispatch, implementations
 from jax_router.models import models
@@ -156,13 +158,15 @@ def _of_checkpoint(options: Options) -> list[Subject]:
     from jax_router.verification import checkpoints
 
     assert options.checkpoint is not None
+
+    @functools.cache
+    def recorded(hidden: int) -> NDArray[Any] | None:
+        return None if options.activations is None else checkpoints.activations(Path(options.activations), hidden)
+
     routers = checkpoints.routers(Path(options.checkpoint))
     found: dict[Any, Subject] = {}
     for router in (*routers[:1], *routers[::-1]):
         experts, hidden = router.weight.shape
-        recorded = (
-            checkpoints.activations(Path(options.activations), hidden) if options.activations is not None else None
-        )
         given = Operands(None, router.weight, router.bias, router.correction_bias, router.expert_scale)
         for spec in (None, router.spec):
             shape = Shape(
@@ -171,7 +175,9 @@ def _of_checkpoint(options: Options) -> list[Subject]:
             of_operation = given if spec is not None else given._replace(correction_bias=None, expert_scale=None)
             key = (dataclasses.replace(shape, models=()), router.layer == routers[0].layer)
             dtype = router.weight.dtype.name
-            subject = Subject("", shape, dtype, of_operation, recorded, source=f"checkpoint {options.checkpoint}")
+            subject = Subject(
+                "", shape, dtype, of_operation, recorded(hidden), source=f"checkpoint {options.checkpoint}"
+            )
             found.setdefault(key, subject)
     return [subject for subject in found.values() if not options.operations or subject.operation in options.operations]
 

@@ -20,6 +20,8 @@ from jax_router.verification.result import Result
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 EXTENT = {"racecheck": "--tiny"}  # it takes a thousand times as long as the program alone
 SECONDS = 600.0  # of one tool
+FOUND = 9  # exit status when the tool reports something
+OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|failed: ", re.MULTILINE)  # csrc/check_support.h
 
 
 def find_sanitizer() -> str | None:
@@ -68,7 +70,7 @@ def check_sanitizers(
 
 def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callable[[int], None]) -> Result:
     started = time.monotonic()
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", str(program), EXTENT.get(tool, "--small")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), str(program), EXTENT.get(tool, "--small")]
     # A group of its own: the tool's end would leave the program running, and holding the pipe.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -92,6 +94,9 @@ def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callab
         return Result(tool, None, 0, took, reason=f"the program launched nothing: {output[-2000:]}")
     if process.returncode == 0:
         return Result(tool, True, launches, took)
+    if process.returncode != FOUND and not OF_THE_PROGRAM.search(output):
+        reason = f"{tool} ended with status {process.returncode}: {output[-2000:]}"
+        return Result(tool, None, launches, took, reason=reason)
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]
     return Result(tool, False, launches, took, reason="\n".join(said[:12]) or output[-2000:])
 
