@@ -33,6 +33,11 @@ def is_missed(entry: Record) -> bool:
     return any(trial["caught_by"] is None for trial in entry["trials"])
 
 
+def is_found_by_quick(entry: Record) -> bool:
+    """Whether no more than one run in ten of `verify --quick` missed the fault."""
+    return 10 * sum(not run["failed"] for run in entry["quick"]) <= len(entry["quick"])
+
+
 def is_shipped_right(entry: Record) -> bool:
     """Whether no check sees anything in the shipped library, and in every trial some did look."""
     looked = all(trial["ran"] for trial in entry["trials"])
@@ -44,7 +49,7 @@ def as_it_should_be(record: Record) -> bool:
     shipped = record["faults"].get(SHIPPED)
     whole = [*entries(record).values(), *([shipped] if shipped else [])]
     return (
-        not any(is_missed(entry) for entry in entries(record).values())
+        not any(is_missed(entry) or not is_found_by_quick(entry) for entry in entries(record).values())
         and (shipped is None or is_shipped_right(shipped))
         and all(entry["error"] is None and (entry["parity"] or {}).get("passed", True) for entry in whole)
     )
@@ -92,6 +97,16 @@ def _spread(values: Sequence[float], form: str) -> str:
     return middle if least == most else f"{middle} ({least} to {most})"
 
 
+def quick_lines(record: Record) -> list[str]:
+    """What `jax-router verify --quick` finds, a line per fault."""
+    return [
+        f"`jax-router verify --quick` finds {name} in {sum(bool(run['failed']) for run in entry['quick'])} of "
+        f"{len(entry['quick'])} runs, of {_spread([run['seconds'] for run in entry['quick']], '{:.0f}')} seconds."
+        for name, entry in entries(record).items()
+        if entry["quick"]
+    ]
+
+
 def survey_rows(record: Record) -> list[list[str]]:
     """One per fault and one of the shipped library: what each check says in a short run."""
     named = {**entries(record), **({SHIPPED: record["faults"][SHIPPED]} if SHIPPED in record["faults"] else {})}
@@ -126,6 +141,7 @@ def markdown(record: Record) -> str:
         "process share what was compiled.",
         "",
     ]  # fmt: skip
+    lines += [text for line in quick_lines(record) for text in (line, "")]
     found = survey_rows(record)
     if found:
         lines += ["## Every check, shortly", "", *_table(("fault", *CHECKS), found), ""]
@@ -151,9 +167,13 @@ def print_record(console: Console, record: Record) -> None:
         for row in cells:
             table.add_row(*(f"[{styles[cell]}]{cell}[/]" if cell in styles else escape(cell) for cell in row))
         console.print(table)
+    for line in quick_lines(record):
+        console.print(line, highlight=False, soft_wrap=True)
     for name, entry in record["faults"].items():
         if name != SHIPPED and is_missed(entry):
             console.print(f"[bold red]not caught in every trial[/] {name}", highlight=False)
+        if name != SHIPPED and not is_found_by_quick(entry):
+            console.print(f"[bold red]missed by verify --quick[/] {name}", highlight=False)
         if entry["error"]:
             console.print(f"[bold red]not measured[/] {name}: {escape(entry['error'])}", soft_wrap=True)
     shipped = record["faults"].get(SHIPPED)

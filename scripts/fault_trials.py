@@ -71,7 +71,7 @@ def entry_of(fault: Fault | None) -> Record:
     if fault is not None:
         facts = {"digest": digest(fault), "what": fault.what, "seen_by": list(fault.seen_by),
                  "missed_by_parity": fault.missed_by_parity}  # fmt: skip
-    return {**facts, "trials": [], "survey": [], "parity": None, "sanitizers": [], "error": None}
+    return {**facts, "trials": [], "quick": [], "survey": [], "parity": None, "sanitizers": [], "error": None}
 
 
 class Plan:
@@ -102,6 +102,7 @@ class Plan:
                 phase += [self._trials(fault.name, request, left[i::parts]) for i in range(min(parts, len(left)))]
             last += self._survey(fault) if self.survey else []
         parity = self._parity(chosen)
+        alone += self._quick(chosen)
         found = [(parity[:1] + together, jobs), (alone, 1), (hanging, jobs), (parity[1:] + last, jobs)]
         return [(tasks, at_once) for tasks, at_once in found if tasks]
 
@@ -137,6 +138,16 @@ class Plan:
         ]  # fmt: skip
         self.total += len(left)
         return [lambda: self.run.follow(name, request, left, "survey")] if left else []
+
+    def _quick(self, chosen: Sequence[Fault | None]) -> list[Task]:
+        tasks: list[Task] = []
+        for fault in chosen:
+            if fault is not None and fault.found_by_quick:
+                done = {run["trial"] for run in self.run.entry(fault.name)["quick"]}
+                left = [number for number in range(self.trials) if number not in done]
+                tasks += [lambda name=fault.name, number=number: self.run.quick(name, number) for number in left]  # type: ignore[misc]
+        self.total += len(tasks)
+        return tasks
 
     def _parity(self, chosen: Sequence[Fault | None]) -> list[Task]:
         """The shipped library first: with it the tests must pass, and not be none."""
@@ -177,6 +188,8 @@ def lacks(record: Record, trials: int = 10) -> list[str]:
             missing.append(f"{fault.name}: {len(entry['trials'])} trials of {trials}")
         elif fault.missed_by_parity and entry["parity"] is None:
             missing.append(f"{fault.name}: no parity tests")
+        elif fault.found_by_quick and len(entry["quick"]) < trials:
+            missing.append(f"{fault.name}: {len(entry['quick'])} runs of verify --quick of {trials}")
     control = record["faults"].get(SHIPPED)
     known = {SHIPPED, *(fault.name for fault in FAULTS)}
     missing += [f"{name}: no fault of the list" for name in record["faults"] if name not in known]
@@ -252,7 +265,7 @@ def main(
     os.environ.pop(build.LIBRARY_VARIABLE, None)
     run = Run(libraries.resolve(), hang)
     # A time limit that ends this process must not leave children on the GPU.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         chosen, known = split(names or [])
         of_sanitizers = faults.named(sanitizers) if sanitizers else []

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from jax_router import build
+from jax_router.verification import gate
 from jax_router.verification.process import OF_MEMORY, OF_THE_DEVICE, Child, Event, kill
+from jax_router.verification.report import failures, totals
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "shipped"
@@ -25,9 +28,10 @@ COMMAND = (sys.executable, str(ROOT / "scripts" / "fault_worker.py"))
 PARITY = (
     sys.executable, "-m", "pytest", "tests/test_parity.py", "tests/test_torch_ref.py", "-q", "-k", "cuda or yardstick",
 )  # fmt: skip
+QUICK = (sys.executable, "-m", "jax_router", "verify", "--quick")
 MISSES = 2
 MACHINE_SECONDS = 600.0  # compiling libraries says nothing meanwhile
-PARITY_SECONDS = 300.0
+PARITY_SECONDS, QUICK_SECONDS = 300.0, 200.0
 KILLED_ITSELF = re.compile(r"ended with signal SIG(ILL|ABRT|BUS|FPE|SEGV):")
 
 Record = dict[str, Any]
@@ -125,9 +129,11 @@ class Run:
     """Processes that run at the moment, and the record that they add to. Its methods may be called from threads."""
 
     def __init__(
-        self, libraries: Path, hang: float, *, command: Sequence[str] = COMMAND, parity: Sequence[str] = PARITY
-    ):
-        self.libraries, self.hang, self.command, self.parity_command = libraries, hang, command, parity
+        self, libraries: Path, hang: float, *, command: Sequence[str] = COMMAND, parity: Sequence[str] = PARITY,
+        quick: Sequence[str] = QUICK,
+    ):  # fmt: skip
+        self.libraries, self.hang, self.command = libraries, hang, command
+        self.parity_command, self.quick_command = parity, quick
         self.record: Record = {}
         self.on_done: Callable[[str], None] = lambda _: None
         self._path, self._started, self._before = Path(), 0.0, 0.0
@@ -256,23 +262,51 @@ class Run:
         if name != SHIPPED and not (self.entry(SHIPPED)["parity"] or {}).get("passed"):
             self.on_done(f"{name}: parity tests do not run: they did not pass with the shipped library")
             return
-        started = time.monotonic()
-        process = subprocess.Popen(
-            self.parity_command, cwd=ROOT, env={**os.environ, **self.environment(name)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
-        self._begun(process)
-        try:
-            said, _ = process.communicate(timeout=PARITY_SECONDS)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            said, _ = process.communicate()
-            said += f"\nno end after {PARITY_SECONDS:.0f} s"
-        self._over(process)
+        status, said, seconds = self._ended(self.parity_command, name, PARITY_SECONDS)
         counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)\b", said)}
-        missed = process.returncode == 0 and counts.get("passed", 0) > 0  # all of some, not all of none
-        seconds = round(time.monotonic() - started, 1)
+        missed = status == 0 and counts.get("passed", 0) > 0  # all of some, not all of none
         found = {"passed": missed, "counts": counts, "seconds": seconds, "tests": list(self.parity_command[2:])}
         self.entry(name)["parity"] = found if missed else {**found, "said": said[-2000:]}
         self.save()
         self.on_done(f"{name}: parity tests {'pass' if missed else 'do not pass'}: {counts}, {seconds:.1f} s")
+
+    def quick(self, name: str, number: int) -> None:
+        """Run `jax-router verify --quick` with a library, as a user would; the number is its seed."""
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*self.quick_command, "--seed", str(number), "--output", folder]
+            status, said, seconds = self._ended(command, name, QUICK_SECONDS)
+            records = [json.loads(path.read_text()) for path in Path(folder).glob("verify-*.json")]
+        if status not in (0, 1) or len(records) != 1:
+            self.entry(name)["error"] = f"verify --quick ended with status {status}: {said[-2000:]}"
+        else:
+            failed = [
+                f"{check['check']} of {subject and gate.label(subject)}" for subject, check in failures(records[0])
+            ]
+            under_load = totals(records[0])["launches"]
+            found = {"trial": number, "failed": failed, "under_load": under_load, "seconds": seconds}
+            self.entry(name)["quick"].append(found)
+        self.save()
+        self.on_done(f"{name}: verify --quick {number}: {said if status not in (0, 1) else failed or 'finds nothing'}")
+
+    def _ended(self, command: Sequence[str], name: str, limit: float) -> tuple[int, str, float]:
+        """Run a command with a library: its exit status, what it said, and its seconds.
+
+        Raises:
+          Stopped: everything was told to end.
+        """
+        if self._stopped:
+            raise Stopped
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **self.environment(name)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self._begun(process)
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            said, _ = process.communicate()
+            said += f"\nno end after {limit:.0f} s"
+        self._over(process)
+        return process.returncode, said, round(time.monotonic() - started, 1)

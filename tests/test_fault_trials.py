@@ -214,9 +214,10 @@ def test_a_record_says_what_it_lacks(bench):
 
 
 DRIVER = """
-import sys
+import signal, sys
 from functools import partial
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
 sys.path[:0] = [{scripts!r}, {root!r}]
 import fault_trials, fault_watch, faults
 import typer
