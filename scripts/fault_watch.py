@@ -277,16 +277,15 @@ class Run:
             status, said, seconds = self._ended(command, name, QUICK_SECONDS)
             records = [json.loads(path.read_text()) for path in Path(folder).glob("verify-*.json")]
         if status not in (0, 1) or len(records) != 1:
-            self.entry(name)["error"] = f"verify --quick ended with status {status}: {said[-2000:]}"
+            outcome = f"ended with status {status}: {said[-2000:]}"
+            self.entry(name)["error"] = f"verify --quick {outcome}"
         else:
-            failed = [
-                f"{check['check']} of {subject and gate.label(subject)}" for subject, check in failures(records[0])
-            ]
-            under_load = totals(records[0])["launches"]
-            found = {"trial": number, "failed": failed, "under_load": under_load, "seconds": seconds}
-            self.entry(name)["quick"].append(found)
+            found = [f"{check['check']} of {gate.label(subject)}" for subject, check in failures(records[0]) if subject]
+            facts = {"trial": number, "failed": found, "under_load": totals(records[0])["launches"], "seconds": seconds}
+            self.entry(name)["quick"].append(facts)
+            outcome = f"finds {', '.join(found) or 'nothing'}"
         self.save()
-        self.on_done(f"{name}: verify --quick {number}: {said if status not in (0, 1) else failed or 'finds nothing'}")
+        self.on_done(f"{name}: verify --quick {number} {outcome}")
 
     def _ended(self, command: Sequence[str], name: str, limit: float) -> tuple[int, str, float]:
         """Run a command with a library: its exit status, what it said, and its seconds.

@@ -5,7 +5,6 @@ What a GPU says of the faults is measured elsewhere (scripts/fault_trials.py).
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fault_bench import ROOT, Bench
 from rich.console import Console
 
 from jax_router import build
@@ -28,99 +28,6 @@ import fault_table
 import fault_trials
 import fault_watch
 import faults
-
-ROOT = Path(__file__).resolve().parent.parent
-PROVENANCE = {"gpu": "NVIDIA Test", "source_hash": "a" * 64, "jax": "0.0", "driver": "1", "nvcc": "2",
-              "date": "2026-01-01T00:00:00+00:00"}  # fmt: skip
-
-# A child that does in each trial what the file `behaviour` says of its library, and notes which trials it was given.
-CHILD = """
-import json, os, pathlib, sys, time
-folder = pathlib.Path(__file__).parent
-request = json.load(sys.stdin)
-behaviour = json.loads((folder / "behaviour").read_text())
-name = pathlib.Path(os.environ.get("JAX_ROUTER_LIBRARY", "shipped.so")).stem
-def emit(event, **facts):
-    print(json.dumps({"event": event, **facts}), flush=True)
-emit("alive", launches=0)
-if not request["trials"]:
-    emit("begin", provenance=behaviour["provenance"], seconds=12.5, tokens={}, launches=1000000)
-with open(folder / "processes", "a") as log:
-    log.write(json.dumps([name, os.getpid(), [trial["trial"] for trial in request["trials"]]]) + "\\n")
-for trial in request["trials"]:
-    does = behaviour.get(name, {}).get(str(trial["trial"]), "passes")
-    does = behaviour.get(name, {}).get(trial["checks"][0], does) if trial.get("first") else does
-    emit("trial", trial=trial["trial"])
-    emit("check", subject="route cuda x", check=trial["checks"][0])
-    emit("case", tokens=8, data="normal")
-    emit("alive", launches=100)
-    if does == "hangs":
-        time.sleep(60)
-    if does == "aborts":
-        sys.stderr.write("no such luck\\n")
-        os.abort()
-    if does == "fails to import":
-        import no_such_module
-    if does.startswith("raises "):
-        emit("crash", reason=does.removeprefix("raises "))
-        time.sleep(60)  # torn down by nobody
-    failure = {"tokens": 8, "data": "normal", "seed": 0, "launch": 7, "row": 3, "expected": "0x0", "got": "0x1"}
-    sees = does == "sees it"
-    emit("result", check=trial["checks"][0], passed=not sees, launches=40, seconds=0.5, figures={"big": 1},
-         reason="row 3 is wrong" if sees else None, failure=failure if sees else None)
-    emit("done", trial=trial["trial"])
-emit("end")
-"""
-
-PARITY = """
-import os, pathlib, sys
-name = pathlib.Path(os.environ.get("JAX_ROUTER_LIBRARY", "shipped.so")).stem
-said, status = {said}.get(name, ("12 passed, 72 deselected in 9.1s", 0))
-print(said)
-sys.exit(status)
-"""
-
-
-class Bench:
-    """A folder with a fake child, fake parity tests and a record."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        (folder / "child.py").write_text(CHILD)
-        self.parity({})
-        self.behave({})
-
-    def behave(self, behaviour: dict, **provenance: str) -> None:
-        document = {"provenance": {**PROVENANCE, **provenance}, **behaviour}
-        (self.folder / "behaviour").write_text(json.dumps(document))
-
-    def parity(self, said: dict[str, tuple[str, int]]) -> None:
-        (self.folder / "parity.py").write_text(PARITY.format(said=said))
-
-    def measure(self, *names: str, trials: int = 3, again: bool = False, survey: bool = False, hang: float = 30) -> int:
-        run = fault_watch.Run(
-            self.folder, hang, command=(sys.executable, str(self.folder / "child.py")),
-            parity=(sys.executable, str(self.folder / "parity.py")),
-        )  # fmt: skip
-        (self.folder / "processes").write_text("")
-        chosen, known = fault_trials.split(names)
-        self.console = Console(width=200, record=True, file=io.StringIO())
-        return fault_trials.measure(
-            run, chosen, known if again else [], [], trials, survey, 4, self.folder, self.console
-        )  # fmt: skip
-
-    @property
-    def record(self) -> dict:
-        return json.loads((self.folder / "faults-test.json").read_text())
-
-    def trials(self, name: str) -> list[dict]:
-        return sorted(self.record["faults"][name]["trials"], key=lambda trial: trial["trial"])
-
-    @property
-    def processes(self) -> list[list]:
-        """Library, process and trials of every child so far, but for the one that says what the machine is."""
-        lines = (self.folder / "processes").read_text().splitlines()
-        return [process for process in map(json.loads, lines) if process[2]]
 
 
 @pytest.fixture
@@ -203,8 +110,10 @@ def test_a_record_says_what_it_lacks(bench):
     whole["faults"]["a-fault-of-old"] = whole["faults"]["rounded-logits"]
     del whole["faults"]["rounded-logits"], whole["faults"]["negative-keys"]["trials"][0]
     whole["faults"]["arrival-order"]["parity"] = None
+    del whole["faults"]["obsolete-barrier"]["quick"][0]
     whole["faults"]["ties-to-highest"]["digest"] = "of another edit"
     assert fault_trials.lacks(whole, trials=2) == [
+        "obsolete-barrier: 1 runs of verify --quick of 2",
         "arrival-order: no parity tests",
         "ties-to-highest: another fault was measured under this name",
         "rounded-logits: not measured",
@@ -271,6 +180,33 @@ def test_parity_tests_that_see_a_fault_they_are_said_to_miss_are_reported(bench)
     assert (found["passed"], found["counts"]) == (False, {"failed": 1, "passed": 3})
     assert bench.record["faults"]["rounded-logits"]["parity"] is None, "nobody says that it is missed"
     assert "FAIL (1 failed, 3 passed)" in bench.console.export_text()
+
+
+@pytest.mark.parametrize(("misses", "status"), [((), 0), ((4,), 0), ((4, 7), 1)])
+def test_quick_may_miss_one_run_of_ten(bench, misses, status):
+    bench.behave({"obsolete-barrier": {str(number): "sees it" for number in range(10)}})
+    bench.quick(misses)
+    assert bench.measure("obsolete-barrier", "shipped", trials=10) == status
+    runs = bench.record["faults"]["obsolete-barrier"]["quick"]
+    assert [run["trial"] for run in runs] == list(range(10))
+    assert [run["trial"] for run in runs if not run["failed"]] == list(misses)
+    assert runs[0]["failed"] == ["load of route of 2880x128 +bias"]
+    assert runs[0]["under_load"] == 500_000
+    assert bench.record["faults"]["shipped"]["quick"] == []
+    for text in (bench.console.export_text(), (bench.folder / "faults-test.md").read_text()):
+        assert f"`jax-router verify --quick` finds obsolete-barrier in {10 - len(misses)} of 10 runs, of " in text
+
+
+def test_a_quick_run_that_dies_is_no_miss_and_is_run_again(bench):
+    bench.behave({"obsolete-barrier": {"0": "sees it", "1": "sees it"}})
+    bench.quick(dies=(1,))
+    assert bench.measure("obsolete-barrier", trials=2) == 1
+    entry = bench.record["faults"]["obsolete-barrier"]
+    assert [run["trial"] for run in entry["quick"]] == [0]
+    assert "no GPU is left" in entry["error"]
+    bench.quick()
+    assert bench.measure("obsolete-barrier", trials=2) == 0
+    assert [run["trial"] for run in bench.record["faults"]["obsolete-barrier"]["quick"]] == [0, 1]
 
 
 def test_a_fault_that_its_first_trials_miss_is_given_up_until_it_is_to_be_measured_again(bench):
