@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,24 @@ def test_a_record_is_joined_with_an_earlier_one_of_the_same_sources(tmp_path):
     other = {**PROVENANCE, "source_hash": "1" * 64}
     assert [each["hidden"] for each in write(tmp_path, complete(hidden=4), provenance=other)["subjects"]] == [4]
     assert len(write(tmp_path, complete(hidden=5), provenance=other, library="mine.so")["subjects"]) == 1
+
+
+def test_processes_that_write_at_once_join_what_the_others_wrote(tmp_path):
+    ends = []
+
+    def write_another() -> None:
+        write(tmp_path, complete(hidden=8))
+        ends.append(time.monotonic())
+
+    with command._alone(tmp_path):
+        thread = threading.Thread(target=write_another)
+        thread.start()
+        thread.join(0.3)
+        (tmp_path / "verify-h200.json").write_text(json.dumps(command.as_record(found(complete()))))
+        released = time.monotonic()
+    thread.join()
+    assert ends[0] >= released
+    assert [each["hidden"] for each in gate.read_record(tmp_path / "verify-h200.json")["subjects"]] == [2880, 8]
 
 
 def test_some_checks_again_do_not_replace_all_of_them(tmp_path):

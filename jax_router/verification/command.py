@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +140,7 @@ def write(record: Record, folder: Path) -> Path:
     """Write a record, joined with one of the same sources, GPU and versions that is there, and keep it.
 
     What was verified again replaces what was there; a quick record, or one of some numbers of tokens, stands beside.
+    Of several processes at once each joins what the others wrote.
 
     Raises:
       ValueError: the folder cannot be written.
@@ -145,19 +148,36 @@ def write(record: Record, folder: Path) -> Path:
     name = gate.file_name(record["provenance"]["gpu"])
     written = as_record(record)
     path = folder / (name.replace(".json", "-quick.json") if written["quick"] else name)
-    whole = joined(path, written)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
+        with _alone(folder):
+            whole = joined(path, written)
+            partial = path.with_suffix(".json.partial")
+            partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+            path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"output leads to {path}: {error}. Expected a place that can be written; name another."
         ) from error
     gate.keep(whole)
     return path
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. The system releases the lock of a process that is killed; Windows has none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def as_record(record: Record) -> Record:
