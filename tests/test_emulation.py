@@ -10,13 +10,11 @@ rounds once): for that there is the GPU.
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import WORKSPACE_BYTES, aligned, in_a_process
+from emulated import WORKSPACE_BYTES, aligned, answer, in_a_process
 
 from jax_router import parity
 from jax_router.dispatch import Problem
@@ -165,12 +163,11 @@ def examine(path: str, tokens: int, hidden: int, experts: int) -> dict[str, str]
 
 def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None:
     library = sources.link("kernels.so")
-    examined = set()
-    for problem in PROBLEMS:
-        found, said = in_a_process(__file__, library, *problem)
-        assert found, f"{problem}: {said}"
-        assert not any(found.values()), f"{problem}: {found}"
-        examined |= {name for name in found if "_" in name}
+    found, said = in_a_process(__file__, library, *PROBLEMS)
+    for problem, each in zip(PROBLEMS, found, strict=False):
+        assert not any(each.values()), f"{problem}: {each}"
+    assert len(found) == len(PROBLEMS), f"{PROBLEMS[len(found)]}: {said}"
+    examined = {name for each in found for name in each if "_" in name}
     assert len(examined) == ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
 
 
@@ -178,9 +175,9 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
 def test_broken_kernels_are_seen(sources, fault) -> None:
     file, old, new, problem = FAULTS[fault]
     assert problem in PROBLEMS
-    found, said = in_a_process(__file__, sources.faulty(file, old, new), *problem)
-    assert any(found.values()) or "emulation: " in said, "not seen"
+    found, said = in_a_process(__file__, sources.faulty(file, old, new), problem)
+    assert any(any(each.values()) for each in found) or "emulation: " in said, "not seen"
 
 
 if __name__ == "__main__":
-    print(json.dumps(examine(sys.argv[1], *map(int, sys.argv[2:]))))
+    answer(examine)

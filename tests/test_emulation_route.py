@@ -6,15 +6,13 @@ What this cannot show is what depends on the order of memory or on time, and how
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import pytest
 import routing_cases
-from emulated import WORKSPACE_BYTES, aligned, in_a_process
+from emulated import WORKSPACE_BYTES, aligned, answer, in_a_process
 from test_emulation import call as call_router_gemm
 
 from jax_router import RoutingSpec
@@ -230,12 +228,12 @@ def examine(path: str, name: str, *only: str) -> dict[str, str]:
 
 def test_every_configuration_routes_as_the_reference(sources) -> None:
     library = sources.link("routing.so")
-    examined = set()
-    for name in CASES:
-        found, said = in_a_process(__file__, library, name)
-        assert found, f"{name}: {said}"
-        assert not any(found.values()), f"{name}: {found}"
-        examined |= set(found)
+    names = list(CASES)
+    found, said = in_a_process(__file__, library, *([name] for name in names))
+    for name, each in zip(names, found, strict=False):
+        assert not any(each.values()), f"{name}: {each}"
+    assert len(found) == len(names), f"{names[len(found)]}: {said}"
+    examined = {label for each in found for label in each}
     splits = {"many_64x80_s4", "many_64x128_s4"}
     assert splits < examined
     assert len(examined - splits) == 1 + ctypes.CDLL(str(library)).jr_route_num_configs()
@@ -245,20 +243,20 @@ def test_every_configuration_routes_as_the_reference(sources) -> None:
 def test_broken_routing_is_seen(sources, fault) -> None:
     file, old, new, name = FAULTS[fault]
     library = sources.faulty(file, old, new, UNITS.get(file, ()))
-    found, said = in_a_process(__file__, library, name)
-    assert any(found.values()) or "emulation: " in said, "not seen"
+    found, said = in_a_process(__file__, library, [name])
+    assert any(any(each.values()) for each in found) or "emulation: " in said, "not seen"
 
 
 def test_a_gpu_that_runs_no_cluster_of_16_gets_two_launches(sources, monkeypatch) -> None:
     library = sources.link("routing.so")
     for clusters in (0, -1):
         monkeypatch.setenv("EMULATED_CLUSTERS", str(clusters))
-        found, said = in_a_process(__file__, library, "gpt-oss", -1)
+        found, said = in_a_process(__file__, library, ["gpt-oss", -1])
         assert found, said
-        assert not any(found.values()), found
-    _, said = in_a_process(__file__, library, "gpt-oss", 0)
+        assert not any(found[0].values()), found
+    _, said = in_a_process(__file__, library, ["gpt-oss", 0])
     assert "a cluster that this GPU cannot run" in said, "the case is not one that would be launched as a cluster"
 
 
 if __name__ == "__main__":
-    print(json.dumps(examine(*sys.argv[1:])))
+    answer(examine)

@@ -32,35 +32,34 @@ operands.append(jax.random.randint(keys[5], (8, 2), 0, 8))
 specs = (P("data"), *[experts_of_weight] * 4, P("data"))
 grouped = jr.RoutingSpec(2, "sigmoid", renormalize=True, num_groups=4, group_topk=2)
 
-for spec in (grouped, jr.RoutingSpec(2, "softmax_topk")):
-    for replay in (False, True):
-        def router(x, weight, bias, correction_bias, expert_scale, experts):
-            vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
-            vectors["experts"] = experts if replay else None
-            return jr.route(x, weight, bias, spec=spec, **vectors, return_logits=True)
+for spec, replay in ((grouped, False), (jr.RoutingSpec(2, "softmax_topk"), True)):
+    def router(x, weight, bias, correction_bias, expert_scale, experts):
+        vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
+        vectors["experts"] = experts if replay else None
+        return jr.route(x, weight, bias, spec=spec, **vectors, return_logits=True)
 
-        def loss(router):
-            def scalar(*operands):
-                routing = router(*operands)
-                balance = jr.load_balancing_loss(jax.nn.softmax(routing.logits), routing.experts)
-                return jnp.sin(routing.weights[:, 0]).sum() + jnp.cos(routing.logits).sum() + balance
-            return scalar
+    def loss(router):
+        def scalar(*operands):
+            routing = router(*operands)
+            balance = jr.load_balancing_loss(jax.nn.softmax(routing.logits), routing.experts)
+            return jnp.sin(routing.weights[:, 0]).sum() + jnp.cos(routing.logits).sum() + balance
+        return scalar
 
-        expected = router(*operands), jax.grad(loss(router), range(5))(*operands)
-        for axis_types in ("Auto", "Auto"), ("Explicit", "Explicit"), ("Explicit", "Auto"):
-            mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=tuple(AxisType[name] for name in axis_types))
-            sharded = router
-            if how == "shard_map":
-                sharded = jax.shard_map(router, mesh=mesh, in_specs=specs, out_specs=P("data"))
-            with jax.set_mesh(mesh):
-                placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, specs)]
-                routing = jax.jit(sharded)(*placed)
-                gradients = jax.jit(jax.grad(loss(sharded), range(5)))(*placed)
-            for result in routing[:2]:
-                assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
-            np.testing.assert_array_equal(routing.experts, expected[0].experts)
-            for result, truth in zip(jax.tree.leaves((routing, gradients)), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(result, truth, rtol=1e-5, atol=1e-5)
+    expected = router(*operands), jax.grad(loss(router), range(5))(*operands)
+    for axis_types in ("Auto", "Auto"), ("Explicit", "Explicit"), ("Explicit", "Auto"):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=tuple(AxisType[name] for name in axis_types))
+        sharded = router
+        if how == "shard_map":
+            sharded = jax.shard_map(router, mesh=mesh, in_specs=specs, out_specs=P("data"))
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, specs)]
+            routing = jax.jit(sharded)(*placed)
+            gradients = jax.jit(jax.grad(loss(sharded), range(5)))(*placed)
+        for result in routing[:2]:
+            assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
+        np.testing.assert_array_equal(routing.experts, expected[0].experts)
+        for result, truth in zip(jax.tree.leaves((routing, gradients)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(result, truth, rtol=1e-5, atol=1e-5)
 """
 
 
