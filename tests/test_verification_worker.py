@@ -100,7 +100,7 @@ def test_compiling_the_kernels_at_first_use_is_no_hang(monkeypatch):
         ("========= Invalid __global__ read of size 4", 9, False),
         ("FAILED bits differ", 1, False),
         ("check.cu:7: cudaDeviceSynchronize() failed: an illegal memory access", 2, False),
-        ("========= Error: no device", 1, None),  # of the tool itself, so of no kernel
+        ("========= Error: attaching failed: no device", 1, None),  # of the tool itself, so of no kernel
     ],
 )
 def test_a_sanitizer_passes_what_it_saw(tmp_path, said, status, passed):

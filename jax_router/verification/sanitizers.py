@@ -21,7 +21,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 EXTENT = {"racecheck": "--tiny"}  # it takes a thousand times as long as the program alone
 SECONDS = 600.0  # of one tool
 FOUND = 9  # exit status when the tool reports something
-OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|failed: ", re.MULTILINE)  # csrc/check_support.h
+OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 
 
 def find_sanitizer() -> str | None:
