@@ -21,7 +21,8 @@ SUITE = $$($(RUN) -c "import jax; print('headline' if jax.default_backend() == '
 PYTHONS := $(if $(GPU),python3.12 python3.13) python3 python3.11 python3.12 python3.13
 RECENT := -c "import sys; sys.exit(sys.version_info < (3, 11))"
 BASE_PYTHON ?= $(shell for each in $(PYTHONS); do $$each $(RECENT) 2>/dev/null && echo $$each && break; done)
-PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
+# Python compiles what is imported when it is: most of these packages never are.
+PIP := .venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 GPU_PACKAGES := --editable ".[cuda]" "jax[cuda13]" "torch; python_version >= '3.12'"
 
 .PHONY: sweep test clean
