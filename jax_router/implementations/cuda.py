@@ -274,14 +274,24 @@ def shared_library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call a function of the library that returns a `jr_status` and writes a message: the last two are added here.
+    """Call a function of the kernels' library, as `call_in`.
 
     Raises:
       NotImplementedError: the kernel does not take the problem.
       RuntimeError: a CUDA call failed, or the library could not be built.
     """
+    call_in(shared_library(), name, *arguments)
+
+
+def call_in(library: ctypes.CDLL, name: str, *arguments: object) -> None:
+    """Call a function that returns a `jr_status` and writes a message: the last two arguments are added here.
+
+    Raises:
+      NotImplementedError: JR_UNSUPPORTED.
+      RuntimeError: it failed.
+    """
     message = ctypes.create_string_buffer(512)
-    status = getattr(shared_library(), name)(*arguments, message, len(message))
+    status = getattr(library, name)(*arguments, message, len(message))
     if status != 0:
         text = f"{name}: {message.value.decode(errors='replace')}"
         raise NotImplementedError(text) if status == 1 else RuntimeError(text)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from jax_router import build
+from jax_router.implementations import cuda
 
 _PREFIX = "jax_router_verification_"
 PRODUCE, CONSUME, FIND_DIFFERING = (_PREFIX + name for name in ("produce", "consume", "find_differing"))
@@ -67,17 +68,13 @@ def _load_once() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call a function of the library that returns a status and writes a message: the last two are added here.
+    """Call a function of the library, as `cuda.call_in`.
 
     Raises:
       NotImplementedError: this machine does not have what it needs.
       RuntimeError: it failed, or the library could not be built.
     """
-    message = ctypes.create_string_buffer(512)
-    status = getattr(loaded(), name)(*arguments, message, len(message))
-    if status != 0:
-        text = f"{name}: {message.value.decode(errors='replace')}"
-        raise NotImplementedError(text) if status == 1 else RuntimeError(text)
+    cuda.call_in(loaded(), name, *arguments)
 
 
 def calls() -> Calls:

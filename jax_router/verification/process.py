@@ -5,6 +5,7 @@ A kernel that hangs, crashes or touches what it must not takes such a process do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -39,8 +40,8 @@ def conversation() -> tuple[dict[str, Any], Callable[..., None]]:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """With all that it started, as its group: a compiler, a sanitizer."""
-    if process.poll() is None:
+    """With all that it started, as its group, a compiler, a sanitizer; or what it left of that when it ended."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 

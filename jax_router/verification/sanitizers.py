@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -14,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jax_router import build, toolchain
+from jax_router.verification.process import kill
 from jax_router.verification.result import Result
 
 # Shared memory is not tracked by initcheck; leaks are not what memcheck is asked about.
@@ -83,11 +81,12 @@ def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callab
             except subprocess.TimeoutExpired:
                 alive(0)
                 if time.monotonic() - started > seconds:
-                    _kill(process)
+                    kill(process)
                     reason = f"{tool} took longer than {seconds:.0f} s"
                     return Result(tool, None, 0, time.monotonic() - started, reason=reason)
     finally:
-        _kill(process)
+        kill(process)
+        process.wait()
     took = time.monotonic() - started
     launches = sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
     if process.returncode == 0 and launches == 0:
@@ -99,9 +98,3 @@ def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callab
         return Result(tool, None, launches, took, reason=reason)
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]
     return Result(tool, False, launches, took, reason="\n".join(said[:12]) or output[-2000:])
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
