@@ -276,9 +276,8 @@ int check_route(Extent extent) {
   };
   const int variants = extent == Extent::kFull ? 8 : 4;
   std::vector<Shapes> shapes = {{264, JR_FLOAT16, variants}};
-  std::vector<int> experts_list = {65, 256}, tokens_list = {17};
+  std::vector<int> experts_list = {3, 65, 256}, tokens_list = {17};
   if (extent != Extent::kTiny) {
-    experts_list.insert(experts_list.begin(), 3);
     shapes.push_back({8, JR_BFLOAT16, variants});
     tokens_list = {1, 17, 65};
   }
