@@ -32,7 +32,9 @@ operands.append(jax.random.randint(keys[5], (8, 2), 0, 8))
 specs = (P("data"), *[experts_of_weight] * 4, P("data"))
 grouped = jr.RoutingSpec(2, "sigmoid", renormalize=True, num_groups=4, group_topk=2)
 
-for spec, replay in ((grouped, False), (jr.RoutingSpec(2, "softmax_topk"), True)):
+plain = jr.RoutingSpec(2, "softmax_topk")
+
+for spec, replay in ((grouped, False), (plain, False), (plain, True)):  # recorded experts are of no group
     def router(x, weight, bias, correction_bias, expert_scale, experts):
         vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
         vectors["experts"] = experts if replay else None
