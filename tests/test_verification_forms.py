@@ -6,12 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from verification_cases import CPU, GPT_OSS, SCALED, context, function
+from verification_cases import CPU, GPT_OSS, SCALED, OnGpu, context, function
 
 from jax_router.verification import data, plan
 from jax_router.verification.data import NUMERIC_TOKENS, Subject, draw
 from jax_router.verification.numerics import check_numerics
-from jax_router.verification.result import Context
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 
@@ -26,12 +25,6 @@ def test_a_float32_checkpoint_has_every_kind_of_data_and_passes():
     assert (spacings.max(-1) == 1).all()
     assert ((spacings != 0).sum(-1) == 1).all()
     assert all(result.passed for result in check_numerics(subject, context()))
-
-
-class OnGpu(Context):
-    """As on a GPU, where kernels promise bits."""
-
-    on_gpu = True
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from verification_cases import CPU, GEMM
+from verification_cases import CPU, GEMM, OnGpu
 
 from jax_router import dispatch, implementations
 from jax_router.implementations import cuda, pallas
@@ -163,10 +163,6 @@ def test_a_subject_is_described_by_what_a_record_has():
 
 
 # What XLA is given for a GPU, seen without one.
-
-
-class OnGpu(Context):
-    on_gpu = True
 
 
 def of_cuda(operands, *, return_logits=False):
