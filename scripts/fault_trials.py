@@ -9,6 +9,7 @@ faults-<gpu>.json and a table beside it; Ctrl-C keeps what was measured, and a s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -197,9 +198,10 @@ def lacks(record: Record, trials: int = 10) -> list[str]:
 
 
 def run_phases(run: Run, phases: list[tuple[list[Task], int]]) -> None:
-    """Run everything; what is running is killed when one task raises, or on Ctrl-C."""
+    """Run everything, as much at once on each GPU; what runs is killed when one task raises, or on Ctrl-C."""
     for tasks, at_once in phases:
-        with ThreadPoolExecutor(at_once) as pool:
+        gpus = itertools.cycle(run.gpus)
+        with ThreadPoolExecutor(at_once * len(run.gpus), initializer=lambda: run.use(next(gpus))) as pool:  # noqa: B023
             futures = [pool.submit(task) for task in tasks]
             try:
                 for future in as_completed(futures):
@@ -253,6 +255,9 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = ROOT / "docs" / "results",
     hang: Annotated[float, typer.Option(help="Seconds without a sign of life that count as a hang.")] = 40.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once, of what load does not matter to.")] = 4,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="Use this GPU, of CUDA_VISIBLE_DEVICES; may be repeated. Of one kind.")
+    ] = None,
     survey: Annotated[bool, typer.Option(help="Also every check, shortly, on every fault.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure again what the record has of these.")] = False,
     sanitizers: Annotated[
@@ -263,7 +268,7 @@ def main(
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     os.environ.pop(build.LIBRARY_VARIABLE, None)
-    run = Run(libraries.resolve(), hang)
+    run = Run(libraries.resolve(), hang, gpus=gpu or ())
     # A time limit that ends this process must not leave children on the GPU.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

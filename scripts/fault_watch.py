@@ -130,9 +130,11 @@ class Run:
 
     def __init__(
         self, libraries: Path, hang: float, *, command: Sequence[str] = COMMAND, parity: Sequence[str] = PARITY,
-        quick: Sequence[str] = QUICK,
+        quick: Sequence[str] = QUICK, gpus: Sequence[str] = (),
     ):  # fmt: skip
         self.libraries, self.hang, self.command = libraries, hang, command
+        self.gpus = tuple(gpus) or (None,)
+        self._mine = threading.local()
         self.parity_command, self.quick_command = parity, quick
         self.record: Record = {}
         self.on_done: Callable[[str], None] = lambda _: None
@@ -179,14 +181,28 @@ class Run:
             if self._stopped:
                 raise Stopped
 
+    def use(self, gpu: str | None) -> None:
+        """From now on the processes of this thread see only this GPU; with None all that this process sees."""
+        self._mine.gpu = gpu
+
     def machine(self, implementation: str) -> Event:
-        """What a process without trials says of the machine.
+        """What a process without trials says of the machine, which is one whatever GPU the process has.
 
         Raises:
-          TrialsError: the implementation does not run here; says why.
+          TrialsError: the implementation does not run here, or the GPUs differ; says why.
         """
+        found = []
+        for gpu in self.gpus:
+            self.use(gpu)
+            found.append(self._machine(implementation))
+        names = sorted({each["provenance"]["gpu"] for each in found})
+        if len(names) > 1:
+            raise TrialsError(f"gpu names {' and '.join(names)}. Expected GPUs of one kind, as a record is of one.")
+        return found[0]
+
+    def _machine(self, implementation: str) -> Event:
         request = {"implementation": implementation, "operations": [], "models": [], "trials": []}
-        with Child(self.command, request, ENVIRONMENT) as child:
+        with Child(self.command, request, {**ENVIRONMENT, **self.environment(SHIPPED)}) as child:
             for event in child.events(MACHINE_SECONDS):
                 if event["event"] == "begin":
                     return event
@@ -195,8 +211,10 @@ class Run:
         raise TrialsError(f"the process that runs trials ended before it began: {child.how_it_ended}")
 
     def environment(self, name: str) -> Mapping[str, str]:
-        """Of a process that has the library of a fault."""
-        return {} if name == SHIPPED else {build.LIBRARY_VARIABLE: str(self.libraries / f"{name}.so")}
+        """Of a process that has the library of a fault, and the GPU of this thread."""
+        found = {} if name == SHIPPED else {build.LIBRARY_VARIABLE: str(self.libraries / f"{name}.so")}
+        gpu = getattr(self._mine, "gpu", None)
+        return found if gpu is None else {**found, "CUDA_VISIBLE_DEVICES": gpu}
 
     def follow(self, name: str, request: Record, trials: Sequence[Record], into: str) -> None:
         """Run trials in as many processes as it takes, into the list `into` of the entry.

@@ -29,9 +29,13 @@ def emit(event, **facts):
     print(json.dumps({"event": event, **facts}), flush=True)
 emit("alive", launches=0)
 if not request["trials"]:
-    emit("begin", provenance=behaviour["provenance"], seconds=12.5, tokens={}, launches=1000000)
+    there = behaviour.get("gpus", {}).get(os.environ.get("CUDA_VISIBLE_DEVICES"), {})
+    emit("begin", provenance={**behaviour["provenance"], **there}, seconds=12.5, tokens={}, launches=1000000)
 with open(folder / "processes", "a") as log:
     log.write(json.dumps([name, os.getpid(), [trial["trial"] for trial in request["trials"]]]) + "\\n")
+if request["trials"]:
+    with open(folder / "gpus", "a") as log:
+        log.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
 for trial in request["trials"]:
     does = behaviour.get(name, {}).get(str(trial["trial"]), "passes")
     does = behaviour.get(name, {}).get(trial["checks"][0], does) if trial.get("first") else does
@@ -100,13 +104,17 @@ class Bench:
     def quick(self, misses: tuple[int, ...] = (), dies: tuple[int, ...] = ()) -> None:
         (self.folder / "quick.py").write_text(QUICK.format(misses=misses, dies=dies))
 
-    def measure(self, *names: str, trials: int = 3, again: bool = False, survey: bool = False, hang: float = 30) -> int:
+    def measure(
+        self, *names: str, trials: int = 3, again: bool = False, survey: bool = False, hang: float = 30,
+        gpus: tuple[str, ...] = (),
+    ) -> int:  # fmt: skip
         run = fault_watch.Run(
             self.folder, hang, command=(sys.executable, str(self.folder / "child.py")),
             parity=(sys.executable, str(self.folder / "parity.py")),
-            quick=(sys.executable, str(self.folder / "quick.py")),
+            quick=(sys.executable, str(self.folder / "quick.py")), gpus=gpus,
         )  # fmt: skip
-        (self.folder / "processes").write_text("")
+        for name in ("processes", "gpus"):
+            (self.folder / name).write_text("")
         chosen, known = fault_trials.split(names)
         self.console = Console(width=200, record=True, file=io.StringIO())
         return fault_trials.measure(
@@ -125,3 +133,8 @@ class Bench:
         """Library, process and trials of every child so far, but for the one that says what the machine is."""
         lines = (self.folder / "processes").read_text().splitlines()
         return [process for process in map(json.loads, lines) if process[2]]
+
+    @property
+    def gpus(self) -> set[str]:
+        """What the children that ran trials saw of them."""
+        return set((self.folder / "gpus").read_text().split())

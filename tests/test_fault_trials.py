@@ -229,6 +229,16 @@ def test_trials_that_may_cost_their_process_run_at_the_same_time(bench):
     assert sorted(begun) == [[i] for i in range(6)], "of the last one, which may hang"
 
 
+def test_processes_are_spread_over_the_gpus_which_are_of_one_kind(bench):
+    bench.measure("rounded-logits", "negative-keys", "shipped", trials=1, gpus=("GPU-a", "GPU-b"))
+    assert bench.gpus == {"GPU-a", "GPU-b"}
+    bench.behave({"gpus": {"GPU-b": {"gpu": "NVIDIA Other"}}})
+    with pytest.raises(fault_watch.TrialsError, match="NVIDIA Other and NVIDIA Test"):
+        bench.measure("rounded-logits", gpus=("GPU-a", "GPU-b"))
+    bench.measure("rounded-logits", trials=2, gpus=("GPU-a",))
+    assert bench.gpus == {"GPU-a"}
+
+
 def test_the_shipped_library_must_not_be_caught(bench):
     assert bench.measure("shipped", trials=2) == 0
     assert sorted(trials for _, _, trials in bench.processes) == [[0], [1]]
