@@ -29,7 +29,7 @@ namespace jax_router_check {
 enum class Extent { kTiny, kSmall, kFull };
 
 // Of the launches that the others are compared with.
-constexpr int max_tokens_of(Extent extent) { return extent == Extent::kTiny ? 256 : 1024; }
+constexpr int max_tokens_of(Extent extent) { return extent == Extent::kTiny ? 64 : 1024; }
 
 constexpr uint8_t kPoison = 0xA5;
 constexpr size_t kCanaryBytes = 256;

@@ -146,7 +146,7 @@ def _find_nvcc() -> tuple[Path, str]:
         return Path(on_path), "PATH"
     looked.append("PATH (no nvcc)")
     incomplete = []
-    for toolkit in _wheel_toolkits():
+    for toolkit in wheel_toolkits():
         if not _is_executable(toolkit / "bin" / "nvcc"):
             continue
         missing = dict.fromkeys(package for piece, package in WHEEL_PIECES.items() if not (toolkit / piece).exists())
@@ -159,7 +159,7 @@ def _find_nvcc() -> tuple[Path, str]:
     raise BuildError(f"there is no CUDA compiler; looked in {', '.join(looked)}. {INSTALL}")
 
 
-def _wheel_toolkits() -> list[Path]:
+def wheel_toolkits() -> list[Path]:
     """The folders of PyPI toolkits, newest CUDA first: site-packages/nvidia/cu13."""
     spec = importlib.util.find_spec("nvidia")
     locations = spec.submodule_search_locations if spec is not None else None

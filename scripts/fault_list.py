@@ -82,7 +82,6 @@ FAULTS = (
         seen_by=("load", "hang"),
         tokens=(16, 64, 256),
         extends_to="every kernel but the one-token kernel: rings, and the sums that travel through a cluster",
-        missed_by_parity=True,
     ),
     Fault(
         name="barrier-not-reached",

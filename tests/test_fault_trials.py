@@ -291,7 +291,7 @@ def test_the_sanitizer_gets_the_faulty_sources_and_what_it_says_is_recorded(benc
         compiled.append((csrc / fault.edits[0].file).read_text())
         return folder / "program"
 
-    monkeypatch.setattr(sanitizers, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitizers, "find_sanitizer", lambda: sanitizers.Sanitizer(Path("tool"), "2026.4.0.0"))
     monkeypatch.setattr(sanitizers, "build_program", build_program)
     monkeypatch.setattr(
         sanitizers, "_run", lambda _, tool, *__: Result(tool, False, 3, 1.0, reason="divergent threads")

@@ -190,15 +190,18 @@ def test_ctrl_c_keeps_what_is_there_and_ends_the_worker_with_its_children(worker
     worker("""
 begin()
 check(0)
-child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-emit("alive", launches=child.pid)
+quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+children = [subprocess.Popen(["sleep", "60"], process_group=group, **quiet) for group in (None, 0)]
+for child in children:
+    emit("alive", launches=child.pid)
 time.sleep(60)
 """)
-    found: dict[str, int] = {}
+    found: list[int] = []
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "alive":
-            found["pid"] = event["launches"]
+            found.append(event["launches"])
+        if len(found) == 2:
             raise KeyboardInterrupt
 
     record = supervise(Options(), on_event)
@@ -207,8 +210,8 @@ time.sleep(60)
     assert [subject["complete"] for subject in record["subjects"]] == [False, False]
     assert not Verification(record).passed
     deadline = time.monotonic() + 10
-    while _runs(found["pid"]):
-        assert time.monotonic() < deadline, "the child of the worker still runs"
+    while any(map(_runs, found)):
+        assert time.monotonic() < deadline, "a child of the worker still runs"
         time.sleep(0.01)
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 STDERR_LINES = 40  # of a process that died, in how it ended
@@ -40,9 +41,21 @@ def conversation() -> tuple[dict[str, Any], Callable[..., None]]:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """With all that it started, as its group, a compiler, a sanitizer; or what it left of that when it ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """With all that it started: its group, and the groups of its session, as a sanitizer has one; or what is left."""
+    for group in {process.pid, *_groups_of_session(process.pid)}:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def _groups_of_session(session: int) -> set[int]:
+    """Where the system tells, as Linux does in proc(5)."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            _, _, group, of_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of_session) == session:
+                found.add(int(group))
+    return found
 
 
 class Child:

@@ -83,7 +83,7 @@ def print_record(console: Console, record: Record) -> None:
     console.print(table)
     for tool in record["sanitizers"]:
         outcome = _cell(tool)
-        console.print(f"compute-sanitizer {tool['tool']}: [{styles[outcome]}]{outcome}[/]", highlight=False)
+        console.print(f"{_tool(tool)}: [{styles[outcome]}]{outcome}[/]", highlight=False)
     for where, reason, case in _failed(record):
         console.print(f"[bold red]failed[/] {escape(where)}: {escape(reason)}", highlight=False, soft_wrap=True)
         if case:
@@ -100,7 +100,7 @@ def _failed(record: Record) -> list[tuple[str, str, str]]:
     for subject, check in failures(record):
         where = f"{' '.join(_row(subject)[:3])}, " if subject is not None else ""
         case = ", ".join(f"{key} {value}" for key, value in (check.get("failure") or {}).items())
-        name = check.get("check") or f"compute-sanitizer {check['tool']}"
+        name = check.get("check") or _tool(check)
         found.append((f"{where}{name}", str(check["reason"]), case))
     return found
 
@@ -109,7 +109,7 @@ def markdown(record: Record) -> str:
     """The table, its provenance, what failed and what was not run."""
     rules = ["---"] * (3 + len(CHECKS)) + ["---:"] * 2
     lines = "".join(f"| {' | '.join(cells)} |\n" for cells in (header(), rules, *rows(record)))
-    tools = "".join(f"compute-sanitizer {tool['tool']}: {_cell(tool)}. " for tool in record["sanitizers"])
+    tools = "".join(f"{_tool(tool)}: {_cell(tool)}. " for tool in record["sanitizers"])
     facts = record["provenance"]
     sums = totals(record)
     where = f"{facts['gpu'] or 'CPU'}, {facts['date'][:10]}, sources `{facts['source_hash'][:12]}`"
@@ -119,6 +119,10 @@ def markdown(record: Record) -> str:
     notes += [f"- not run ({count}): {_first_line(reason)}" for reason, count in not_run(record).items()]
     notes += [f"- left out: {name}: {reason}" for name, reason in record.get("refused", {}).items()]
     return text + "".join(f"{note}\n" for note in ["", *notes] if notes)
+
+
+def _tool(result: dict[str, Any]) -> str:
+    return " ".join(["compute-sanitizer", *result.get("figures", {}).values(), result["tool"]])
 
 
 def _first_line(text: str) -> str:

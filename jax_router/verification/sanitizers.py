@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from jax_router import build, toolchain
@@ -15,23 +18,46 @@ from jax_router.verification.process import kill
 from jax_router.verification.result import Result
 
 # Shared memory is not tracked by initcheck; leaks are not what memcheck is asked about.
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+TOOLS = ("memcheck", "synccheck", "initcheck", "racecheck")  # the slowest last
 EXTENT = {"racecheck": "--tiny"}  # it takes a thousand times as long as the program alone
 SECONDS = 600.0  # of one tool
 FOUND = 9  # exit status when the tool reports something
+SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", re.MULTILINE)
+ORDERED_SINCE = (2026, 4)  # racecheck follows what one barrier orders for another; 2025.3 does not
+INSTALL = 'Run pip install "nvidia-cuda-sanitizer-api>=13.5".'
 OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 
 
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on PATH or in the toolkit of the compiler, or None."""
-    found = shutil.which("compute-sanitizer")
-    if found is not None:
-        return found
+@dataclass(frozen=True)
+class Sanitizer:
+    """A compute-sanitizer and its version, "2026.4.0.0"."""
+
+    path: Path
+    version: str
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        return tuple(map(int, self.version.split(".")))
+
+
+def find_sanitizer() -> Sanitizer | None:
+    """The newest that runs: on PATH, beside the compiler, or of the PyPI package; None where there is none."""
+    on_path = shutil.which("compute-sanitizer")
+    folders = [] if on_path is None else [Path(on_path).parent]
+    with contextlib.suppress(toolchain.BuildError):
+        folders.append(toolchain.find_compiler().nvcc.resolve().parent)
+    folders += [toolkit / "bin" for toolkit in toolchain.wheel_toolkits()]
+    found = [_asked(folder / "compute-sanitizer") for folder in folders]
+    return max((each for each in found if each is not None), key=lambda each: each.release, default=None)
+
+
+def _asked(path: Path) -> Sanitizer | None:
     try:
-        beside = toolchain.find_compiler().nvcc.resolve().parent / "compute-sanitizer"
-    except toolchain.BuildError:
+        said = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return str(beside) if beside.is_file() else None
+    version = re.search(r"Version (\d+(?:\.\d+)+)", said)
+    return None if version is None else Sanitizer(path, version[1])
 
 
 def build_program(folder: Path, csrc: Path | None = None) -> Path:
@@ -52,49 +78,65 @@ def build_program(folder: Path, csrc: Path | None = None) -> Path:
 
 def check_sanitizers(
     alive: Callable[[int], None], seconds: float = SECONDS, tools: tuple[str, ...] = TOOLS, csrc: Path | None = None
-) -> list[Result]:
-    """One result per tool: "memcheck", "racecheck", "synccheck", "initcheck"; of the sources in `csrc` if given."""
+) -> Iterator[Result]:
+    """One result per tool, all of which run at once; of the sources in `csrc` if given."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
-        return [Result(tool, None, reason="compute-sanitizer is not installed") for tool in tools]
+        yield from (Result(tool, None, reason=f"compute-sanitizer is not installed: {INSTALL}") for tool in tools)
+        return
     with tempfile.TemporaryDirectory() as folder:
         try:
             program = build_program(Path(folder), csrc)
         except toolchain.BuildError as error:
-            return [Result(tool, None, reason=f"the standalone program does not compile: {error}") for tool in tools]
+            why = f"the standalone program does not compile: {error}"
+            yield from (Result(tool, None, reason=why) for tool in tools)
+            return
         alive(0)
-        return [_run(sanitizer, tool, program, seconds, alive) for tool in tools]
+        with ThreadPoolExecutor(len(tools)) as pool:
+            yield from pool.map(lambda tool: _run(sanitizer, tool, program, seconds, alive), tools)
 
 
-def _run(sanitizer: str, tool: str, program: Path, seconds: float, alive: Callable[[int], None]) -> Result:
+def _run(sanitizer: Sanitizer, tool: str, program: Path, seconds: float, alive: Callable[[int], None]) -> Result:
     started = time.monotonic()
-    command = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), str(program), EXTENT.get(tool, "--small")]
+    extent = EXTENT.get(tool, "--small")
+    command = [str(sanitizer.path), "--tool", tool, "--error-exitcode", str(FOUND), str(program), extent]
+    output = None
     # A group of its own: the tool's end would leave the program running, and holding the pipe.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        while True:
-            try:
-                output, _ = process.communicate(timeout=5)
-                break
-            except subprocess.TimeoutExpired:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as process:
+        try:
+            while output is None and time.monotonic() - started < seconds:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, _ = process.communicate(timeout=min(5.0, seconds))
                 alive(0)
-                if time.monotonic() - started > seconds:
-                    kill(process)
-                    reason = f"{tool} took longer than {seconds:.0f} s"
-                    return Result(tool, None, 0, time.monotonic() - started, reason=reason)
-    finally:
-        kill(process)
-        process.wait()
+        finally:
+            kill(process)
+    said: tuple[bool | None, str | None] = None, f"{tool} took longer than {seconds:.0f} s"
+    if output is not None:
+        said = judge(sanitizer, tool, process.returncode, output)
+    launches = _launches(output or "")
     took = time.monotonic() - started
-    launches = sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
-    if process.returncode == 0 and launches == 0:
-        return Result(tool, None, 0, took, reason=f"the program launched nothing: {output[-2000:]}")
-    if process.returncode == 0:
-        return Result(tool, True, launches, took)
-    if process.returncode != FOUND and not OF_THE_PROGRAM.search(output):
-        reason = f"{tool} ended with status {process.returncode}: {output[-2000:]}"
-        return Result(tool, None, launches, took, reason=reason)
+    return Result(tool, said[0], launches, took, {"version": sanitizer.version}, reason=said[1])
+
+
+def _launches(output: str) -> int:
+    return sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
+
+
+def judge(sanitizer: Sanitizer, tool: str, status: int, output: str) -> tuple[bool | None, str | None]:
+    """Whether a tool passed the program, None if that says nothing of the kernels, and why not."""
+    reports = sum(map(int, SUMMARY.findall(output)))  # a warning alone leaves the status as it is
+    if status == 0 and reports == 0:
+        return (True, None) if _launches(output) else (None, f"the program launched nothing: {output[-2000:]}")
+    of_the_program = OF_THE_PROGRAM.search(output) is not None
+    if status not in (0, FOUND) and not of_the_program:
+        return None, f"{tool} ended with status {status}: {output[-2000:]}"
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]
-    return Result(tool, False, launches, took, reason="\n".join(said[:12]) or output[-2000:])
+    reason = "\n".join(said[:12]) or output[-2000:]
+    if tool == "racecheck" and sanitizer.release < ORDERED_SINCE and not of_the_program:
+        return None, (
+            f"racecheck of compute-sanitizer {sanitizer.version} takes barriers for races that a newer one does not. "
+            f"{INSTALL}\n{reason}"
+        )
+    return False, reason

@@ -1,0 +1,94 @@
+"""Which compute-sanitizer runs, and what is made of what it says. Shell scripts stand for it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jax_router import toolchain
+from jax_router.verification import report, sanitizers
+
+SAID = "NVIDIA (R) Compute Sanitizer\nVersion {} (build 1) (public-release)"
+RACES = """========= Warning: Race reported between Write access at barrier_init and Read access at barrier_arrive
+========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
+checked 4 cases, 9 launches"""
+CLEAN = """checked 4 cases, 9 launches
+routed 2 cases, 5 launches
+========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"""
+OLD, NEW = (sanitizers.Sanitizer(Path("compute-sanitizer"), version) for version in ("2025.3.1.0", "2026.4.0.0"))
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "passed"),
+    [
+        (CLEAN, 0, True),
+        ("usage", 0, None),
+        ("========= Invalid __global__ read of size 4", 9, False),
+        ("checked 4 cases, 9 launches\n========= ERROR SUMMARY: 2 errors", 0, False),
+        ("FAILED bits differ", 1, False),
+        ("check.cu:7: cudaDeviceSynchronize() failed: an illegal memory access", 2, False),
+        ("========= Error: attaching failed: no device", 1, None),  # of the tool itself, so of no kernel
+    ],
+)
+def test_a_sanitizer_passes_what_it_saw(tmp_path, said, status, passed):
+    tool = script(tmp_path / "compute-sanitizer", f"cat <<'END'\n{said}\nEND\nexit {status}")
+    program = Path("program")
+    result = sanitizers._run(sanitizers.Sanitizer(tool, "2026.4.0.0"), "memcheck", program, 60.0, lambda _: None)
+    assert result.passed is passed
+    assert result.passed or said.splitlines()[-1] in result.reason
+    assert result.launches == (14 if passed else 9 if "9 launches" in said else 0)
+    text = report.markdown(
+        {"subjects": [], "provenance": {"gpu": "G", "date": "2026", "source_hash": "a"},
+         "sanitizers": [{"tool": "memcheck", "passed": result.passed, "reason": "", "figures": result.figures}]}
+    )  # fmt: skip
+    assert "compute-sanitizer 2026.4.0.0 memcheck: " in text
+
+
+def test_races_that_an_old_racecheck_reports_say_nothing():
+    assert sanitizers.judge(OLD, "racecheck", 0, CLEAN) == (True, None)
+    for status in (0, sanitizers.FOUND):
+        passed, reason = sanitizers.judge(OLD, "racecheck", status, RACES)
+        assert passed is None
+        assert 'takes barriers for races that a newer one does not. Run pip install "nvidia-cuda-sanitizer' in reason
+        assert sanitizers.judge(NEW, "racecheck", status, RACES)[0] is False
+        assert sanitizers.judge(OLD, "synccheck", status, RACES)[0] is False
+        assert sanitizers.judge(OLD, "racecheck", status, f"{RACES}\nFAILED bits differ")[0] is False
+
+
+def test_the_newest_one_that_runs_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "path"), prepend=":")
+    places = [tmp_path / name / "compute-sanitizer" for name in ("path", "toolkit", "cu13/bin", "cu12/bin")]
+    monkeypatch.setattr(toolchain, "wheel_toolkits", lambda: [tmp_path / "cu13", tmp_path / "cu12"])
+    toolkit = toolchain.Compiler(tmp_path / "toolkit/nvcc", "PATH", "", "13.0", tmp_path, "", ())
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: toolkit)
+    assert sanitizers.find_sanitizer() is None
+    assert [result.passed for result in sanitizers.check_sanitizers(lambda _: None)] == [None] * 4
+    versions = ("2025.3.1.0", "2025.10.0.0", "2026.4.0.0", "2025.9.0.0")
+    for number, (place, version) in enumerate(zip(places, versions, strict=True)):
+        script(place, f"echo '{SAID.format(version)}'")
+        found = sanitizers.find_sanitizer()
+        assert found is not None
+        assert found.path == places[min(number, 2)]
+    script(places[2], "echo no driver >&2; exit 1")
+    assert sanitizers.find_sanitizer() == sanitizers.Sanitizer(places[1], "2025.10.0.0")
+
+
+def test_one_that_takes_too_long_did_not_run_and_is_ended_with_its_program(tmp_path):
+    tool = script(tmp_path / "compute-sanitizer", f"(sleep 1; touch {tmp_path}/ended) & wait")
+    alive: list[int] = []
+    result = sanitizers._run(
+        sanitizers.Sanitizer(tool, "2026.4.0.0"), "racecheck", Path("program"), 0.3, alive.append
+    )  # fmt: skip
+    assert (result.passed, result.reason) == (None, "racecheck took longer than 0 s")
+    assert alive
+    time.sleep(1.2)
+    assert not (tmp_path / "ended").exists()
