@@ -21,8 +21,6 @@ from jax_router.verification.report import failures, totals
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = "shipped"
-# JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
-ENVIRONMENT = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 COMMAND = (sys.executable, str(ROOT / "scripts" / "fault_worker.py"))
 # One launch on an idle stream, against float64 and beside PyTorch.
 PARITY = (
@@ -202,7 +200,7 @@ class Run:
 
     def _machine(self, implementation: str) -> Event:
         request = {"implementation": implementation, "operations": [], "models": [], "trials": []}
-        with Child(self.command, request, {**ENVIRONMENT, **self.environment(SHIPPED)}) as child:
+        with Child(self.command, request, self._of_child(SHIPPED)) as child:
             for event in child.events(MACHINE_SECONDS):
                 if event["event"] == "begin":
                     return event
@@ -216,6 +214,10 @@ class Run:
         gpu = getattr(self._mine, "gpu", None)
         return found if gpu is None else {**found, "CUDA_VISIBLE_DEVICES": gpu}
 
+    def _of_child(self, name: str) -> Mapping[str, str]:
+        # JAX takes most of the GPU's memory at its start unless told otherwise; there are others beside this one.
+        return {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **self.environment(name)}
+
     def follow(self, name: str, request: Record, trials: Sequence[Record], into: str) -> None:
         """Run trials in as many processes as it takes, into the list `into` of the entry.
 
@@ -228,7 +230,7 @@ class Run:
             if into == "trials" and name != SHIPPED and is_given_up(self.entry(name)):
                 return
             outcome = None
-            with Child(self.command, {**request, "trials": left}, {**ENVIRONMENT, **self.environment(name)}) as child:
+            with Child(self.command, {**request, "trials": left}, self._of_child(name)) as child:
                 self._begun(child.process)
                 for event in child.events(self.hang):
                     kind = event["event"]

@@ -39,6 +39,13 @@ def gpu() -> jax.Device:
 
 
 @pytest.fixture(scope="module")
+def on_the_cpu() -> Iterator[None]:
+    """Everything without a device runs on a CPU, also where there is a GPU."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+@pytest.fixture(scope="module")
 def compiled_in_haste() -> Iterator[None]:
     """XLA without its optimisations on a CPU, for tests that hang on none and whose time is that of compiling."""
     before = jax.config.read("jax_disable_most_optimizations")

@@ -72,7 +72,7 @@ def no_compiler(monkeypatch, tmp_path):
     for variable in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(toolchain, "_wheel_toolkits", list)
+    monkeypatch.setattr(toolchain, "wheel_toolkits", list)
 
 
 def a_real_library() -> bytes:
@@ -290,7 +290,7 @@ def test_host_compiler_of_cxx_must_run(compilers, monkeypatch):
 def test_pypi_compiler_is_found_and_its_missing_piece_named(no_compiler, tmp_path, monkeypatch):
     toolkit = tmp_path / "nvidia" / "cu13"
     fake = FakeCompilers(toolkit)
-    monkeypatch.setattr(toolchain, "_wheel_toolkits", lambda: [toolkit])
+    monkeypatch.setattr(toolchain, "wheel_toolkits", lambda: [toolkit])
     monkeypatch.setenv("CXX", str(toolkit / "g++"))
     for piece in toolchain.WHEEL_PIECES:
         (toolkit / piece).parent.mkdir(parents=True, exist_ok=True)

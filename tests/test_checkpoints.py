@@ -59,8 +59,16 @@ NEEDED: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "split_ngram_parts": 4,
     },
 }  # fmt: skip
+
+
+def is_installed(case: Case) -> bool:
+    """Whether this version of transformers has the router; older ones have another, or no such model."""
+    file = Path(transformers.__file__).parent / "models" / case.model / f"modeling_{case.model}.py"
+    return file.is_file() and f"class {case.router}(" in file.read_text()
+
+
 # One case per configuration class; of the models of many parts those whose names differ from the text model's alone.
-INSTALLED = [case for case in CASES if (Path(transformers.__file__).parent / "models" / case.model).exists()]
+INSTALLED = [case for case in CASES if is_installed(case)]
 TEXT_MODELS = list({case.config: case for case in INSTALLED}.values())
 WHOLE_MODELS = {
     "ernie4_5_vl_moe": "Ernie4_5_VLMoeForConditionalGeneration",
@@ -72,16 +80,17 @@ WHOLE_MODELS = {
 CASE_OF = {case.model: case for case in CASES}
 
 
-def small(config: Any, needed: dict[str, Any]) -> Any:
-    """A small configuration of a class, and of the parts that the model has besides."""
+def small(config: Any, needed: dict[str, Any]) -> dict[str, Any]:
+    """What makes a configuration of a class small, and the parts that the model has besides."""
     needed = NEEDED.get(config.__name__, {}) | needed
-    known = config().to_dict()
-    parts = {
-        name: small(part, needed.get(name, {})).to_dict()
-        for name, part in config.sub_configs.items()
-        if name in known and part.__name__ != "AutoConfig"
+    usual = config()
+    known = usual.to_dict()
+    parts = {  # by their usual values: the class may say no more of a part than AutoConfig
+        name: small(type(getattr(usual, name)), needed.get(name, {}))
+        for name in config.sub_configs
+        if known.get(name) is not None
     }
-    return config(**{name: value for name, value in SMALL.items() if name in known} | needed | parts)
+    return {name: value for name, value in SMALL.items() if name in known} | needed | parts
 
 
 def modeling(case: Case) -> Any:
@@ -94,7 +103,8 @@ def variant(case: Case) -> dict[str, Any]:
 
 def text_config(case: Case) -> Any:
     module = importlib.import_module(f"transformers.models.{case.model}.configuration_{case.model}")
-    return small(getattr(module, case.config), variant(case))
+    config = getattr(module, case.config)
+    return config(**small(config, variant(case)))
 
 
 def text_model(case: Case) -> Any:
@@ -113,7 +123,7 @@ def text_model(case: Case) -> Any:
 
 def whole_model(case: Case) -> Any:
     found = getattr(modeling(case), WHOLE_MODELS[case.model])
-    return found(small(found.config_class, {"text_config": variant(case)}))
+    return found(found.config_class(**small(found.config_class, {"text_config": variant(case)})))
 
 
 def router_modules(model: Any, case: Case) -> list[tuple[int, Any, Any]]:

@@ -65,7 +65,7 @@ def test_races_that_an_old_racecheck_reports_say_nothing():
 
 
 def test_the_newest_one_that_runs_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path / "path"), prepend=":")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
     places = [tmp_path / name / "compute-sanitizer" for name in ("path", "toolkit", "cu13/bin", "cu12/bin")]
     monkeypatch.setattr(toolchain, "wheel_toolkits", lambda: [tmp_path / "cu13", tmp_path / "cu12"])
     toolkit = toolchain.Compiler(tmp_path / "toolkit/nvcc", "PATH", "", "13.0", tmp_path, "", ())

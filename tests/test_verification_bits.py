@@ -19,7 +19,7 @@ from jax_router.verification.data import Subject, draw, put, random_weights, wit
 from jax_router.verification.gpu_tools import Calls
 from jax_router.verification.result import Context
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "compiled_in_haste")
 
 SHORT = (1, 8, 17)
 

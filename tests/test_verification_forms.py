@@ -12,7 +12,7 @@ from jax_router.verification import data, plan
 from jax_router.verification.data import NUMERIC_TOKENS, Subject, draw
 from jax_router.verification.numerics import check_numerics
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "compiled_in_haste")
 
 
 def test_a_float32_checkpoint_has_every_kind_of_data_and_passes():

@@ -34,7 +34,7 @@ from jax_router.verification.data import IN_RANDOM_ORDER, KINDS, NUMERIC_TOKENS,
 from jax_router.verification.judge import judge_logits
 from jax_router.verification.numerics import check_numerics
 
-pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+pytestmark = pytest.mark.usefixtures("on_the_cpu", "compiled_in_haste")
 
 select, weigh = routing.select_experts, routing.routing_weights
 
