@@ -200,6 +200,19 @@ def test_a_failure_is_remembered_until_a_full_run_passes_it() -> None:
     assert why(gate.kept("NVIDIA H200")) is None
 
 
+def test_what_fails_again_is_kept_once() -> None:
+    wrong = with_check(GEMM, "load", False, "3 wrong")
+    worse = with_check(GEMM, "bits", False, "row 5")
+    for later, reason in ((record(wrong, ROUTE), "load failed (3 wrong)"), (record(worse), "bits failed (row 5)"),
+                          (record(worse, quick=True), "load failed (3 wrong)")):  # fmt: skip
+        gate.keep(record(wrong))
+        gate.keep(later)
+        kept = gate.kept("NVIDIA H200")
+        assert [gate.label(each) for each in kept["subjects"] if not each["passed"]] == [gate.label(GEMM)]
+        assert reason in str(why(kept))
+        gate.keep(record(GEMM))
+
+
 def test_a_short_run_replaces_no_long_one_but_adds_what_it_failed() -> None:
     gate.keep(record(GEMM, ROUTE))
     gate.keep(record(GEMM, quick=True))

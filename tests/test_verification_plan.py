@@ -213,3 +213,42 @@ def test_neighbours_need_a_gpu_and_bits_to_compare():
     ):
         result = neighbours.check_neighbours(subject, where)
         assert (result.passed, result.reason) == (None, reason)
+
+
+@pytest.mark.parametrize(
+    ("quick", "late", "waited", "passed", "blocks"),
+    [
+        (False, range(0, 16, 2), (), True, 25),  # 8 of 25
+        (False, range(0, 18, 2), (), False, 17),
+        (True, (0, 4), (), True, 5),
+        (True, (0, 3, 4), (), False, 5),
+        (False, (), (6,), False, 7),
+    ],
+)
+def test_late_words_are_a_fault_where_many_blocks_have_them(monkeypatch, quick, late, waited, passed, blocks):
+    monkeypatch.setattr(gpu_tools, "loaded", lambda: None)
+    where = OnGpu(CPU, quick=quick, tokens=(8,))
+    executions = iter(range(1000))
+
+    class Between:
+        def as_text(self):
+            return ""
+
+        def __call__(self, wrong, buffers, sources, expected):
+            block = next(executions) // neighbours.READ_EVERY
+            found = [3 * (block in waited), 96 * (block in late), 7, 0, 12 * GEMM.experts, 1, 2, 0]
+            return jnp.array(found, jnp.uint32), buffers
+
+    subject = Subject("cuda", GEMM)
+    output = jnp.zeros((8, GEMM.experts))
+    where.ahead({("call", 8): lambda: lambda operands: (output,), ("between", 8): Between})
+    with jax.default_device(CPU):
+        result = neighbours.check_neighbours(subject, where)
+    assert (result.passed, result.launches) == (passed, blocks * neighbours.BLOCK)
+    if passed:
+        assert result.figures == {"late_blocks": len(late), "blocks": blocks}
+    else:
+        who = "threads that waited" if waited else "a warp that did not wait"
+        assert result.reason.startswith(who)
+        assert result.reason.endswith(f"in {len(late)} of {blocks} times 240")
+        assert (result.failure.row, result.failure.launch) == (12, (blocks - 1) * neighbours.BLOCK + 7)

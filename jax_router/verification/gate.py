@@ -269,14 +269,16 @@ def _joined(earlier: Record, record: Record) -> Record:
     of = record["provenance"]
     if why_of_other(earlier, source_hash=of["source_hash"], gpu=of["gpu"]) is not None:
         return record
+    failed = [each for each in record["subjects"] if _failed(each)]
     if record["quick"] and not earlier["quick"]:
-        return {**earlier, "subjects": [*earlier["subjects"], *filter(_failed, record["subjects"])]}
+        known = {_of(each) for each in earlier["subjects"] if _failed(each)}
+        return {**earlier, "subjects": [*earlier["subjects"], *(each for each in failed if _of(each) not in known)]}
     passed = [] if record["quick"] else [each for each in record["subjects"] if _not_run(each) is None]
-    settled = {(_key(each), each.get("source")) for each in passed}
+    settled = {_of(each) for each in (*passed, *failed)}
     subjects = [
         {"date": earlier["provenance"]["date"], **each}
         for each in earlier["subjects"]
-        if _failed(each) and (_key(each), each.get("source")) not in settled
+        if _failed(each) and _of(each) not in settled
     ]
     tools = {tool["tool"] for tool in record["sanitizers"] if tool["passed"] is not None}
     sanitizers = [tool for tool in earlier["sanitizers"] if tool["passed"] is False and tool["tool"] not in tools]
@@ -285,6 +287,10 @@ def _joined(earlier: Record, record: Record) -> Record:
         "subjects": [*record["subjects"], *subjects],
         "sanitizers": [*record["sanitizers"], *sanitizers],
     }
+
+
+def _of(subject: Mapping[str, Any]) -> tuple[str, str | None]:
+    return _key(subject), subject.get("source")
 
 
 def _key(subject: Mapping[str, Any]) -> str:
