@@ -232,7 +232,7 @@ def test_chains_that_give_the_same_again_pass(shape):
     for subject in (kernel(shape=shape), Subject("xla", shape)):
         result = load.check_graphs(subject, Context(CPU, tokens=(8,)))
         assert result.passed, result.reason
-        turns = load.GRAPH_TURNS * 5 + 2 * subject.promises_bits
+        turns = load.GRAPH_TURNS * 6 + 2 * subject.promises_bits
         assert result.launches == turns * CALLS
 
 
@@ -241,7 +241,7 @@ def test_chains_that_give_the_same_again_pass(shape):
     [
         (CALLS + 3, ALONE),
         (2 * CALLS + 5, "a replayed chain of launches with 8 tokens is wrong"),
-        ((2 + load.GRAPH_TURNS * 4) * CALLS, "a replayed chain of launches with 8 tokens is wrong"),  # a thread's
+        ((2 + load.GRAPH_TURNS * 5) * CALLS, "a replayed chain of launches with 8 tokens is wrong"),  # a thread's
     ],
 )
 def test_a_chain_that_changes_between_executions_is_found(wrong_at, reason):
@@ -258,8 +258,18 @@ def test_what_promises_no_bits_must_agree_with_its_own_chain():
     assert (result.passed, result.reason) == (False, ALONE)
 
 
-@pytest.mark.parametrize("recorded", [0, 7])
-def test_graphs_that_were_not_recorded_are_not_checked(recorded, monkeypatch):
+EXECUTIONS = load.GRAPH_TURNS * 6 + 2
+
+
+@pytest.mark.parametrize(
+    ("recorded", "replayed", "reason"),
+    [
+        (7, EXECUTIONS - 8, None),
+        (0, EXECUTIONS - 1, "XLA recorded no CUDA graph of these launches"),
+        (EXECUTIONS - 1, 0, "XLA replayed no CUDA graph of these launches"),
+    ],
+)
+def test_graphs_that_were_not_recorded_or_not_replayed_are_not_checked(recorded, replayed, reason, monkeypatch):
     calls = iter([Calls(4, 0), Calls(5, 0), Calls(6, recorded)])
     monkeypatch.setattr(load.gpu_tools, "calls", lambda: next(calls))
     monkeypatch.setattr(load.gpu_tools, "loaded", lambda: None)
@@ -267,10 +277,8 @@ def test_graphs_that_were_not_recorded_are_not_checked(recorded, monkeypatch):
     monkeypatch.setattr(load, "_differing", lambda outputs, expected, _: differing(outputs, expected, Context(CPU)))
     monkeypatch.setattr(load, "MOST_CALLS", CALLS)
     result = load.check_graphs(kernel(), context(tokens=(8,)))
-    assert result.passed is (True if recorded else None)
-    executions = load.GRAPH_TURNS * 5 + 2
-    assert result.figures == {"recorded": recorded, "replayed": executions - recorded - 1}
-    assert recorded or result.reason == "XLA recorded no CUDA graph of these launches"
+    assert (result.passed, result.reason) == (None if reason else True, reason)
+    assert result.figures == {"recorded": recorded, "replayed": replayed}
 
 
 def test_other_contents_of_the_same_buffers_are_judged():
