@@ -33,7 +33,7 @@ using namespace jax_router;
 using namespace jax_router_check;
 
 const std::vector<int> kTokens = {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 48, 63, 64, 65, 255, 1024};
-const std::vector<int> kFewTokens = {17, 1};  // of kTiny: the first that a configuration takes
+const std::vector<int> kFewTokens = {17, 1};  // of kTiny
 
 struct Case {
   int experts, hidden, dtype, bias_dtype, out_dtype;
@@ -42,7 +42,7 @@ struct Case {
 
 struct Checker {
   const std::vector<int>& tokens_list;
-  const bool once;       // each configuration
+  const bool once;       // with the first number of tokens that a configuration takes
   const int max_tokens;  // of the reference
   DeviceBuffer workspace{kWorkspaceBytes + kCanaryBytes};
   std::vector<bool> checked = {};  // by configuration

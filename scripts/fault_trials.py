@@ -224,7 +224,7 @@ def sanitize(run: Run, chosen: Sequence[Fault], console: Console) -> None:
         said = {True: "passed", False: "caught it", None: "did not run"}[result.passed]
         console.print(f"{fault.name}: {tool} {said}, {result.seconds:.0f} s: {result.reason}", markup=False)
         facts = {"tool": tool, "passed": result.passed, "launches": result.launches, "seconds": result.seconds,
-                 "reason": result.reason}  # fmt: skip
+                 "reason": result.reason, **result.figures}  # fmt: skip
         run.entry(fault.name)["sanitizers"] = [facts]
         run.save()
 
@@ -256,7 +256,7 @@ def main(
     hang: Annotated[float, typer.Option(help="Seconds without a sign of life that count as a hang.")] = 40.0,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once, of what load does not matter to.")] = 4,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="Use this GPU, of CUDA_VISIBLE_DEVICES; may be repeated. Of one kind.")
+        list[str] | None, typer.Option(help="For CUDA_VISIBLE_DEVICES; may be repeated, for GPUs of one kind.")
     ] = None,
     survey: Annotated[bool, typer.Option(help="Also every check, shortly, on every fault.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure again what the record has of these.")] = False,
@@ -268,7 +268,13 @@ def main(
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     os.environ.pop(build.LIBRARY_VARIABLE, None)
-    run = Run(libraries.resolve(), hang, gpus=gpu or ())
+    gpus = gpu or []
+    if len(set(gpus)) < len(gpus) or (gpus and sanitizers):
+        raise typer.BadParameter(
+            f"gpu is {', '.join(gpus)}. Expected each once, and none beside --sanitizers, which use the first GPU; "
+            "leave out the others."
+        )
+    run = Run(libraries.resolve(), hang, gpus=gpus)
     # A time limit that ends this process must not leave children on the GPU.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

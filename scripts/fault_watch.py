@@ -132,7 +132,7 @@ class Run:
     ):  # fmt: skip
         self.libraries, self.hang, self.command = libraries, hang, command
         self.gpus = tuple(gpus) or (None,)
-        self._mine = threading.local()
+        self._of_thread = threading.local()
         self.parity_command, self.quick_command = parity, quick
         self.record: Record = {}
         self.on_done: Callable[[str], None] = lambda _: None
@@ -181,7 +181,7 @@ class Run:
 
     def use(self, gpu: str | None) -> None:
         """From now on the processes of this thread see only this GPU; with None all that this process sees."""
-        self._mine.gpu = gpu
+        self._of_thread.gpu = gpu
 
     def machine(self, implementation: str) -> Event:
         """What a process without trials says of the machine, which is one whatever GPU the process has.
@@ -211,7 +211,7 @@ class Run:
     def environment(self, name: str) -> Mapping[str, str]:
         """Of a process that has the library of a fault, and the GPU of this thread."""
         found = {} if name == SHIPPED else {build.LIBRARY_VARIABLE: str(self.libraries / f"{name}.so")}
-        gpu = getattr(self._mine, "gpu", None)
+        gpu = getattr(self._of_thread, "gpu", None)
         return found if gpu is None else {**found, "CUDA_VISIBLE_DEVICES": gpu}
 
     def _of_child(self, name: str) -> Mapping[str, str]:

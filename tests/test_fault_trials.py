@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from fault_bench import ROOT, Bench
 from rich.console import Console
 
@@ -237,6 +238,12 @@ def test_processes_are_spread_over_the_gpus_which_are_of_one_kind(bench):
         bench.measure("rounded-logits", gpus=("GPU-a", "GPU-b"))
     bench.measure("rounded-logits", trials=2, gpus=("GPU-a",))
     assert bench.gpus == {"GPU-a"}
+
+
+@pytest.mark.parametrize("options", [{"gpu": ["0", "0"]}, {"gpu": ["1"], "sanitizers": ["probe-once"]}])
+def test_a_gpu_is_named_once_and_not_for_sanitizers(tmp_path, options):
+    with pytest.raises(typer.BadParameter, match=r"gpu is [01]"):
+        fault_trials.main(tmp_path, **{"sanitizers": None, **options})
 
 
 def test_the_shipped_library_must_not_be_caught(bench):

@@ -213,6 +213,20 @@ def test_what_fails_again_is_kept_once() -> None:
         gate.keep(record(GEMM))
 
 
+def test_a_sanitizer_that_fails_in_a_short_run_is_remembered_too() -> None:
+    def tools(passed: bool) -> list[dict]:
+        return [{"tool": "racecheck", "passed": passed, "reason": None}]
+
+    for before in ([], tools(True)):
+        gate.keep(record(GEMM, sanitizers=before))
+        gate.keep(record(GEMM, quick=True, sanitizers=tools(False)))
+        assert why(gate.kept("NVIDIA H200")) == "compute-sanitizer's racecheck failed"
+        gate.keep(record(GEMM, quick=True, sanitizers=tools(True)))
+        assert gate.kept("NVIDIA H200")["sanitizers"] == tools(False)
+        gate.keep(record(GEMM, sanitizers=tools(True)))
+        assert why(gate.kept("NVIDIA H200")) is None
+
+
 def test_a_short_run_replaces_no_long_one_but_adds_what_it_failed() -> None:
     gate.keep(record(GEMM, ROUTE))
     gate.keep(record(GEMM, quick=True))

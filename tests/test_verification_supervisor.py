@@ -190,6 +190,8 @@ def test_ctrl_c_keeps_what_is_there_and_ends_the_worker_with_its_children(worker
     worker("""
 begin()
 check(0)
+with open("/proc/self/comm", "wb") as name:
+    name.write("verification-日本".encode())  # of which 15 bytes are kept, which are no UTF-8
 quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 children = [subprocess.Popen(["sleep", "60"], process_group=group, **quiet) for group in (None, 0)]
 for child in children:

@@ -262,7 +262,7 @@ def _kept_path(gpu: str) -> Path | None:
 
 
 def _joined(earlier: Record, record: Record) -> Record:
-    """`record`, and what failed in `earlier` unless it was of something else or has passed since.
+    """`record`, and what failed in `earlier` unless it was of something else, or has passed or failed again since.
 
     A short run replaces no long one: of it only what failed is added.
     """
@@ -272,7 +272,12 @@ def _joined(earlier: Record, record: Record) -> Record:
     failed = [each for each in record["subjects"] if _failed(each)]
     if record["quick"] and not earlier["quick"]:
         known = {_of(each) for each in earlier["subjects"] if _failed(each)}
-        return {**earlier, "subjects": [*earlier["subjects"], *(each for each in failed if _of(each) not in known)]}
+        found = {tool["tool"]: tool for tool in record["sanitizers"] if tool["passed"] is False}
+        return {
+            **earlier,
+            "subjects": [*earlier["subjects"], *(each for each in failed if _of(each) not in known)],
+            "sanitizers": [found.pop(tool["tool"], tool) for tool in earlier["sanitizers"]] + list(found.values()),
+        }
     passed = [] if record["quick"] else [each for each in record["subjects"] if _not_run(each) is None]
     settled = {_of(each) for each in (*passed, *failed)}
     subjects = [

@@ -197,7 +197,7 @@ def check_graphs(subject: Subject, context: Context) -> Result:
     if failed is not None:
         reason = f"a replayed chain of launches with {failed.tokens} tokens is wrong"
         return Result("graphs", False, launches, time.monotonic() - started, figures, reason, failed)
-    idle = [what for what, count in figures.items() if not count]
+    idle = [what for what, count in figures.items() if count <= 0]
     if idle:
         reason = f"XLA {' and '.join(idle)} no CUDA graph of these launches"
         return Result("graphs", None, launches, time.monotonic() - started, figures, reason)
@@ -208,7 +208,7 @@ Verdicts = Iterator[tuple[int, Failure | None]]
 
 
 def _changing(subject: Subject, context: Context, chain: Chain) -> Verdicts:
-    """The same executable on other buffers (the routers one place on), twice, and on other contents of them."""
+    """The same executable on other buffers (the routers one place on), and on other contents of its own."""
     expected, routers = chain.expected, chain.routers
     step = len(chain.xs)  # keeps each router with its x
     for turn in range(GRAPH_TURNS):

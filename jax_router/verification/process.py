@@ -41,10 +41,15 @@ def conversation() -> tuple[dict[str, Any], Callable[..., None]]:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """With all that it started: its group, and the groups of its session, as a sanitizer has one; or what is left."""
-    for group in {process.pid, *_groups_of_session(process.pid)}:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    """With its group and the other groups of its session, as a sanitizer has one; or what is left of them."""
+    _kill_group(process.pid)  # first, so that it starts nothing more
+    for group in _groups_of_session(process.pid):
+        _kill_group(group)
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _groups_of_session(session: int) -> set[int]:
@@ -52,7 +57,7 @@ def _groups_of_session(session: int) -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            _, _, group, of_session = path.read_text().rpartition(")")[2].split()[:4]
+            _, _, group, of_session = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
             if int(of_session) == session:
                 found.add(int(group))
     return found

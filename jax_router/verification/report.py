@@ -122,7 +122,8 @@ def markdown(record: Record) -> str:
 
 
 def _tool(result: dict[str, Any]) -> str:
-    return " ".join(["compute-sanitizer", *result.get("figures", {}).values(), result["tool"]])
+    version = result.get("figures", {}).get("version")
+    return " ".join(filter(None, ("compute-sanitizer", version, result["tool"])))
 
 
 def _first_line(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,9 @@ TOOLS = ("memcheck", "synccheck", "initcheck", "racecheck")  # the slowest last
 EXTENT = {"racecheck": "--tiny"}  # it takes a thousand times as long as the program alone
 SECONDS = 600.0  # of one tool
 FOUND = 9  # exit status when the tool reports something
-SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", re.MULTILINE)
-ORDERED_SINCE = (2026, 4)  # racecheck follows what one barrier orders for another; 2025.3 does not
+SUMMARY = re.compile(r"^========= (ERROR|RACECHECK) SUMMARY: (\d+)", re.MULTILINE)
+REPORTED = re.compile(r"^========= (?!COMPUTE-SANITIZER|.*SUMMARY)\S", re.MULTILINE)  # what follows is indented
+TRUSTED_SINCE = (2026, 4)  # of racecheck's reports: 2025.3 takes barriers for races whose order others establish
 INSTALL = 'Run pip install "nvidia-cuda-sanitizer-api>=13.5".'
 OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 
@@ -53,7 +55,9 @@ def find_sanitizer() -> Sanitizer | None:
 
 def _asked(path: Path) -> Sanitizer | None:
     try:
-        said = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=60).stdout
+        said = subprocess.run(
+            [str(path), "--version"], capture_output=True, text=True, errors="replace", timeout=20
+        ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
     version = re.search(r"Version (\d+(?:\.\d+)+)", said)
@@ -92,51 +96,64 @@ def check_sanitizers(
             yield from (Result(tool, None, reason=why) for tool in tools)
             return
         alive(0)
+        stopped = threading.Event()
         with ThreadPoolExecutor(len(tools)) as pool:
-            yield from pool.map(lambda tool: _run(sanitizer, tool, program, seconds, alive), tools)
+            try:
+                yield from pool.map(lambda tool: _run(sanitizer, tool, program, seconds, alive, stopped), tools)
+            finally:  # the pool waits for what runs
+                stopped.set()
 
 
-def _run(sanitizer: Sanitizer, tool: str, program: Path, seconds: float, alive: Callable[[int], None]) -> Result:
+def _run(
+    sanitizer: Sanitizer, tool: str, program: Path, seconds: float, alive: Callable[[int], None],
+    stopped: threading.Event,
+) -> Result:  # fmt: skip
     started = time.monotonic()
     extent = EXTENT.get(tool, "--small")
     command = [str(sanitizer.path), "--tool", tool, "--error-exitcode", str(FOUND), str(program), extent]
-    output = None
     # A group of its own: the tool's end would leave the program running, and holding the pipe.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0
     ) as process:
+        output = status = None
         try:
-            while output is None and time.monotonic() - started < seconds:
+            while output is None and not stopped.is_set() and time.monotonic() - started < seconds:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    output, _ = process.communicate(timeout=min(5.0, seconds))
+                    output, _ = process.communicate(timeout=min(1.0, seconds))
+                    status = process.returncode
                 alive(0)
         finally:
             kill(process)
-    said: tuple[bool | None, str | None] = None, f"{tool} took longer than {seconds:.0f} s"
-    if output is not None:
-        said = judge(sanitizer, tool, process.returncode, output)
-    launches = _launches(output or "")
-    took = time.monotonic() - started
-    return Result(tool, said[0], launches, took, {"version": sanitizer.version}, reason=said[1])
+        if output is None:
+            output, _ = process.communicate()
+    passed, reason = judge(sanitizer, tool, status, output)
+    return Result(
+        tool, passed, _launches(output), time.monotonic() - started, {"version": sanitizer.version}, reason=reason
+    )  # fmt: skip
 
 
 def _launches(output: str) -> int:
     return sum(map(int, re.findall(r"(\d+) (?:launches|routings)", output)))
 
 
-def judge(sanitizer: Sanitizer, tool: str, status: int, output: str) -> tuple[bool | None, str | None]:
-    """Whether a tool passed the program, None if that says nothing of the kernels, and why not."""
-    reports = sum(map(int, SUMMARY.findall(output)))  # a warning alone leaves the status as it is
-    if status == 0 and reports == 0:
+def judge(sanitizer: Sanitizer, tool: str, status: int | None, output: str) -> tuple[bool | None, str | None]:
+    """Whether a tool passed the program, None if that says nothing of the kernels, and why not.
+
+    Its status is None if it was ended; what it had reported until then counts.
+    """
+    reports = {name: int(count) for name, count in SUMMARY.findall(output)}
+    if status == 0 and not any(reports.values()):  # warnings leave the status as it is
         return (True, None) if _launches(output) else (None, f"the program launched nothing: {output[-2000:]}")
     of_the_program = OF_THE_PROGRAM.search(output) is not None
-    if status not in (0, FOUND) and not of_the_program:
+    if status is None and not of_the_program and not REPORTED.search(output):
+        return None, f"{tool} was ended before it came to its end"
+    if status not in (None, 0, FOUND) and not of_the_program and not reports.get("RACECHECK"):
         return None, f"{tool} ended with status {status}: {output[-2000:]}"
     said = [line for line in output.splitlines() if line.startswith("=========") or "FAILED" in line]
     reason = "\n".join(said[:12]) or output[-2000:]
-    if tool == "racecheck" and sanitizer.release < ORDERED_SINCE and not of_the_program:
+    if tool == "racecheck" and sanitizer.release < TRUSTED_SINCE and not of_the_program:
         return None, (
-            f"racecheck of compute-sanitizer {sanitizer.version} takes barriers for races that a newer one does not. "
+            f"racecheck of compute-sanitizer {sanitizer.version} may take barriers for races, as 2025.3 does. "
             f"{INSTALL}\n{reason}"
         )
     return False, reason
