@@ -162,9 +162,9 @@ struct Checker {
 };
 
 int check_all(Extent extent) {
+  const bool tiny = extent == Extent::kTiny;
   std::vector<std::array<int, 2>> shapes = {{3, 72}, {31, 2688}};
-  if (extent != Extent::kTiny)
-    shapes.insert(shapes.end(), {{1, 8}, {8, 720}, {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}});
+  if (!tiny) shapes.insert(shapes.end(), {{1, 8}, {8, 720}, {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}});
   if (extent == Extent::kFull) {
     shapes.insert(shapes.end(), {{33, 2880},
                                  {128, 2880},
@@ -179,7 +179,6 @@ int check_all(Extent extent) {
                                  {512, 2048}});
   }
   std::mt19937 random(20261123);
-  const bool tiny = extent == Extent::kTiny;
   Checker checker = {tiny ? kFewTokens : kTokens, tiny, max_tokens_of(extent)};
   int variant = 0;
   for (const auto& [experts, hidden] : shapes) {
@@ -191,7 +190,7 @@ int check_all(Extent extent) {
     }
   }
   for (const double scale : {ldexp(1, -12), ldexp(1, -14)}) {
-    if (extent == Extent::kTiny) break;
+    if (tiny) break;
     checker.check({31, 2688, JR_FLOAT16, JR_NONE, JR_FLOAT32, 0.0, scale}, random);
     ++variant;
   }
