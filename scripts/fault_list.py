@@ -9,19 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax_router.verification.edits import Edit
+
 # Checks of `jax-router verify`. "hang" is its watchdog; "memory" has poisoned outputs, canaries and buffers that end
 # where nothing is mapped.
 CHECKS = ("accuracy", "experts", "bits", "memory", "load", "graphs", "neighbours", "sanitizers", "hang")
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replaces `old`, which `file` of csrc has `count` times, by `new`."""
-
-    file: str
-    old: str
-    new: str
-    count: int = 1
 
 
 @dataclass(frozen=True)

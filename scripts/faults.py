@@ -27,6 +27,7 @@ from fault_list import FAULTS, Fault
 
 from jax_router import build
 from jax_router.toolchain import BuildError, Compiler, compiler_warnings, find_compiler, run
+from jax_router.verification.edits import EditError, copy_edited
 
 INCLUDE = re.compile(r'^#include "(\w[\w.]*)"', re.MULTILINE)
 
@@ -56,19 +57,10 @@ def apply(fault: Fault, csrc: Path, to: Path) -> None:
     Raises:
       FaultError: an edit does not find its text, or not as often as it says; nothing is left in `to`.
     """
-    texts = {path.name: path.read_text() for path in sorted(csrc.iterdir()) if path.is_file()}
-    for edit in fault.edits:
-        found = texts.get(edit.file, "").count(edit.old)
-        if found != edit.count:
-            raise FaultError(
-                f"fault {fault.name} no longer applies: {edit.file} in {csrc} has the text below {found} times. "
-                f"Expected {edit.count}; bring the edit in scripts/fault_list.py up to date with the sources.\n"
-                f"{edit.old}"
-            )
-        texts[edit.file] = texts[edit.file].replace(edit.old, edit.new)
-    to.mkdir(parents=True)
-    for name, text in texts.items():
-        (to / name).write_text(text)
+    try:
+        copy_edited(csrc, to, fault.edits)
+    except EditError as error:
+        raise FaultError(f"fault {fault.name} of scripts/fault_list.py no longer applies: {error}") from error
 
 
 def compiled_from(source: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import routing_cases
 
 from jax_router import build, routing, toolchain
 from jax_router.implementations import cuda
+from jax_router.verification import edits, sanitizers
 
 Array = np.ndarray
 RIGHT, OPEN, WRONG = range(3)
@@ -59,6 +60,13 @@ def test_the_standalone_program_compiles_without_a_warning(tmp_path: Path) -> No
     log = nvcc(tmp_path, "-c", *(str(build.csrc_directory() / name) for name in sources))
     assert toolchain.compiler_warnings(log) == []
     assert {path.stem for path in tmp_path.glob("*.o")} == {Path(name).stem for name in sources}
+
+
+def test_the_kernels_that_racecheck_gets_compile_without_a_warning(tmp_path: Path) -> None:
+    edits.copy_edited(build.csrc_directory(), tmp_path / "copy", sanitizers.WAITS_EARLY)
+    files = {edit.file for edit in sanitizers.WAITS_EARLY}
+    log = nvcc(tmp_path, "-c", *(str(tmp_path / "copy" / file) for file in files))
+    assert toolchain.compiler_warnings(log) == []
 
 
 def test_nothing_of_the_standalone_program_is_in_the_library() -> None:
@@ -171,11 +179,17 @@ def test_the_check_program_sees_what_is_wrong(judge: ctypes.CDLL, name: str) -> 
 def test_the_standalone_program_finds_nothing_wrong(tmp_path: Path) -> None:
     """Every configuration against the naive kernel and a CPU reference; then between programmatic neighbours.
 
-    What compute-sanitizer gets, --small and --tiny, finds nothing wrong without it.
+    What compute-sanitizer gets, --small and racecheck's own sources with --tiny, finds nothing wrong without it.
     """
-    nvcc(tmp_path, *map(str, sorted(build.csrc_directory().glob("*.cu"))), "-o", "router_gemm_check")
-    for arguments in (["--check"], ["--small"], ["--tiny"], ["--overlap", "100"]):
-        done = subprocess.run(
-            [tmp_path / "router_gemm_check", *arguments], capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    copy = tmp_path / "copy"
+    edits.copy_edited(build.csrc_directory(), copy, sanitizers.WAITS_EARLY)
+    for csrc, runs in (
+        (build.csrc_directory(), (["--check"], ["--small"], ["--overlap", "100"])),
+        (copy, (["--tiny"],)),
+    ):
+        nvcc(tmp_path, *map(str, sorted(csrc.glob("*.cu"))), "-o", "router_gemm_check")
+        for arguments in runs:
+            done = subprocess.run(
+                [tmp_path / "router_gemm_check", *arguments], capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr

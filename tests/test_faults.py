@@ -83,8 +83,9 @@ def test_an_edit_that_no_longer_applies_names_fault_file_and_text(edit, found, t
     with pytest.raises(faults.FaultError) as failure:
         faults.apply(broken, CSRC, tmp_path / "broken")
     message = str(failure.value)
-    assert message.startswith(f"fault gone-stale no longer applies: {edit.file} in {CSRC} has the text below {found} ")
-    assert f"Expected {edit.count}; bring the edit in scripts/fault_list.py up to date" in message
+    assert message.startswith("fault gone-stale of scripts/fault_list.py no longer applies: ")
+    assert f": {edit.file} in {CSRC} has the text below {found} times. " in message
+    assert f"Expected {edit.count}; bring the edit up to date" in message
     assert message.endswith(edit.old)
     assert not (tmp_path / "broken").exists()
 

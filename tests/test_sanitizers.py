@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_router import toolchain
+from jax_router import build, toolchain
 from jax_router.verification import report, sanitizers
 from jax_router.verification.result import Result
 
@@ -114,3 +114,35 @@ def test_all_that_run_are_ended_when_nobody_wants_to_know(tmp_path, monkeypatch)
     assert next(results).passed
     results.close()
     assert time.monotonic() - started < 30
+
+
+def test_racecheck_gets_a_copy_that_waits_early_and_the_others_what_is_shipped(tmp_path, monkeypatch):
+    ran = {}
+
+    def build_program(folder, csrc=None):
+        (folder / "program").write_text((csrc or build.csrc_directory()).joinpath(file).read_text())
+        return folder / "program"
+
+    def run(_, tool, program, *__):
+        ran[tool] = program.read_text()
+        return Result(tool, True, 1)
+
+    file = sanitizers.WAITS_EARLY[0].file
+    monkeypatch.setattr(sanitizers, "find_sanitizer", lambda: NEW)
+    monkeypatch.setattr(sanitizers, "build_program", build_program)
+    monkeypatch.setattr(sanitizers, "_run", run)
+    assert all(result.passed for result in sanitizers.check_sanitizers(lambda _: None))
+    shipped = (build.csrc_directory() / file).read_text()
+    waits = [edit.new for edit in sanitizers.WAITS_EARLY]
+    assert {tool: text == shipped for tool, text in ran.items()} == {
+        "memcheck": True, "synccheck": True, "initcheck": True, "racecheck": False,
+    }  # fmt: skip
+    assert all(text in ran["racecheck"] for text in waits)
+    assert len(ran["racecheck"].splitlines()) == len(shipped.splitlines())  # so that reports name the shipped lines
+
+    broken = tmp_path / "csrc"
+    broken.mkdir()
+    (broken / file).write_text(shipped.replace("shared.cluster_sum.arrive(log2_tiles);", ""))
+    results = list(sanitizers.check_sanitizers(lambda _: None, csrc=broken))
+    assert [result.passed for result in results] == [None] * 4
+    assert f"{file} in {broken} has the text below 0 times" in results[0].reason
