@@ -49,8 +49,11 @@ def test_every_table_accepts_what_its_verification_of_these_sources_proves(path)
 
 def test_every_record_of_broken_kernels_has_every_fault_as_it_is():
     records = {path.name: json.loads(path.read_text()) for path in sorted(ROOT.glob("docs/results/faults-*.json"))}
-    found = {name: fault_trials.lacks(record) for name, record in records.items()}
-    assert all(lack == [] for lack in found.values()), f"measure them, python scripts/fault_trials.py: {found}"
+    found = {name: set(fault_trials.lacks(record)) for name, record in records.items()}
+    # That the parity tests miss a fault is the same on every GPU: one record must have seen it.
+    elsewhere = {lack for each in found.values() for lack in each if lack.endswith(": no parity tests")}
+    elsewhere -= set.intersection(*found.values())
+    assert all(lack <= elsewhere for lack in found.values()), f"measure them, python scripts/fault_trials.py: {found}"
 
 
 @pytest.mark.parametrize(
