@@ -183,13 +183,14 @@ def lacks(record: Record, trials: int = 10) -> list[str]:
         entry = record["faults"].get(fault.name)
         if entry is None:
             missing.append(f"{fault.name}: not measured")
-        elif entry["digest"] != digest(fault):
+            continue
+        if entry["digest"] != digest(fault):
             missing.append(f"{fault.name}: another fault was measured under this name")
-        elif len(entry["trials"]) < trials:
+        if len(entry["trials"]) < trials:
             missing.append(f"{fault.name}: {len(entry['trials'])} trials of {trials}")
-        elif fault.missed_by_parity and entry["parity"] is None:
+        if fault.missed_by_parity and entry["parity"] is None:
             missing.append(f"{fault.name}: no parity tests")
-        elif fault.found_by_quick and len(entry["quick"]) < trials:
+        if fault.found_by_quick and len(entry["quick"]) < trials:
             missing.append(f"{fault.name}: {len(entry['quick'])} runs of verify --quick of {trials}")
     control = record["faults"].get(SHIPPED)
     known = {SHIPPED, *(fault.name for fault in FAULTS)}

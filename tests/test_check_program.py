@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def test_the_standalone_program_compiles_without_a_warning(tmp_path: Path) -> No
 def test_the_kernels_that_racecheck_gets_compile_without_a_warning(tmp_path: Path) -> None:
     edits.copy_edited(build.csrc_directory(), tmp_path / "copy", sanitizers.WAITS_EARLY)
     files = {edit.file for edit in sanitizers.WAITS_EARLY}
+    for path in (tmp_path / "copy").glob("*.[ch]*"):
+        of_csrc = set(re.findall(r'^#include "((?!xla/)[^"]+)"', path.read_text(), re.MULTILINE))
+        assert of_csrc <= {copied.name for copied in path.parent.iterdir()}, "a copy holds all it is compiled from"
     log = nvcc(tmp_path, "-c", *(str(tmp_path / "copy" / file) for file in files))
     assert toolchain.compiler_warnings(log) == []
 

@@ -111,9 +111,11 @@ def test_a_record_says_what_it_lacks(bench):
     whole["faults"]["a-fault-of-old"] = whole["faults"]["rounded-logits"]
     del whole["faults"]["rounded-logits"], whole["faults"]["negative-keys"]["trials"][0]
     whole["faults"]["arrival-order"]["parity"] = None
+    whole["faults"]["obsolete-barrier"]["parity"] = None
     del whole["faults"]["obsolete-barrier"]["quick"][0]
     whole["faults"]["ties-to-highest"]["digest"] = "of another edit"
     assert fault_trials.lacks(whole, trials=2) == [
+        "obsolete-barrier: no parity tests",
         "obsolete-barrier: 1 runs of verify --quick of 2",
         "arrival-order: no parity tests",
         "ties-to-highest: another fault was measured under this name",

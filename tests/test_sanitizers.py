@@ -62,6 +62,13 @@ def test_a_sanitizer_passes_what_it_saw(tmp_path, said, status, passed):
     assert "compute-sanitizer 2026.4.0.0 memcheck: " in text
 
 
+def test_the_record_says_that_racecheck_ran_on_an_edited_copy(tmp_path):
+    result = run(script(tmp_path / "compute-sanitizer", f"echo '{CLEAN}'"), "racecheck", 60.0)
+    tool = {"tool": "racecheck", "passed": result.passed, "reason": None, "figures": result.figures}
+    record = {"subjects": [], "provenance": {"gpu": "G", "date": "2026", "source_hash": "a"}, "sanitizers": [tool]}
+    assert "racecheck (edited sm90_router_gemm_many_tokens.cu): ok." in report.markdown(record)
+
+
 def test_races_that_an_old_racecheck_reports_say_nothing():
     assert sanitizers.judge(OLD, "racecheck", 0, CLEAN) == (True, None)
     for status in (None, 0, 1, sanitizers.FOUND):
@@ -144,5 +151,5 @@ def test_racecheck_gets_a_copy_that_waits_early_and_the_others_what_is_shipped(t
     broken.mkdir()
     (broken / file).write_text(shipped.replace("shared.cluster_sum.arrive(log2_tiles);", ""))
     results = list(sanitizers.check_sanitizers(lambda _: None, csrc=broken))
-    assert [result.passed for result in results] == [None] * 4
-    assert f"{file} in {broken} has the text below 0 times" in results[0].reason
+    assert [result.passed for result in results] == [True, True, True, None]
+    assert f"{file} in {broken} has the text below 0 times" in results[3].reason

@@ -122,8 +122,9 @@ def markdown(record: Record) -> str:
 
 
 def _tool(result: dict[str, Any]) -> str:
-    version = result.get("figures", {}).get("version")
-    return " ".join(filter(None, ("compute-sanitizer", version, result["tool"])))
+    figures = result.get("figures", {})
+    edited = "".join(f" (edited {file})" for file in figures.get("edited", ()))
+    return " ".join(filter(None, ("compute-sanitizer", figures.get("version"), result["tool"]))) + edited
 
 
 def _first_line(text: str) -> str:

@@ -34,7 +34,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one check of one subject. `passed` is None for a check that did not run; `reason` says why."""
+    """The outcome of one check of one subject.
+
+    `passed` is None for a check that did not run, or came to no verdict; `reason` says why.
+    """
 
     check: str
     passed: bool | None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jax_router import build, toolchain
 from jax_router.verification.edits import Edit, EditError, copy_edited
@@ -31,7 +32,8 @@ INSTALL = 'Run pip install "nvidia-cuda-sanitizer-api>=13.5".'
 # Under racecheck (2026.4) no thread passes a wait at the cluster's barrier before all threads of the cluster have come
 # to theirs, though all they must have done is arrive. The warps of the many-token kernel that copy come to theirs last,
 # after they have waited for warps that this holds up. In the copy of the sources that racecheck gets they come to it
-# before their later copies. That hides no race: no other block of the cluster touches the stages they copy to.
+# before their later copies. That hides no race: no other block touches the stages they copy to, and of what their own
+# does before it arrives they use only the stages' barriers, which kOtherStages orders in both.
 WAITS_EARLY = (
     Edit(
         "sm90_router_gemm_many_tokens.cu",
@@ -56,6 +58,7 @@ WAITS_EARLY = (
 """,
     ),
 )
+EDITS = {"racecheck": WAITS_EARLY}
 OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 
 
@@ -118,34 +121,35 @@ def check_sanitizers(
         yield from (Result(tool, None, reason=f"compute-sanitizer is not installed: {INSTALL}") for tool in tools)
         return
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            programs = dict(_programs(Path(folder), csrc, tools, alive))
-        except (toolchain.BuildError, EditError) as error:
-            why = f"the standalone program cannot be built: {error}"
-            yield from (Result(tool, None, reason=why) for tool in tools)
-            return
+        programs: dict[tuple[Edit, ...], Path | str] = {}  # or why there is none
+        for edits in dict.fromkeys(EDITS.get(tool, ()) for tool in tools):
+            try:
+                programs[edits] = _edited_program(Path(folder, str(len(programs))), csrc, edits)
+            except (toolchain.BuildError, EditError) as error:
+                programs[edits] = f"the standalone program cannot be built: {error}"
+            alive(0)
         stopped = threading.Event()
+
+        def run(tool: str) -> Result:
+            program = programs[EDITS.get(tool, ())]
+            if isinstance(program, str):
+                return Result(tool, None, reason=program)
+            return _run(sanitizer, tool, program, seconds, alive, stopped)
+
         with ThreadPoolExecutor(len(tools)) as pool:
             try:
-                yield from pool.map(lambda tool: _run(sanitizer, tool, programs[tool], seconds, alive, stopped), tools)
+                yield from pool.map(run, tools)
             finally:  # the pool waits for what runs
                 stopped.set()
 
 
-def _programs(
-    folder: Path, csrc: Path | None, tools: tuple[str, ...], alive: Callable[[int], None]
-) -> Iterator[tuple[str, Path]]:
-    """Each tool and what it runs, compiled in `folder`."""
-    program = build_program(folder, csrc)
-    alive(0)
-    for tool in tools:
-        if tool == "racecheck":
-            copy = folder / tool
-            copy_edited(csrc or build.csrc_directory(), copy, WAITS_EARLY)
-            yield tool, build_program(copy, copy)
-            alive(0)
-        else:
-            yield tool, program
+def _edited_program(folder: Path, csrc: Path | None, edits: tuple[Edit, ...]) -> Path:
+    """The standalone program of the shipped sources, or of those in `csrc`, edited; in `folder`, which is made."""
+    if not edits:
+        folder.mkdir()
+        return build_program(folder, csrc)
+    copy_edited(csrc or build.csrc_directory(), folder, edits)
+    return build_program(folder, folder)
 
 
 def _run(
@@ -171,9 +175,10 @@ def _run(
         if output is None:
             output, _ = process.communicate()
     passed, reason = judge(sanitizer, tool, status, output)
-    return Result(
-        tool, passed, _launches(output), time.monotonic() - started, {"version": sanitizer.version}, reason=reason
-    )  # fmt: skip
+    figures: dict[str, Any] = {"version": sanitizer.version}
+    if tool in EDITS:
+        figures["edited"] = sorted({edit.file for edit in EDITS[tool]})
+    return Result(tool, passed, _launches(output), time.monotonic() - started, figures, reason=reason)
 
 
 def _launches(output: str) -> int:
