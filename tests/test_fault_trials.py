@@ -296,9 +296,9 @@ def test_the_sanitizer_gets_the_faulty_sources_and_what_it_says_is_recorded(benc
     (fault,) = faults.named(["barrier-not-reached"])
     compiled = []
 
-    def build_program(folder, csrc=None):
+    def build_program(csrc):
         compiled.append((csrc / fault.edits[0].file).read_text())
-        return folder / "program"
+        return csrc / "program"
 
     monkeypatch.setattr(sanitizers, "find_sanitizer", lambda: sanitizers.Sanitizer(Path("tool"), "2026.4.0.0"))
     monkeypatch.setattr(sanitizers, "build_program", build_program)

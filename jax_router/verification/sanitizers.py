@@ -27,6 +27,7 @@ SECONDS = 600.0  # of one tool
 FOUND = 9  # exit status when the tool reports something
 SUMMARY = re.compile(r"^========= (ERROR|RACECHECK) SUMMARY: (\d+)", re.MULTILINE)
 REPORTED = re.compile(r"^========= (?!COMPUTE-SANITIZER|.*SUMMARY)\S", re.MULTILINE)  # what follows is indented
+OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 TRUSTED_SINCE = (2026, 4)  # of racecheck's reports: 2025.3 takes barriers for races whose order others establish
 INSTALL = 'Run pip install "nvidia-cuda-sanitizer-api>=13.5".'
 # Under racecheck (2026.4) no thread passes a wait at the cluster's barrier before all threads of the cluster have come
@@ -59,7 +60,6 @@ WAITS_EARLY = (
     ),
 )
 EDITS = {"racecheck": WAITS_EARLY}
-OF_THE_PROGRAM = re.compile(r"^FAILED|^launch refused|^\S+:\d+: .+ failed: ", re.MULTILINE)  # csrc/check_support.h
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,17 @@ def _asked(path: Path) -> Sanitizer | None:
     return None if version is None else Sanitizer(path, version[1])
 
 
-def build_program(folder: Path, csrc: Path | None = None) -> Path:
-    """Compile the standalone program of the shipped sources, or of those in `csrc`.
+def build_program(csrc: Path) -> Path:
+    """Compile the standalone program of the sources in a folder, beside them.
 
     Raises:
       BuildError: it does not compile.
     """
     compiler = toolchain.find_compiler()
-    sources = sorted((csrc or build.csrc_directory()).glob("*.cu"))
-    program = folder / "router_gemm_check"
+    program = csrc / "router_gemm_check"
     flags = ("-O3", "-lineinfo", "-std=c++20", build.GENERATE, "--threads=0", *compiler.link_flags)
-    toolchain.run(
-        [str(compiler.nvcc), "-ccbin", str(compiler.host), *flags, *map(str, sources), "-o", str(program)], str(folder)
-    )
+    sources = map(str, sorted(csrc.glob("*.cu")))
+    toolchain.run([str(compiler.nvcc), "-ccbin", str(compiler.host), *flags, *sources, "-o", str(program)], str(csrc))
     return program
 
 
@@ -124,7 +122,9 @@ def check_sanitizers(
         programs: dict[tuple[Edit, ...], Path | str] = {}  # or why there is none
         for edits in dict.fromkeys(EDITS.get(tool, ()) for tool in tools):
             try:
-                programs[edits] = _edited_program(Path(folder, str(len(programs))), csrc, edits)
+                copy = Path(folder, str(len(programs)))
+                copy_edited(csrc or build.csrc_directory(), copy, edits)
+                programs[edits] = build_program(copy)
             except (toolchain.BuildError, EditError) as error:
                 programs[edits] = f"the standalone program cannot be built: {error}"
             alive(0)
@@ -141,15 +141,6 @@ def check_sanitizers(
                 yield from pool.map(run, tools)
             finally:  # the pool waits for what runs
                 stopped.set()
-
-
-def _edited_program(folder: Path, csrc: Path | None, edits: tuple[Edit, ...]) -> Path:
-    """The standalone program of the shipped sources, or of those in `csrc`, edited; in `folder`, which is made."""
-    if not edits:
-        folder.mkdir()
-        return build_program(folder, csrc)
-    copy_edited(csrc or build.csrc_directory(), folder, edits)
-    return build_program(folder, folder)
 
 
 def _run(
