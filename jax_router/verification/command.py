@@ -56,7 +56,8 @@ def verify(
     """Verify implementations on this machine's GPU: accuracy, experts, bits, memory, neighbours, graphs, load.
 
     Exit status: 0; 1 if a check failed, each case saved for --replay, if one that cuda or pallas needs for a table
-    could not run or came to no verdict, or if none ran; 2 for bad input; 130 when interrupted, with what was verified so far kept.
+    could not run or came to no verdict, or if none ran; 2 for bad input; 130 when interrupted, with what was verified
+    so far kept.
     """
     console = Console()
     if not console.is_terminal:
