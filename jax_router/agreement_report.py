@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jax_router.sweep_bars import Bar
+from jax_router.sweep_figures import Bar
 from jax_router.sweep_points import IMPLEMENTATIONS
 
 ASKED = 10_000_000  # tokens, by the bar

@@ -13,10 +13,11 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from jax_router import agreement_report
+from jax_router import agreement_report, sweep_speed
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
-from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, median, route_headline
+from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, route_headline
+from jax_router.sweep_figures import median
 from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, ROUTE_PEERS, Shape
 from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, problem_of, read_rows, shape_of
 from jax_router.sweep_summary import floors, show
@@ -295,7 +296,8 @@ def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
 
 def _bars(rows: Sequence[Row], agreement: agreement_report.Record | None) -> str:
     bars = [*evaluate(rows), agreement_report.bar(agreement, rows[-1]["provenance"]["source_hash"])]
-    return _markdown(["bar", "verdict", "figures"], [[bar.claim, bar.verdict, bar.figures] for bar in bars], left=3)
+    table = _markdown(["bar", "verdict", "figures"], [[bar.claim, bar.verdict, bar.figures] for bar in bars], left=3)
+    return f"{table}\n{sweep_speed.sentence(sweep_speed.geometric_means(rows))}\n"
 
 
 def _accuracy(rows: Sequence[Row]) -> str:

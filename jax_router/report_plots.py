@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_router.sweep_bars import Problems, median
+from jax_router.sweep_figures import Problems, median
 from jax_router.sweep_points import IMPLEMENTATIONS, PEERS, ROUTE_PEERS, Shape, rule_key
 from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
 from jax_router.sweep_table import figures

@@ -293,13 +293,14 @@ def _run_with_progress(
 
 
 def _print_summary(console: Console, rows: Sequence[Row], gpu: bool) -> None:
-    from jax_router import sweep_summary
+    from jax_router import sweep_speed, sweep_summary
     from jax_router.sweep_bars import evaluate
 
     sweep_summary.print_lines(console, sweep_summary.lines(rows))
     if gpu:
         sweep_summary.print_accuracy(console, rows)
         sweep_summary.print_bars(console, evaluate(rows))
+        console.print(sweep_speed.sentence(sweep_speed.geometric_means(rows)))
 
 
 def register(app: typer.Typer) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from jax_router import dispatch
+from jax_router import dispatch, sweep_speed
+from jax_router.sweep_figures import Bar, Problems, median, worst
 from jax_router.sweep_points import (
     BOTH,
     HEADLINE_MODELS,
@@ -31,21 +31,7 @@ ROUTE_OVER_GEMM = 1.6
 SAME_KERNEL = ("cuda", "pallas")  # implementations whose routing stands behind their router GEMM
 SGEMM = "float32_sgemm"
 
-Problems = dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]
 Chooser = Callable[[tuple[Any, ...]], str]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One claim and its figures. `met` is None when the rows do not cover it."""
-
-    claim: str
-    met: bool | None
-    figures: str
-
-    @property
-    def verdict(self) -> str:
-        return {True: "met", False: "not met", None: "not measured"}[self.met]
 
 
 def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
@@ -61,6 +47,7 @@ def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
         bars.append(_rms(rows, model, headline.get(model)))
     for model in HEADLINE_MODELS:
         bars.append(_pallas(problems, model, headline.get(model)))
+    bars += sweep_speed.router_gemm_bars(problems, headline)
     chooser, note = chosen or _dispatcher(rows), "" if chosen else _which_table(rows)
     bars.append(_dispatch("the dispatcher's choice within", problems, chooser, note))
     routes = by_problem(rows, OPERATIONS[1])
@@ -70,6 +57,7 @@ def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
             bars.append(_route_versus_xla(routes, routed, method, fewest, most, times))
     for name in SAME_KERNEL:
         bars.append(_route_versus_gemm(routes, problems, routed, name))
+    bars += sweep_speed.route_bars(routes, problems, routed)
     bars.append(_dispatch("the dispatcher's choice for route within", routes, chooser, note))
     return bars
 
@@ -92,24 +80,6 @@ def route_headline(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
         for model in ROUTE_HEADLINE_MODELS
         if model in row["models"] and row.get("rule") is not None
     }
-
-
-def median(measurements: dict[tuple[str, str], Row] | None, method: str, weights: str) -> float | None:
-    row = (measurements or {}).get((method, weights))
-    return None if row is None else statistics.median(row["samples_us"])
-
-
-def _worst(claim: str, ratios: dict[str, float], limit: float, expected: int | None, unit: str) -> Bar:
-    """A bar on the largest of `ratios`, {where: ratio}. Fewer than `expected` of them can refute it, not prove it."""
-    if not ratios:
-        return Bar(claim, None, "no rows")
-    where = max(ratios, key=lambda name: ratios[name])
-    over = sum(ratio > limit for ratio in ratios.values())
-    text = f"worst {ratios[where]:.3f} {unit} at {where}; {over} of {len(ratios)} over {limit:.3g}"
-    missing = 0 if expected is None else expected - len(ratios)
-    if missing > 0:
-        text += f"; {missing} of {expected} not measured"
-    return Bar(claim, False if over else None if missing > 0 else True, text)
 
 
 def _checks(rows: Sequence[Row]) -> Bar:
@@ -141,7 +111,7 @@ def _against_cublas(problems: Problems, model: str, shape: tuple[Any, ...] | Non
             if ours is not None and len(theirs) == len(PEERS):
                 ratios[f"T={tokens} {weights}"] = ours / min(theirs)
     claim = f"cuda at most 0.5x cuBLAS, {model}, T = 1..64, warm and cold (graph replay)"
-    return _worst(claim, ratios, 0.5, len(SMALL_TOKENS) * 2, "x")
+    return worst(claim, ratios, 0.5, len(SMALL_TOKENS) * 2, "x")
 
 
 def _versus_xla(problems: Problems, name: str, wanted: Callable[[tuple[Any, ...]], bool]) -> dict[str, float]:
@@ -166,12 +136,12 @@ def _never_slower_than_xla(problems: Problems) -> Bar:
         if median(candidates.get("xla"), "cupti", weights) is not None
     ]
     claim = "cuda never slower than xla on any shape, T <= 1024 (CUPTI)"
-    return _worst(claim, _versus_xla(problems, "cuda", wanted), 1.0, len(with_xla), "x")
+    return worst(claim, _versus_xla(problems, "cuda", wanted), 1.0, len(with_xla), "x")
 
 
 def _pallas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Bar:
     ratios = _versus_xla(problems, "pallas", lambda problem: problem[:3] == shape and problem[5] in PALLAS_TOKENS)
-    return _worst(f"pallas faster than xla, {model}, T = 16..256 (CUPTI)", ratios, 1.0, len(PALLAS_TOKENS) * 2, "x")
+    return worst(f"pallas faster than xla, {model}, T = 16..256 (CUPTI)", ratios, 1.0, len(PALLAS_TOKENS) * 2, "x")
 
 
 def _rms(rows: Sequence[Row], model: str, shape: tuple[Any, ...] | None) -> Bar:
@@ -184,7 +154,7 @@ def _rms(rows: Sequence[Row], model: str, shape: tuple[Any, ...] | None) -> Bar:
         for data, found in errors.items()
         if "cuda" in found and SGEMM in found
     }
-    return _worst(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", ratios, 1.0, 2, "x")
+    return worst(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", ratios, 1.0, 2, "x")
 
 
 def _route_versus_xla(
@@ -204,7 +174,7 @@ def _route_versus_xla(
     expected = len(ROUTE_HEADLINE_MODELS) * sum(fewest <= count <= most for count in tokens) * len(BOTH)
     how = {"cupti": "CUPTI", "chain_slope": "chain slope without the chain's own kernel"}[method]
     claim = f"route: cuda at least {times}x faster than xla, T = {fewest}..{most}, warm and cold ({how})"
-    return _worst(claim, ratios, 1 / times, expected, "x")
+    return worst(claim, ratios, 1 / times, expected, "x")
 
 
 def _route_versus_gemm(routes: Problems, problems: Problems, headline: dict[tuple[Any, ...], str], name: str) -> Bar:
@@ -217,7 +187,7 @@ def _route_versus_gemm(routes: Problems, problems: Problems, headline: dict[tupl
                 ratios[f"{model} T={problem[5]} {weights}"] = route / alone
     expected = len(ROUTE_HEADLINE_MODELS) * sum(count <= SMALL_TOKENS[-1] for count in SPARSE_TOKENS) * len(BOTH)
     claim = f"route at most {ROUTE_OVER_GEMM}x router_gemm, both {name}, T = 1..64 (CUPTI)"
-    return _worst(claim, ratios, ROUTE_OVER_GEMM, expected, "x")
+    return worst(claim, ratios, ROUTE_OVER_GEMM, expected, "x")
 
 
 def _dispatch(claim: str, problems: Problems, chosen: Chooser, note: str) -> Bar:
@@ -229,7 +199,7 @@ def _dispatch(claim: str, problems: Problems, chosen: Chooser, note: str) -> Bar
             # A choice that was not measured here is as bad as it gets: nothing vouches for it.
             ratio = found[name] / min(found.values()) if name in found else float("inf")
             ratios[f"{problem[0]}x{problem[1]} T={problem[5]} ({name})"] = ratio
-    bar = _worst(f"{claim} 3% of the best implementation (CUPTI)", ratios, 1.03, None, "x")
+    bar = worst(f"{claim} 3% of the best implementation (CUPTI)", ratios, 1.03, None, "x")
     return replace(bar, figures=bar.figures + note) if ratios else bar
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jax_router.sweep_bars import Bar, median
+from jax_router.sweep_figures import Bar, median
 from jax_router.sweep_points import BOTH, BOUNDS, NO_ROUTING, Shape
 from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
 from jax_router.tables import OPERATIONS

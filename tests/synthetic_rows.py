@@ -25,7 +25,7 @@ PROVENANCE = {
 }
 MICROSECONDS = {
     "empty": 0.5,
-    "read_weight": 1.5,
+    "read_weight": 1.6,
     "cuda": 2.5,
     "pallas": 4.0,
     "xla": 7.0,
