@@ -13,7 +13,6 @@ from jax_router.sweep_points import (
     BOTH,
     HEADLINE_MODELS,
     NO_ROUTING,
-    PEERS,
     ROUTE_CHAIN_TOKENS,
     ROUTE_HEADLINE_MODELS,
     SPARSE_TOKENS,
@@ -40,8 +39,6 @@ def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
     problems = by_problem(rows)
     headline = headline_shapes(rows)
     bars = [_checks(rows)]
-    for model in HEADLINE_MODELS:
-        bars.append(_against_cublas(problems, model, headline.get(model)))
     bars.append(_never_slower_than_xla(problems))
     for model in HEADLINE_MODELS:
         bars.append(_rms(rows, model, headline.get(model)))
@@ -95,23 +92,6 @@ def _checks(rows: Sequence[Row]) -> Bar:
 def _place(row: Row) -> str:
     route = "" if row.get("rule") is None else f"route of {row['models'][0]} "
     return f"{route}{row['hidden']}x{row['experts']} T={row['tokens']}"
-
-
-def _against_cublas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Bar:
-    ratios = {}
-    for problem, candidates in problems.items():
-        tokens = problem[5]
-        if problem[:3] != shape or tokens not in SMALL_TOKENS:
-            continue
-        for weights in BOTH:
-            ours = median(candidates.get("cuda"), "graph_replay", weights)
-            peers = [median(candidates.get(peer), "torch_replay", weights) for peer in PEERS]
-            theirs = [peer for peer in peers if peer is not None]
-            # The bar is against the faster of both, so one of them alone says nothing.
-            if ours is not None and len(theirs) == len(PEERS):
-                ratios[f"T={tokens} {weights}"] = ours / min(theirs)
-    claim = f"cuda at most 0.5x cuBLAS, {model}, T = 1..64, warm and cold (graph replay)"
-    return worst(claim, ratios, 0.5, len(SMALL_TOKENS) * 2, "x")
 
 
 def _versus_xla(problems: Problems, name: str, wanted: Callable[[tuple[Any, ...]], bool]) -> dict[str, float]:

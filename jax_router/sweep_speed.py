@@ -28,12 +28,12 @@ class Limit:
 # CUDA-graph replay, like everything against cuBLAS.
 ROUTER_GEMM = {
     "gpt-oss-120b": (
-        Limit(1, 32, READ, 1.6), Limit(128, 128, CUBLAS, 0.5), Limit(512, 512, CUBLAS, 0.75),
-        Limit(1024, 16384, CUBLAS, 1.0),
+        Limit(1, 32, READ, 1.6), Limit(1, FEW_TOKENS, CUBLAS, 0.5), Limit(128, 128, CUBLAS, 0.5),
+        Limit(512, 512, CUBLAS, 0.75), Limit(1024, 16384, CUBLAS, 1.0),
     ),
     "DeepSeek-V3": (
-        Limit(1, 16, READ, 1.6), Limit(32, 32, READ, 1.8), Limit(128, 128, CUBLAS, 0.7), Limit(512, 512, CUBLAS, 0.9),
-        Limit(1024, 16384, CUBLAS, 1.0),
+        Limit(1, 16, READ, 1.6), Limit(32, 32, READ, 1.8), Limit(1, FEW_TOKENS, CUBLAS, 0.5),
+        Limit(128, 128, CUBLAS, 0.7), Limit(512, 512, CUBLAS, 0.9), Limit(1024, 16384, CUBLAS, 1.0),
     ),
 }  # fmt: skip
 OTHER_ROUTER_GEMM = (Limit(1, FEW_TOKENS, CUBLAS, 0.6), Limit(1, 16384, CUBLAS, 1.0))
@@ -80,7 +80,8 @@ def _bar(
         if key[5] is not None and limit.fewest <= key[5] <= limit.most:
             points += len(BOTH)
             for weights, ratio in _ratios(key, measured, gemms, limit.peer, method):
-                ratios[f"{_place(key, candidates)} T={key[5]} {weights}"] = ratio
+                place = "" if of in ROUTER_GEMM else f"{_place(key, candidates)} "  # one model needs no name
+                ratios[f"{place}T={key[5]} {weights}"] = ratio
     in_suite = len(BOTH) * sum(limit.fewest <= tokens <= limit.most for tokens in of_suite)
     how = {_REPLAY: "graph replay", _CUPTI: "CUPTI; the read by replay" if limit.peer == READ else "CUPTI"}[method]
     tokens = f"T = {limit.fewest}" if limit.fewest == limit.most else f"T = {limit.fewest}..{limit.most}"
