@@ -27,6 +27,7 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return int((unsigned(
 __host__ __device__ constexpr int log2_of(int power_of_two) {
   return power_of_two < 2 ? 0 : 1 + log2_of(power_of_two / 2);
 }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int units_of(int hidden) { return ceil_div(hidden, kUnit); }
 
 // First unit of a group; group_begin(kGroups) is the end of the last one.

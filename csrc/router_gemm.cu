@@ -63,17 +63,19 @@ int expert_tiles(const Config& config, const jr_router_gemm_args& a) {
 }
 
 int part_row(const jr_router_gemm_args& a) { return ceil_div(int(a.experts), 4) * 4; }
-int64_t parts_bytes(const Config& config, const jr_router_gemm_args& a) {
-  return config.splits == 1 ? 0 : config.splits * a.tokens * part_row(a) * int64_t(sizeof(float));
+int64_t workspace_bytes(const Config& config, const jr_router_gemm_args& a) {
+  return config.parked_bytes * token_tiles(config, a) * expert_tiles(config, a) +
+         (config.splits == 1 ? 0 : config.splits * a.tokens * part_row(a) * int64_t(sizeof(float)));
 }
+
+constexpr int kMaxGridY = 65535;
 
 // Whether a configuration takes this problem: its blocks fit a multiprocessor, its tiles a grid, its partial sums the
 // workspace.
 bool fits(const Config& config, const jr_router_gemm_args& a) {
-  constexpr int kMaxGridY = 65535;
-  return a.tokens <= config.max_tokens && a.hidden <= config.max_hidden &&
-         config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes && expert_tiles(config, a) <= kMaxGridY &&
-         parts_bytes(config, a) <= a.workspace_bytes;
+  return a.tokens <= config.max_tokens && a.hidden >= config.min_hidden && a.hidden <= config.max_hidden &&
+         config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
+         (config.tiled || expert_tiles(config, a) <= kMaxGridY) && workspace_bytes(config, a) <= a.workspace_bytes;
 }
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
@@ -156,6 +158,7 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
   TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
   Problem& problem = tiled.problem;
   if (config.splits > 1) problem.parts = static_cast<float*>(a.workspace);
+  if (config.parked_bytes > 0) problem.parked = static_cast<float4*>(a.workspace);
   // From where on blocks that only wait take room from blocks that multiply, nothing is launched ahead of its time.
   constexpr int kMostFollowed = 64;
   problem.followed = routed != nullptr && a.tokens <= kMostFollowed;
@@ -167,8 +170,10 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
       status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
     if (status != JR_OK) return status;
   }
-  const int64_t parts = token_tiles(config, a) * config.cluster * config.splits;
-  const dim3 blocks(unsigned(parts), unsigned(problem.expert_tiles));
+  const unsigned tiles = unsigned(token_tiles(config, a)), parts = unsigned(config.cluster * config.splits);
+  const unsigned planes = ceil_div(int(tiles), kMaxGridY);
+  const dim3 blocks = config.tiled ? dim3(parts * problem.expert_tiles, ceil_div(int(tiles), int(planes)), planes)
+                                   : dim3(parts * tiles, problem.expert_tiles);
   void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
   const int status = enqueue(
       Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream),
@@ -194,6 +199,7 @@ Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
           .bias = a.bias,
           .out = a.out,
           .parts = nullptr,
+          .parked = nullptr,
           .tokens = a.tokens,
           .hidden = int(a.hidden),
           .experts = int(a.experts),

@@ -29,12 +29,13 @@ struct Config {
   int block_tokens, block_experts;
   int cluster = 1;        // blocks that share one tile and add up through distributed shared memory
   int splits = 1;         // blocks that share one tile and leave partial sums in the workspace
+  int parked_bytes = 0;   // of the workspace that a block keeps left halves of the tree in
   int registers;          // per thread, at launch
   bool tiled = false;     // takes a TiledProblem instead of a Problem
   const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
-  int max_hidden = kMaxHidden;
+  int min_hidden = 0, max_hidden = kMaxHidden;
   int max_tokens = 1 << 27;
   Cost cost;
   // Microseconds that it takes less in one wave when a launch that routes adds up its parts. No fit, unlike the cost:
@@ -44,7 +45,7 @@ struct Config {
 
 constexpr int kOneTokenConfigs = 2;
 constexpr int kFewTokensConfigs = 4;
-constexpr int kManyTokensConfigs = 13;
+constexpr int kManyTokensConfigs = 15;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];

@@ -181,7 +181,6 @@ constexpr Config config(const char* name, Cost cost) {
                      reinterpret_cast<const void*>(&sm90_router_gemm_few_tokens<float16, kTokenTiles, kExpertTiles>)},
           .threads = [](int hidden) { return 32 * F::stages(hidden); },
           .shared_bytes = &F::shared_bytes,
-          .max_tokens = 1024,  // beyond, weights would be read too often
           .cost = cost};
 }
 

@@ -6,9 +6,11 @@
 // What limits it: the bytes one multiprocessor can pull, so tiles are large, each byte of a tile is read once per
 // block, and copies run several units ahead. A stage holds one unit.
 //
-// Work: grid.x = parts * token tiles, grid.y = expert tiles. Memory: x and weight through tensor maps
-// (sm90_tile.cuh). Shared memory: a ring of kStages x (tokens + experts) x 128 bytes, in two rings where the warpgroups
-// split K, reused for the block's sums; the cluster's exchange buffer; two barriers per stage.
+// Work: grid.x = parts * expert tiles, grid.y * grid.z = token tiles: blocks that run at a time share x, which may not
+// fit the L2. Memory: x and weight through tensor maps (sm90_tile.cuh); what registers do not hold of the tree, in
+// shared memory and then in the workspace, by block as float4 [level][quad][thread]. Shared memory: a ring of kStages x
+// (tokens + experts) x 128 bytes, in two rings where the warpgroups split K, reused for the block's sums; the cluster's
+// exchange buffer; two barriers per stage.
 #include <stddef.h>
 
 #include <type_traits>
@@ -43,11 +45,12 @@ struct ManyTokens {
   static constexpr int kLevels = log2_of(kRingGroups);  // of the tree above the groups of a ring
   static constexpr int kXBytes = kBlockTokens * kRowBytes, kWeightBytes = kBlockExperts * kRowBytes;  // of a stage
   static constexpr int kSums = kBlockExperts / 2;  // accumulators per thread
-  // Left halves of the top level wait in shared memory where registers hold no more than these.
+  // Registers hold the left halves of the lowest levels, shared memory those of the next, the workspace the others.
   static constexpr int kRegisterSums = 208;
-  static constexpr bool kParked = kSums * (2 + kLevels) > kRegisterSums;
-  static constexpr int kRegisterLevels = kLevels - kParked;
-  static_assert(kSums * (2 + kRegisterLevels) <= kRegisterSums, "one level is parked");
+  static constexpr int kRegisterLevels = min_of(kLevels, kRegisterSums / kSums - 2);
+  static constexpr bool kParked = kLevels > kRegisterLevels;
+  static constexpr int kWorkspaceLevels = kLevels - kRegisterLevels - kParked;
+  static constexpr int kParkedBytes = kWorkspaceLevels * kBlockTokens * kBlockExperts * 4;
   // Small tiles leave room for two blocks on a multiprocessor: a second wave, or the launch after this one.
   static constexpr int kResident = kSums <= 16 && kStages <= 8 ? 2 : 1;
   static constexpr int kConsumerRegisters = kResident == 2 ? 104 : 232, kProducerRegisters = kResident == 2 ? 32 : 40;
@@ -77,22 +80,24 @@ struct ManyTokens {
 };
 
 // Leaves in `sum` the node of the binary tree over the 2^kLevel groups from `first` on. `levels` holds the left halves
-// while their right halves are computed, `parked` those of level kRegisterLevels; add_group(group) leaves one group's
-// sum in `sum`. Loops, so that there is one copy of the main loop, and branches that all threads take alike.
-template <int kLevel, int kRegisterLevels, int kSums, typename AddGroup>
+// while their right halves are computed, parked_of(level)[quad * kConsumers] this thread's of the levels above them;
+// add_group(group) leaves one group's sum in `sum`. Loops, so that there are few copies of the main loop, and branches
+// that all threads take alike; but two copies for the lowest level, whose sums then stay where they are.
+template <int kLevel, int kRegisterLevels, int kSums, typename ParkedOf, typename AddGroup>
 __device__ __forceinline__ void sum_node(float (&levels)[kRegisterLevels + 1][kSums], float (&sum)[kSums],
-                                         float4 (*parked)[kConsumers], int first, const AddGroup& add_group) {
+                                         const ParkedOf& parked_of, int first, const AddGroup& add_group) {
   if constexpr (kLevel == 0) {
     add_group(first);
   } else {
     float (&left)[kSums] = levels[kLevel - 1 < kRegisterLevels ? kLevel - 1 : kRegisterLevels];
-#pragma unroll 1
+#pragma unroll(kLevel == 1 ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
-      sum_node<kLevel - 1, kRegisterLevels>(levels, sum, parked, first + half * (1 << (kLevel - 1)), add_group);
+      sum_node<kLevel - 1, kRegisterLevels>(levels, sum, parked_of, first + half * (1 << (kLevel - 1)), add_group);
       if constexpr (kLevel > kRegisterLevels) {
+        float4* const parked = parked_of(std::integral_constant<int, kLevel - 1 - kRegisterLevels>());
 #pragma unroll
         for (int j = 0; j < kSums; j += 4) {
-          float4& mine = parked[j / 4][threadIdx.x];
+          float4& mine = parked[j / 4 * kConsumers];
           const float4 right = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
           if (half == 0) {
             mine = right;
@@ -125,8 +130,9 @@ __global__ void __launch_bounds__(
 
   const int lane = threadIdx.x % 32, warp = uniform_warp(), rank = blockIdx.x % kParts;
   const uint32_t base = uniform(shared_address(dynamic_shared));
-  const unsigned block_token = blockIdx.x / kParts * kBlockTokens;
-  const unsigned block_expert = blockIdx.y * kBlockExperts;
+  const unsigned block_token = (blockIdx.z * gridDim.y + blockIdx.y) * kBlockTokens;
+  const unsigned block_expert = blockIdx.x / kParts * kBlockExperts;
+  if (block_token >= unsigned(p.tokens)) return;  // the last plane of the grid; all blocks of a cluster alike
   const unsigned units = units_of(p.hidden);
   // Groups of ring r are [ring_group(r), ring_group(r + 1)), its units [ring_unit(r), ring_unit(r + 1)). Unit i of a
   // ring goes to stage i % kRingStages of the ring.
@@ -251,21 +257,34 @@ __global__ void __launch_bounds__(
 
     if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
     float slice_sum[M::kSums], sum[M::kSums], levels[M::kRegisterLevels + 1][M::kSums];
-    float4(*parked)[kConsumers] = nullptr;
-    if constexpr (M::kParked) parked = shared.parked;
-    sum_node<M::kLevels, M::kRegisterLevels>(levels, sum, parked, ring_group(ring), [&](int group) {
-#pragma unroll
-      for (int j = 0; j < M::kSums; ++j) sum[j] = 0.f;
+    const auto parked_of = [&]<int kLevel>(std::integral_constant<int, kLevel>) -> float4* {
+      constexpr int kQuads = M::kSums / 4 * kConsumers;
+      const int thread = warp * 32 + lane;  // threadIdx.x would need a register of its own
+      if constexpr (kLevel == 0) {
+        return reinterpret_cast<float4*>(&shared.parked) + thread;
+      } else {
+        const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+        return p.parked + (uint64_t(block) * M::kWorkspaceLevels + kLevel - 1) * kQuads + thread;
+      }
+    };
+    sum_node<M::kLevels, M::kRegisterLevels>(levels, sum, parked_of, ring_group(ring), [&](int group) {
       const unsigned end = group_begin(units, group + 1) - ring_unit(ring);
-      for (unsigned i = group_begin(units, group) - ring_unit(ring); i < end; i += kUnitsPerSlice) {
-        multiply_unit(slice_sum, i, true);
+      unsigned i = group_begin(units, group) - ring_unit(ring);
+      const auto multiply_slice = [&](float (&into)[M::kSums]) {
+        multiply_unit(into, i, true);
         if (i + 1 < end) {
-          multiply_unit(slice_sum, i + 1, false);
+          multiply_unit(into, i + 1, false);
           wgmma_wait<1>();
           release_unit(i);
         }
-        wgmma_wait<0>(slice_sum);
+        wgmma_wait<0>(into);
         release_unit(i + 1 < end ? i + 1 : i);
+        i += kUnitsPerSlice;
+      };
+      multiply_slice(sum);  // 0 + slice 0 is slice 0; no group is empty
+#pragma unroll 1
+      while (i < end) {
+        multiply_slice(slice_sum);
 #pragma unroll
         for (int j = 0; j < M::kSums; ++j) sum[j] += slice_sum[j];
       }
@@ -290,13 +309,19 @@ __global__ void __launch_bounds__(
       const float4 total = M::kRings == 1 ? sum_of(j) : sum_of(j) + shared.sums[quad];
       if constexpr (kSplit) {
         leave_part(p, rank, block_token + token_tile * kTileTokens, block_expert + j * kTileExperts, lane, total);
+      } else if constexpr (kParts == 1) {
+        const float* const bias = &shared.cluster_sum.bias[j * kTileExperts + lane % 4 * 2];
+        store_quad<Element>(p,
+                            place_quad(p, block_token + token_tile * kTileTokens, block_expert + j * kTileExperts, lane,
+                                       *reinterpret_cast<const float2*>(bias)),
+                            total);
       } else if constexpr (M::Cluster::kPushed) {
         if (quad < M::Cluster::quads(log2_tiles)) shared.cluster_sum.push(rank, log2_tiles, quad, total);
       } else {
         shared.sums[quad] = total;
       }
     }
-    if constexpr (!kSplit) {
+    if constexpr (!kSplit && kParts > 1) {
       if constexpr (!M::Cluster::kPushed) {
         fence_for_copies();
         named_barrier(kConsumersMet, kConsumers);
@@ -318,6 +343,7 @@ constexpr Config config(const char* name, Cost cost) {
           .block_experts = kBlockExperts,
           .cluster = kSplit ? 1 : kParts,
           .splits = kSplit ? kParts : 1,
+          .parked_bytes = M::kParkedBytes,
           .registers = M::kLaunchRegisters,
           .tiled = true,
           .kernel = {reinterpret_cast<const void*>(
@@ -326,6 +352,7 @@ constexpr Config config(const char* name, Cost cost) {
                          &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>)},
           .threads = [](int) { return kThreads; },
           .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
+          .min_hidden = kGroups * kUnit,  // every group has a unit
           .cost = cost};
 }
 
@@ -354,6 +381,8 @@ const Config many_tokens_configs[kManyTokensConfigs] = {
     cluster<64, 80, 2, 10>("many_64x80_c2", {3.938, 2.192, 0.003032, 0.08224}),
     cluster<64, 128, 2, 6>("many_64x128_c2", {4.081, 4.047, 0.005897, 0.04771}),
     cluster<128, 64, 1, 8>("many_128x64_c1", {3.086, 10.27, 0.006914, 0.05402}),
+    cluster<128, 80, 1, 6>("many_128x80_c1", {3.086, 10.27, 0.006914, 0.05402}),
+    cluster<128, 128, 1, 5>("many_128x128_c1", {3.086, 10.27, 0.006914, 0.05402}),
     split<64, 80, 10>("many_64x80_s4", {3.904, 1.849, 0.002674, 0.08498}, 0),
     split<64, 128, 8>("many_64x128_s4", {3.967, 2.387, 0.006426, 0.05592}, 0.6),
 };

@@ -20,6 +20,7 @@ struct Problem {
   const void* bias;
   void* out;
   float* parts;  // where blocks that share a tile leave their sums (sm90_sum_parts.cuh). Null: they add up
+  float4* parked;  // where a block keeps left halves of the tree for itself (sm90_router_gemm_many_tokens.cu)
   int64_t tokens;
   int hidden, experts;
   int bias_dtype, out_dtype;  // jr_dtype

@@ -266,15 +266,15 @@ extern void poison_shared_memory();
 
 inline void launch(Grid& g) {
   grid = &g;
-  for (unsigned y = 0; y < g.blocks.y; ++y) {
+  for (unsigned plane = 0; plane < g.blocks.y * g.blocks.z; ++plane) {
     for (unsigned x = 0; x < g.blocks.x; x += g.cluster) {
       std::vector<Block> running(g.cluster);
       std::vector<std::thread> threads;
       g.running = &running;
       for (unsigned rank = 0; rank < g.cluster; ++rank) {
         running[rank].rank = int(rank);
-        threads.emplace_back([&running, &g, rank, x, y] {
-          blockIdx = {x + rank, y, 0}, blockDim = g.threads, gridDim = g.blocks;
+        threads.emplace_back([&running, &g, rank, x, plane] {
+          blockIdx = {x + rank, plane % g.blocks.y, plane / g.blocks.y}, blockDim = g.threads, gridDim = g.blocks;
           poison_shared_memory();
           run_block(running[rank]);
         });
