@@ -10,7 +10,8 @@
 //   ./router_gemm_check --time [shapes]       only times of the router GEMM, of the first so many shapes
 //
 // Accuracy is judged against the float64 reference; every configuration must then give the naive kernel's bits, for
-// every number of tokens and every position of a row. Outputs are poisoned before each launch and followed by a canary.
+// every number of tokens and every position of a row, and from weights stored [hidden, experts] where it takes them.
+// Outputs are poisoned before each launch and followed by a canary.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,7 +46,7 @@ struct Checker {
   const bool once;       // with the first number of tokens that a configuration takes
   const int max_tokens;  // of the reference
   DeviceBuffer workspace{kWorkspaceBytes + kCanaryBytes};
-  std::vector<bool> checked = {};  // by configuration
+  std::vector<bool> checked[2] = {};  // by layout of the weight and configuration
   long launches = 0, failures = 0;
   double worst_error = 0;  // in units of the bound
 
@@ -107,7 +108,25 @@ struct Checker {
     const std::vector<uint8_t> expected = run(c, args, -2, out, max_tokens * row_bytes);
     check_accuracy(c, x, weight, bias, expected);
 
-    checked.resize(jr_router_gemm_num_configs());
+    check_configs(c, args, JR_EXPERTS_HIDDEN, out, expected);
+    if (c.experts % 8 != 0) return;
+    std::vector<uint8_t> stored(weight.bytes.size());
+    for (size_t i = 0; i < stored.size() / 2; ++i) {
+      const size_t k = i / size_t(c.experts), expert = i % size_t(c.experts);
+      memcpy(&stored[i * 2], &weight.bytes[(expert * size_t(c.hidden) + k) * 2], 2);
+    }
+    device_weight.write(stored.data(), stored.size());
+    check_configs(c, args, JR_HIDDEN_EXPERTS, out, expected);
+  }
+
+  // That every configuration, the picked one and the naive kernel give `expected`, on any of its rows.
+  void check_configs(const Case& c, jr_router_gemm_args args, int layout, const DeviceBuffer& out,
+                     const std::vector<uint8_t>& expected) {
+    const size_t row_bytes = c.experts * bytes_of(c.out_dtype);
+    args.weight_layout = layout;
+    if (layout != JR_EXPERTS_HIDDEN && run(c, args, -2, out, max_tokens * row_bytes) != expected)
+      fail(c, "bits differ from those of the other layout", "naive", max_tokens, 0);
+    checked[layout].resize(jr_router_gemm_num_configs());
     for (int config = -1; config < jr_router_gemm_num_configs(); ++config) {
       int start = 0;
       for (const int tokens : tokens_list) {
@@ -116,13 +135,14 @@ struct Checker {
         jr_router_gemm_args part = args;
         part.tokens = tokens;
         if (config >= 0 && !jr_router_gemm_config_fits(config, &part)) continue;
-        if (config >= 0) checked[config] = true;
-        part.x = device_x.at(size_t(start) * c.hidden * 2);
+        if (config >= 0) checked[layout][config] = true;
+        part.x = static_cast<const uint8_t*>(args.x) + size_t(start) * c.hidden * 2;
         // A row of hidden % 8 == 0 two-byte elements keeps the alignment.
         const std::vector<uint8_t> got = run(c, part, config, out, tokens * row_bytes);
         const auto difference = std::mismatch(got.begin(), got.end(), expected.begin() + start * row_bytes).first;
         if (difference != got.end())
-          fail(c, "bits differ from the naive kernel", config < 0 ? "auto" : jr_router_gemm_config_name(config), tokens,
+          fail(c, layout == 0 ? "bits differ from the naive kernel" : "bits differ with [hidden, experts]",
+               config < 0 ? "auto" : jr_router_gemm_config_name(config), tokens,
                long(difference - got.begin()) / long(bytes_of(c.out_dtype)));
         if (once) break;
       }
@@ -163,7 +183,7 @@ struct Checker {
 
 int check_all(Extent extent) {
   const bool tiny = extent == Extent::kTiny;
-  std::vector<std::array<int, 2>> shapes = {{3, 72}, {31, 2688}};
+  std::vector<std::array<int, 2>> shapes = {{3, 72}, {31, 2688}, {40, 1096}};
   if (!tiny) shapes.insert(shapes.end(), {{1, 8}, {8, 720}, {72, 1000}, {5, 2824}, {5, 8192}, {2, 17408}});
   if (extent == Extent::kFull) {
     shapes.insert(shapes.end(), {{33, 2880},
@@ -194,10 +214,20 @@ int check_all(Extent extent) {
     checker.check({31, 2688, JR_FLOAT16, JR_NONE, JR_FLOAT32, 0.0, scale}, random);
     ++variant;
   }
-  for (size_t config = 0; config < checker.checked.size(); ++config) {
-    if (checker.checked[config]) continue;
-    printf("FAILED: no case fits %s\n", jr_router_gemm_config_name(int(config)));
-    ++checker.failures;
+  for (int layout = 0; layout < 2; ++layout) {
+    jr_router_gemm_args any = {};
+    any.tokens = 1;
+    any.hidden = 2048;
+    any.experts = 64;
+    any.bias_dtype = JR_NONE;
+    any.out_dtype = JR_FLOAT32;
+    any.weight_layout = layout;
+    any.workspace_bytes = kWorkspaceBytes;
+    for (int config = 0; config < jr_router_gemm_num_configs(); ++config) {
+      if (!jr_router_gemm_config_fits(config, &any) || checker.checked[layout][config]) continue;
+      printf("FAILED: no case fits %s, layout %d\n", jr_router_gemm_config_name(config), layout);
+      ++checker.failures;
+    }
   }
   printf("checked %d cases, %ld launches: worst error %.3f of the bound, %ld failures\n", variant, checker.launches,
          checker.worst_error, checker.failures);

@@ -30,6 +30,12 @@ int check_problem(const jr_router_gemm_args& a, const Report& report) {
   if (a.hidden < 8 || a.hidden % 8 != 0 || a.hidden > kMaxHidden)
     return report.fail(JR_UNSUPPORTED, "hidden is %lld; expected a multiple of 8 from 8 to %d",
                        static_cast<long long>(a.hidden), kMaxHidden);
+  if (a.weight_layout != JR_EXPERTS_HIDDEN && a.weight_layout != JR_HIDDEN_EXPERTS)
+    return report.fail(JR_UNSUPPORTED, "weight_layout is %d; expected [experts, hidden] (0) or [hidden, experts] (1)",
+                       a.weight_layout);
+  if (a.weight_layout == JR_HIDDEN_EXPERTS && a.experts % 8 != 0)
+    return report.fail(JR_UNSUPPORTED, "experts is %lld; expected a multiple of 8 with weights [hidden, experts]",
+                       static_cast<long long>(a.experts));
   if (a.experts < 1 || a.experts > (1 << 16))
     return report.fail(JR_UNSUPPORTED, "experts is %lld; expected 1 to 65536", static_cast<long long>(a.experts));
   if (a.tokens * ceil_div(int(a.experts), kTileExperts) >= int64_t(1) << 31)
@@ -63,19 +69,19 @@ int expert_tiles(const Config& config, const jr_router_gemm_args& a) {
 }
 
 int part_row(const jr_router_gemm_args& a) { return ceil_div(int(a.experts), 4) * 4; }
-int64_t workspace_bytes(const Config& config, const jr_router_gemm_args& a) {
-  return config.parked_bytes * token_tiles(config, a) * expert_tiles(config, a) +
-         (config.splits == 1 ? 0 : config.splits * a.tokens * part_row(a) * int64_t(sizeof(float)));
+int64_t parts_bytes(const Config& config, const jr_router_gemm_args& a) {
+  return config.splits == 1 ? 0 : config.splits * a.tokens * part_row(a) * int64_t(sizeof(float));
 }
 
 constexpr int kMaxGridY = 65535;
 
-// Whether a configuration takes this problem: its blocks fit a multiprocessor, its tiles a grid, its partial sums the
-// workspace.
+// Whether a configuration takes this problem: its layout of the weight, its blocks fit a multiprocessor, its tiles a
+// grid, its partial sums the workspace.
 bool fits(const Config& config, const jr_router_gemm_args& a) {
-  return a.tokens <= config.max_tokens && a.hidden >= config.min_hidden && a.hidden <= config.max_hidden &&
+  return config.kernel[a.weight_layout][a.dtype] != nullptr && a.tokens <= config.max_tokens &&
+         a.hidden >= config.min_hidden && a.hidden <= config.max_hidden &&
          config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
-         (config.tiled || expert_tiles(config, a) <= kMaxGridY) && workspace_bytes(config, a) <= a.workspace_bytes;
+         (config.tiled || expert_tiles(config, a) <= kMaxGridY) && parts_bytes(config, a) <= a.workspace_bytes;
 }
 
 // ---- Which configuration -------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ double estimate(const Config& config, const jr_router_gemm_args& a, bool routed)
   const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
   const double kilobytes =
       (tokens + config.block_experts) * hidden / (config.cluster * config.splits) * 2e-3;  // of a block
-  const Cost& cost = config.cost;
+  const Cost& cost = config.cost[a.weight_layout];
   const double saved = routed && waves == 1 ? config.summed_elsewhere : 0;
   return cost.first - saved + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
          double(clusters) * config.cluster * kilobytes * 1e-3 * cost.per_megabyte;
@@ -115,8 +121,11 @@ int prepare_current_device(const Report& report) {
   static OncePerDevice once;
   return once.run(report, [&](int) -> int {
     for (int i = 0; i < kConfigs; ++i) {
-      for (const void* kernel : config_at(i).kernel) {
-        JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+      for (const auto& kernels : config_at(i).kernel) {
+        for (const void* kernel : kernels) {
+          if (kernel == nullptr) continue;
+          JR_CHECK(report, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+        }
       }
     }
     for (const void* kernel : sum_parts_kernels) {
@@ -127,9 +136,10 @@ int prepare_current_device(const Report& report) {
   });
 }
 
-// Describes a row-major [rows, hidden] matrix to the copy engine in boxes of one unit by `box_rows`.
-int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int64_t hidden, int box_rows,
-             const Report& report) {
+// Describes a row-major [rows, columns] matrix to the copy engine in boxes of `box_rows` by `box_columns`, 64 or 32,
+// whose chunks it swizzles within a row of the box.
+int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int64_t columns, int box_rows,
+             int box_columns, const Report& report) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -140,16 +150,18 @@ int describe(CUtensorMap* map, const void* matrix, int dtype, int64_t rows, int6
   }();
   if (encode == nullptr)
     return report.fail(JR_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled; expected CUDA 12.0 or newer");
-  const cuuint64_t sizes[2] = {cuuint64_t(hidden), cuuint64_t(rows)}, stride = cuuint64_t(hidden) * 2;
-  const cuuint32_t box[2] = {kUnit, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride = cuuint64_t(columns) * 2;
+  const cuuint32_t box[2] = {cuuint32_t(box_columns), cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const CUtensorMapDataType type =
       dtype == JR_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const CUresult result =
       encode(map, type, 2, const_cast<void*>(matrix), sizes, &stride, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return JR_OK;
-  return report.fail(JR_CUDA_ERROR, "cuTensorMapEncodeTiled for rows=%lld hidden=%lld box=%d at %p failed: CUresult %d",
-                     static_cast<long long>(rows), static_cast<long long>(hidden), box_rows, matrix, int(result));
+  return report.fail(JR_CUDA_ERROR, "cuTensorMapEncodeTiled for %lld x %lld in %d x %d at %p failed: CUresult %d",
+                     static_cast<long long>(rows), static_cast<long long>(columns), box_rows, box_columns, matrix,
+                     int(result));
 }
 
 // See enqueue_gemm().
@@ -158,16 +170,18 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
   TiledProblem tiled = {device_problem(a, config.block_experts), {}, {}};
   Problem& problem = tiled.problem;
   if (config.splits > 1) problem.parts = static_cast<float*>(a.workspace);
-  if (config.parked_bytes > 0) problem.parked = static_cast<float4*>(a.workspace);
   // From where on blocks that only wait take room from blocks that multiply, nothing is launched ahead of its time.
   constexpr int kMostFollowed = 64;
   problem.followed = routed != nullptr && a.tokens <= kMostFollowed;
   if (config.tiled) {
     // A partial tile of tokens copies no more rows than it has, in whole swizzle atoms.
     problem.box_tokens = a.tokens < config.block_tokens ? (int(a.tokens) + 7) / 8 * 8 : config.block_tokens;
-    int status = describe(&tiled.x, a.x, a.dtype, a.tokens, a.hidden, problem.box_tokens, report);
-    if (status == JR_OK)
-      status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, report);
+    int status = describe(&tiled.x, a.x, a.dtype, a.tokens, a.hidden, problem.box_tokens, kUnit, report);
+    if (status != JR_OK) return status;
+    status = a.weight_layout == JR_EXPERTS_HIDDEN
+                 ? describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, kUnit, report)
+                 : describe(&tiled.weight, a.weight, a.dtype, a.hidden, a.experts, kUnit,
+                            min(config.block_experts, kMaxBoxExperts), report);
     if (status != JR_OK) return status;
   }
   const unsigned tiles = unsigned(token_tiles(config, a)), parts = unsigned(config.cluster * config.splits);
@@ -177,7 +191,7 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
   void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
   const int status = enqueue(
       Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream),
-      config.kernel[a.dtype], parameter, config.name, a, report);
+      config.kernel[a.weight_layout][a.dtype], parameter, config.name, a, report);
   if (routed != nullptr) *routed = problem;
   if (status != JR_OK || config.splits == 1 || routed != nullptr) return status;
   const int64_t quads = a.tokens * (problem.part_row / 4);
@@ -199,7 +213,6 @@ Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
           .bias = a.bias,
           .out = a.out,
           .parts = nullptr,
-          .parked = nullptr,
           .tokens = a.tokens,
           .hidden = int(a.hidden),
           .experts = int(a.experts),
@@ -216,10 +229,10 @@ int enqueue_gemm(const jr_router_gemm_args& a, Problem* routed, cudaStream_t str
   const int config = a.config == -1 ? pick(a, routed != nullptr) : a.config;
   if (!jr_router_gemm_config_fits(config, &a))
     return report.fail(JR_UNSUPPORTED,
-                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld and "
-                       "%lld bytes of workspace",
+                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld, "
+                       "weight_layout=%d and %lld bytes of workspace",
                        config, kConfigs - 1, static_cast<long long>(a.tokens), static_cast<long long>(a.hidden),
-                       static_cast<long long>(a.experts), static_cast<long long>(a.workspace_bytes));
+                       static_cast<long long>(a.experts), a.weight_layout, static_cast<long long>(a.workspace_bytes));
   return launch(config_at(config), a, routed, stream, report);
 }
 
@@ -252,6 +265,6 @@ int jr_router_gemm_naive(const jr_router_gemm_args* args, void* stream, char* me
   if (const int status = check_gemm(*args, report); status != JR_OK) return status;
   if (args->tokens == 0) return JR_OK;
   const Problem problem = device_problem(*args, kTileExperts);
-  return report.check(launch_naive(args->dtype, problem, static_cast<cudaStream_t>(stream)),
+  return report.check(launch_naive(args->dtype, args->weight_layout, problem, static_cast<cudaStream_t>(stream)),
                       "launch of sm90_router_gemm_naive");
 }

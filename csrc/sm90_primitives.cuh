@@ -196,6 +196,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t row_add
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_transposed_matrices(uint32_t (&d)[4], uint32_t row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(row_address)
+               : "memory");
+}
+
 // ---- mma.sync m16n8k16: d = a[16, 16] @ b[8, 16].T + c in float32, e.g. 16 tokens x 8 experts -----------------------
 
 #define JR_MMA(ELEMENT, TYPE)                                                                                  \

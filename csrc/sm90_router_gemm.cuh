@@ -27,17 +27,17 @@ struct Cost {
 struct Config {
   const char* name;
   int block_tokens, block_experts;
-  int cluster = 1;        // blocks that share one tile and add up through distributed shared memory
-  int splits = 1;         // blocks that share one tile and leave partial sums in the workspace
-  int parked_bytes = 0;   // of the workspace that a block keeps left halves of the tree in
-  int registers;          // per thread, at launch
-  bool tiled = false;     // takes a TiledProblem instead of a Problem
-  const void* kernel[2];  // by jr_dtype: JR_BFLOAT16, JR_FLOAT16
+  int cluster = 1;     // blocks that share one tile and add up through distributed shared memory
+  int splits = 1;      // blocks that share one tile and leave partial sums in the workspace
+  int registers;       // per thread, at launch
+  bool tiled = false;  // takes a TiledProblem instead of a Problem
+  // By jr_weight_layout, then jr_dtype: JR_BFLOAT16, JR_FLOAT16. Null where it does not take the layout.
+  const void* kernel[2][2];
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
   int min_hidden = 0, max_hidden = kMaxHidden;
   int max_tokens = 1 << 27;
-  Cost cost;
+  Cost cost[2];  // by jr_weight_layout
   // Microseconds that it takes less in one wave when a launch that routes adds up its parts. No fit, unlike the cost:
   // set so that the picks are those that were the fastest in replays of routings on an H100.
   double summed_elsewhere = 0;
@@ -45,12 +45,12 @@ struct Config {
 
 constexpr int kOneTokenConfigs = 2;
 constexpr int kFewTokensConfigs = 4;
-constexpr int kManyTokensConfigs = 15;
+constexpr int kManyTokensConfigs = 14;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
 extern const void* const sum_parts_kernels[2];  // the second launch of a configuration with splits, by jr_dtype
 
-cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream);
+cudaError_t launch_naive(int dtype, int weight_layout, const Problem& p, cudaStream_t stream);
 
 }  // namespace jax_router

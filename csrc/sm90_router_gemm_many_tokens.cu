@@ -7,10 +7,9 @@
 // block, and copies run several units ahead. A stage holds one unit.
 //
 // Work: grid.x = parts * expert tiles, grid.y * grid.z = token tiles: blocks that run at a time share x, which may not
-// fit the L2. Memory: x and weight through tensor maps (sm90_tile.cuh); what registers do not hold of the tree, in
-// shared memory and then in the workspace, by block as float4 [level][quad][thread]. Shared memory: a ring of kStages x
-// (tokens + experts) x 128 bytes, in two rings where the warpgroups split K, reused for the block's sums; the cluster's
-// exchange buffer; two barriers per stage.
+// fit the L2. Memory: x and weight through tensor maps (sm90_tile.cuh). Shared memory: a ring of kStages x (tokens +
+// experts) x 128 bytes, in two rings where the warpgroups split K, reused for the block's sums; what registers do not
+// hold of the tree; the cluster's exchange buffer; two barriers per stage.
 #include <stddef.h>
 
 #include <type_traits>
@@ -45,12 +44,11 @@ struct ManyTokens {
   static constexpr int kLevels = log2_of(kRingGroups);  // of the tree above the groups of a ring
   static constexpr int kXBytes = kBlockTokens * kRowBytes, kWeightBytes = kBlockExperts * kRowBytes;  // of a stage
   static constexpr int kSums = kBlockExperts / 2;  // accumulators per thread
-  // Registers hold the left halves of the lowest levels, shared memory those of the next, the workspace the others.
+  // Left halves of the top level wait in shared memory where registers hold no more than these.
   static constexpr int kRegisterSums = 208;
-  static constexpr int kRegisterLevels = min_of(kLevels, kRegisterSums / kSums - 2);
-  static constexpr bool kParked = kLevels > kRegisterLevels;
-  static constexpr int kWorkspaceLevels = kLevels - kRegisterLevels - kParked;
-  static constexpr int kParkedBytes = kWorkspaceLevels * kBlockTokens * kBlockExperts * 4;
+  static constexpr bool kParked = kSums * (2 + kLevels) > kRegisterSums;
+  static constexpr int kRegisterLevels = kLevels - kParked;
+  static_assert(kSums * (2 + kRegisterLevels) <= kRegisterSums, "one level is parked");
   // Small tiles leave room for two blocks on a multiprocessor: a second wave, or the launch after this one.
   static constexpr int kResident = kSums <= 16 && kStages <= 8 ? 2 : 1;
   static constexpr int kConsumerRegisters = kResident == 2 ? 104 : 232, kProducerRegisters = kResident == 2 ? 32 : 40;
@@ -80,24 +78,23 @@ struct ManyTokens {
 };
 
 // Leaves in `sum` the node of the binary tree over the 2^kLevel groups from `first` on. `levels` holds the left halves
-// while their right halves are computed, parked_of(level)[quad * kConsumers] this thread's of the levels above them;
-// add_group(group) leaves one group's sum in `sum`. Loops, so that there are few copies of the main loop, and branches
-// that all threads take alike; but two copies for the lowest level, whose sums then stay where they are.
-template <int kLevel, int kRegisterLevels, int kSums, typename ParkedOf, typename AddGroup>
+// while their right halves are computed, `parked` this thread's of level kRegisterLevels; add_group(group) leaves one
+// group's sum in `sum`. Loops, so that there are few copies of the main loop, and branches that all threads take alike;
+// but two copies for the lowest level, whose sums then stay where they are.
+template <int kLevel, int kRegisterLevels, int kSums, typename AddGroup>
 __device__ __forceinline__ void sum_node(float (&levels)[kRegisterLevels + 1][kSums], float (&sum)[kSums],
-                                         const ParkedOf& parked_of, int first, const AddGroup& add_group) {
+                                         float4 (*parked)[kConsumers], int first, const AddGroup& add_group) {
   if constexpr (kLevel == 0) {
     add_group(first);
   } else {
     float (&left)[kSums] = levels[kLevel - 1 < kRegisterLevels ? kLevel - 1 : kRegisterLevels];
 #pragma unroll(kLevel == 1 ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
-      sum_node<kLevel - 1, kRegisterLevels>(levels, sum, parked_of, first + half * (1 << (kLevel - 1)), add_group);
+      sum_node<kLevel - 1, kRegisterLevels>(levels, sum, parked, first + half * (1 << (kLevel - 1)), add_group);
       if constexpr (kLevel > kRegisterLevels) {
-        float4* const parked = parked_of(std::integral_constant<int, kLevel - 1 - kRegisterLevels>());
 #pragma unroll
         for (int j = 0; j < kSums; j += 4) {
-          float4& mine = parked[j / 4 * kConsumers];
+          float4& mine = parked[j / 4][threadIdx.x];
           const float4 right = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
           if (half == 0) {
             mine = right;
@@ -117,7 +114,8 @@ __device__ __forceinline__ void sum_node(float (&levels)[kRegisterLevels + 1][kS
   }
 }
 
-template <typename Element, int kBlockTokens, int kBlockExperts, int kParts, bool kSplit, int kStages>
+template <typename Element, int kBlockTokens, int kBlockExperts, int kParts, bool kSplit, int kStages,
+          bool kHiddenExperts>
 __global__ void __launch_bounds__(
     kThreads, (ManyTokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>::kResident))
     sm90_router_gemm_many_tokens(const __grid_constant__ TiledProblem tiled) {
@@ -153,8 +151,14 @@ __global__ void __launch_bounds__(
     barrier_arrive_expect_bytes(filled_of(stage), (p.box_tokens + kBlockExperts) * kRowBytes);
     copy_box(base + offsetof(Shared, x) + stage * M::kXBytes, tiled.x, unit * kUnit, int(block_token),
              filled_of(stage));
-    copy_box(base + offsetof(Shared, weight) + stage * M::kWeightBytes, tiled.weight, unit * kUnit, block_expert,
-             filled_of(stage));
+    const uint32_t weight = base + offsetof(Shared, weight) + stage * M::kWeightBytes;
+    if constexpr (kHiddenExperts) {
+#pragma unroll
+      for (int expert = 0; expert < kBlockExperts; expert += kMaxBoxExperts)
+        copy_box(weight + expert * kRowBytes, tiled.weight, int(block_expert) + expert, unit * kUnit, filled_of(stage));
+    } else {
+      copy_box(weight, tiled.weight, unit * kUnit, block_expert, filled_of(stage));
+    }
   };
   const auto copy_units = [&](unsigned first, unsigned end) {
     for (unsigned i = first; i < end; ++i) {
@@ -190,7 +194,8 @@ __global__ void __launch_bounds__(
       // Half a multiprocessor's rings are too short for the latency of HBM: units past the first round come through L2.
       for (int ring = 0; ring < M::kRings; ++ring) {
         for (unsigned unit = ring_unit(ring) + M::kRingStages; unit < ring_unit(ring + 1); ++unit)
-          prefetch_box(tiled.weight, unit * kUnit, block_expert);
+          kHiddenExperts ? prefetch_box(tiled.weight, block_expert, unit * kUnit)
+                         : prefetch_box(tiled.weight, unit * kUnit, block_expert);
       }
     }
     if (warp < kProducerWarp) {
@@ -238,7 +243,8 @@ __global__ void __launch_bounds__(
     const int token_tile = M::kRings == 2 ? warp % 4 : warp;
     const uint32_t token_offset = M::kRings == 2 ? 0 : warpgroup * kWarpgroupTokens * kRowBytes;
     const uint32_t x_word = tile_descriptor_word(base + offsetof(Shared, x) + token_offset);
-    const uint32_t weight_word = tile_descriptor_word(base + offsetof(Shared, weight));
+    using Weights = WeightTile<kBlockExperts, kHiddenExperts>;
+    const uint32_t weight_word = Weights::descriptor_word(base + offsetof(Shared, weight));
     const auto multiply_unit = [&](float (&sum)[M::kSums], unsigned i, bool first) {
       const unsigned stage = stage_of(ring, i);
       const uint32_t a = x_word + stage * (M::kXBytes / 16), b = weight_word + stage * (M::kWeightBytes / 16);
@@ -246,8 +252,8 @@ __global__ void __launch_bounds__(
       wgmma_arrive();
 #pragma unroll
       for (int k16 = 0; k16 < kUnit / 16; ++k16) {
-        Wgmma<Element, kBlockExperts>::multiply(sum, tile_descriptor(a + k16 * 2), tile_descriptor(b + k16 * 2),
-                                                !first || k16 > 0);
+        Wgmma<Element, kBlockExperts>::template multiply<kHiddenExperts>(
+            sum, tile_descriptor(a + k16 * 2), Weights::descriptor(b + k16 * Weights::kStepWord), !first || k16 > 0);
       }
       wgmma_commit();
     };
@@ -257,17 +263,9 @@ __global__ void __launch_bounds__(
 
     if constexpr (!kSplit) shared.cluster_sum.wait_for_owners();
     float slice_sum[M::kSums], sum[M::kSums], levels[M::kRegisterLevels + 1][M::kSums];
-    const auto parked_of = [&]<int kLevel>(std::integral_constant<int, kLevel>) -> float4* {
-      constexpr int kQuads = M::kSums / 4 * kConsumers;
-      const int thread = warp * 32 + lane;  // threadIdx.x would need a register of its own
-      if constexpr (kLevel == 0) {
-        return reinterpret_cast<float4*>(&shared.parked) + thread;
-      } else {
-        const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-        return p.parked + (uint64_t(block) * M::kWorkspaceLevels + kLevel - 1) * kQuads + thread;
-      }
-    };
-    sum_node<M::kLevels, M::kRegisterLevels>(levels, sum, parked_of, ring_group(ring), [&](int group) {
+    float4(*parked)[kConsumers] = nullptr;
+    if constexpr (M::kParked) parked = shared.parked;
+    sum_node<M::kLevels, M::kRegisterLevels>(levels, sum, parked, ring_group(ring), [&](int group) {
       const unsigned end = group_begin(units, group + 1) - ring_unit(ring);
       unsigned i = group_begin(units, group) - ring_unit(ring);
       const auto multiply_slice = [&](float (&into)[M::kSums]) {
@@ -338,22 +336,30 @@ namespace {
 template <int kBlockTokens, int kBlockExperts, int kParts, int kStages, bool kSplit>
 constexpr Config config(const char* name, Cost cost) {
   using M = ManyTokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>;
-  return {.name = name,
-          .block_tokens = kBlockTokens,
-          .block_experts = kBlockExperts,
-          .cluster = kSplit ? 1 : kParts,
-          .splits = kSplit ? kParts : 1,
-          .parked_bytes = M::kParkedBytes,
-          .registers = M::kLaunchRegisters,
-          .tiled = true,
-          .kernel = {reinterpret_cast<const void*>(
-                         &sm90_router_gemm_many_tokens<bfloat16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>),
-                     reinterpret_cast<const void*>(
-                         &sm90_router_gemm_many_tokens<float16, kBlockTokens, kBlockExperts, kParts, kSplit, kStages>)},
-          .threads = [](int) { return kThreads; },
-          .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
-          .min_hidden = kGroups * kUnit,  // every group has a unit
-          .cost = cost};
+  Config many = {.name = name,
+                 .block_tokens = kBlockTokens,
+                 .block_experts = kBlockExperts,
+                 .cluster = kSplit ? 1 : kParts,
+                 .splits = kSplit ? kParts : 1,
+                 .registers = M::kLaunchRegisters,
+                 .tiled = true,
+                 .kernel = {},
+                 .threads = [](int) { return kThreads; },
+                 .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
+                 .min_hidden = kGroups * kUnit,  // every group has a unit
+                 .cost = {cost, cost}};
+  const auto add = [&]<typename Element>(Element) {
+    constexpr int kDtype = std::is_same_v<Element, bfloat16> ? JR_BFLOAT16 : JR_FLOAT16;
+    many.kernel[JR_EXPERTS_HIDDEN][kDtype] = reinterpret_cast<const void*>(
+        &sm90_router_gemm_many_tokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages, false>);
+    // Boxes of 64 experts would bring 128 where 80 are needed.
+    if constexpr (kBlockExperts % kMaxBoxExperts == 0 || kBlockExperts < kMaxBoxExperts)
+      many.kernel[JR_HIDDEN_EXPERTS][kDtype] = reinterpret_cast<const void*>(
+          &sm90_router_gemm_many_tokens<Element, kBlockTokens, kBlockExperts, kParts, kSplit, kStages, true>);
+  };
+  add(bfloat16{});
+  add(float16{});
+  return many;
 }
 
 template <int kBlockTokens, int kBlockExperts, int kCluster, int kStages>
@@ -382,7 +388,6 @@ const Config many_tokens_configs[kManyTokensConfigs] = {
     cluster<64, 128, 2, 6>("many_64x128_c2", {4.081, 4.047, 0.005897, 0.04771}),
     cluster<128, 64, 1, 8>("many_128x64_c1", {3.086, 10.27, 0.006914, 0.05402}),
     cluster<128, 80, 1, 6>("many_128x80_c1", {3.086, 10.27, 0.006914, 0.05402}),
-    cluster<128, 128, 1, 5>("many_128x128_c1", {3.086, 10.27, 0.006914, 0.05402}),
     split<64, 80, 10>("many_64x80_s4", {3.904, 1.849, 0.002674, 0.08498}, 0),
     split<64, 128, 8>("many_64x128_s4", {3.967, 2.387, 0.006426, 0.05592}, 0.6),
 };

@@ -12,7 +12,14 @@ __device__ uint32_t load_two(const void* matrix, int64_t row, int64_t rows, int 
   return *reinterpret_cast<const uint32_t*>(static_cast<const Element*>(matrix) + row * hidden + k);
 }
 
-template <typename Element>
+// The same of column `expert` of weights that are stored [hidden, experts].
+__device__ uint32_t load_two_of_column(const Problem& p, int expert, int k) {
+  if (expert >= p.experts || k >= p.hidden) return 0;
+  const uint16_t* const first = static_cast<const uint16_t*>(p.weight) + int64_t(k) * p.experts + expert;
+  return uint32_t(first[0]) | uint32_t(first[p.experts]) << 16;
+}
+
+template <typename Element, bool kHiddenExperts>
 __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
   grid_dependency_wait();
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -33,9 +40,11 @@ __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
                                load_two<Element>(p.x, token + g + 8, p.tokens, k, p.hidden),
                                load_two<Element>(p.x, token + g, p.tokens, k + 8, p.hidden),
                                load_two<Element>(p.x, token + g + 8, p.tokens, k + 8, p.hidden)};
-        const uint32_t b0 = load_two<Element>(p.weight, expert + g, p.experts, k, p.hidden);
-        const uint32_t b1 = load_two<Element>(p.weight, expert + g, p.experts, k + 8, p.hidden);
-        mma_m16n8k16(slice_sum, a, b0, b1, slice_sum, Element());
+        const auto weights = [&](int k) {
+          return kHiddenExperts ? load_two_of_column(p, expert + g, k)
+                                : load_two<Element>(p.weight, expert + g, p.experts, k, p.hidden);
+        };
+        mma_m16n8k16(slice_sum, a, weights(k), weights(k + 8), slice_sum, Element());
       }
       sum = sum + slice_sum;
     }
@@ -46,13 +55,12 @@ __global__ void __launch_bounds__(32) sm90_router_gemm_naive(const Problem p) {
   store_quad<Element>(p, place_quad(p, token, expert, lane, bias), total);
 }
 
-cudaError_t launch_naive(int dtype, const Problem& p, cudaStream_t stream) {
+cudaError_t launch_naive(int dtype, int weight_layout, const Problem& p, cudaStream_t stream) {
+  constexpr void (*kKernels[2][2])(Problem) = {
+      {sm90_router_gemm_naive<bfloat16, false>, sm90_router_gemm_naive<float16, false>},
+      {sm90_router_gemm_naive<bfloat16, true>, sm90_router_gemm_naive<float16, true>}};
   const unsigned blocks = unsigned((p.tokens + kTileTokens - 1) / kTileTokens * p.expert_tiles);
-  if (dtype == JR_BFLOAT16) {
-    sm90_router_gemm_naive<bfloat16><<<blocks, 32, 0, stream>>>(p);
-  } else {
-    sm90_router_gemm_naive<float16><<<blocks, 32, 0, stream>>>(p);
-  }
+  kKernels[weight_layout][dtype]<<<blocks, 32, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

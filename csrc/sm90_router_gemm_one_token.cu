@@ -164,13 +164,13 @@ constexpr Config config(const char* name, Cost cost) {
           .block_tokens = 1,
           .block_experts = kExperts,
           .registers = 64,  // at most
-          .kernel = {reinterpret_cast<const void*>(&sm90_router_gemm_one_token<bfloat16, kExperts>),
-                     reinterpret_cast<const void*>(&sm90_router_gemm_one_token<float16, kExperts>)},
+          .kernel = {{reinterpret_cast<const void*>(&sm90_router_gemm_one_token<bfloat16, kExperts>),
+                      reinterpret_cast<const void*>(&sm90_router_gemm_one_token<float16, kExperts>)}},
           .threads = [](int hidden) { return 32 * O::warps(hidden); },
           .shared_bytes = [](int hidden) { return O::kSumBytes + O::warps(hidden) * O::kWarpBytes; },
           .max_hidden = kMaxSlices * kUnitsPerSlice * kGroups * kUnit,
           .max_tokens = 8,  // beyond, x would be read too often
-          .cost = cost};
+          .cost = {cost}};
 }
 
 }  // namespace

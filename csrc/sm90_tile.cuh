@@ -20,7 +20,6 @@ struct Problem {
   const void* bias;
   void* out;
   float* parts;  // where blocks that share a tile leave their sums (sm90_sum_parts.cuh). Null: they add up
-  float4* parked;  // where a block keeps left halves of the tree for itself (sm90_router_gemm_many_tokens.cu)
   int64_t tokens;
   int hidden, experts;
   int bias_dtype, out_dtype;  // jr_dtype
@@ -31,12 +30,14 @@ struct Problem {
 };
 
 // What the kernels that use the copy engine take: boxes are one unit wide with the 128-byte swizzle, so that 16-byte
-// chunk c of row r lies at c ^ (r % 8). The engine writes zeros for elements outside the matrix.
+// chunk c of row r lies at c ^ (r % 8). Boxes of weights [hidden, experts] are one unit high and up to 64 experts wide,
+// 32 with the 64-byte swizzle. The engine writes zeros for elements outside the matrix.
 struct TiledProblem {
   Problem problem;
   CUtensorMap x, weight;
 };
 constexpr int kRowBytes = kUnit * 2;
+constexpr int kMaxBoxExperts = 64;  // of weights [hidden, experts]
 constexpr int kSwizzleAlignment = 1024;
 
 __device__ __forceinline__ float to_float(bfloat16 v) { return __bfloat162float(v); }

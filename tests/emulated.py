@@ -18,7 +18,7 @@ import numpy as np
 from jax_router import build
 
 EMULATION = Path(__file__).parent / "emulation"
-PLAIN_LAUNCH = re.compile(r"(\w+<\w+>)<<<(\w+), (\w+), 0, stream>>>\((\w+)\);")
+PLAIN_LAUNCH = re.compile(r"(\S+)<<<(\w+), (\w+), 0, stream>>>\((\w+)\);")
 FLAGS = ("-std=c++20", "-w", "-fPIC", "-pthread", "-include", "cuda_runtime.h")  # nvcc includes that by itself
 # glibc's checked longjmp takes the jump to another fiber's stack for an error, where a distribution asks for checks.
 FLAGS += ("-U_FORTIFY_SOURCE",)

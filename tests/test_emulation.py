@@ -25,6 +25,7 @@ PROBLEMS = (
     (1, 8, 1), (2, 4104, 9), (3, 720, 5), (8, 2880, 33), (17, 2824, 18), (70, 2824, 41), (129, 1000, 33),
     (33, 720, 18), (48, 720, 9), (65, 4096, 34), (1, 16384, 1), (4, 17408, 2),
     (3, 2048, 5), (3, 4096, 5), (2, 7168, 6), (2, 8192, 6), (2, 8200, 3),
+    (19, 1096, 136), (66, 2824, 24),
 )  # fmt: skip
 
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
@@ -104,8 +105,11 @@ FAULTS = {
 }
 
 
-def call(library: ctypes.CDLL, x, weight, bias, out_dtype, config: int | None) -> np.ndarray | None:
+def call(
+    library: ctypes.CDLL, x, weight, bias, out_dtype, config: int | None, layout: str = "experts_hidden"
+) -> np.ndarray | None:
     """Logits by one configuration, by the naive kernel for None; None if it does not take the problem."""
+    stored = weight if layout == "experts_hidden" else aligned(weight.T)
     out = aligned(np.full((len(x), len(weight)), np.nan, out_dtype))
     workspace = aligned(np.full(WORKSPACE_BYTES // 4, np.nan, np.float32))
     bias_dtype = None if bias is None else bias.dtype.name
@@ -113,13 +117,14 @@ def call(library: ctypes.CDLL, x, weight, bias, out_dtype, config: int | None) -
     arguments = RouterGemmArgs.of(
         problem,
         x=x.ctypes.data,
-        weight=weight.ctypes.data,
+        weight=stored.ctypes.data,
         bias=None if bias is None else bias.ctypes.data,
         out=out.ctypes.data,
         workspace=workspace.ctypes.data,
         workspace_bytes=WORKSPACE_BYTES,
         config=-1 if config is None else config,
     )
+    arguments.weight_layout = int(layout != "experts_hidden")
     if config is not None and config >= 0 and not library.jr_router_gemm_config_fits(config, ctypes.byref(arguments)):
         return None
     function = library.jr_router_gemm_naive if config is None else library.jr_router_gemm
@@ -148,12 +153,12 @@ def examine(path: str, tokens: int, hidden: int, experts: int) -> dict[str, str]
     bound = (tree.rounded + tree.truncated) * 2.0**-24 * magnitude
     bound += np.abs(truth) * float(ml_dtypes.finfo(out_dtype).eps) / 2
     found = {"naive": "" if np.all(np.abs(naive.astype(np.float64) - truth) <= bound) else "wrong logits"}
-    for config in range(library.jr_router_gemm_num_configs()):
-        logits = call(library, x, weight, bias, out_dtype, config)
-        if logits is not None:
-            found[library.jr_router_gemm_config_name(config).decode()] = (
-                "" if logits.tobytes() == naive.tobytes() else "other bits than the naive kernel"
-            )
+    for layout in ("experts_hidden", "hidden_experts")[: 1 + (experts % 8 == 0)]:
+        for config in (None, *range(library.jr_router_gemm_num_configs())):
+            logits = call(library, x, weight, bias, out_dtype, config, layout)
+            if logits is not None:
+                name = "naive" if config is None else library.jr_router_gemm_config_name(config).decode()
+                found[f"{name} {layout}"] = "" if logits.tobytes() == naive.tobytes() else "other bits than naive"
     alone = [call(library, x[row : row + 1], weight, bias, out_dtype, -1) for row in {0, tokens - 1}]
     same = all(
         logits.tobytes() == naive[row : row + 1].tobytes() for row, logits in zip({0, tokens - 1}, alone, strict=True)
@@ -167,8 +172,11 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
     for problem, each in zip(PROBLEMS, found, strict=False):
         assert not any(each.values()), f"{problem}: {each}"
     assert len(found) == len(PROBLEMS), f"{PROBLEMS[len(found)]}: {said}"
-    examined = {name for each in found for name in each if "_" in name}
-    assert len(examined) == ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
+    examined = {name for each in found for name in each if name.endswith("experts_hidden")}
+    assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
+    either = [name.split()[0] for name in examined]
+    takes_both = {name for name in either if name.startswith(("naive", "few_16x16", "many")) and "x80_" not in name}
+    assert {name.split()[0] for each in found for name in each if name.endswith("hidden_experts")} == takes_both
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -49,6 +49,7 @@ class RouterGemmArgs(ctypes.Structure):
         ("bias_dtype", ctypes.c_int32),
         ("out_dtype", ctypes.c_int32),
         ("config", ctypes.c_int32),
+        ("weight_layout", ctypes.c_int32),
     ]
 
     @classmethod

@@ -11,18 +11,20 @@ using cuuint64_t = uint64_t;
 using CUresult = int;
 constexpr int cudaSuccess = 0, CUDA_SUCCESS = 0, cudaEnableDefault = 0;
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
-constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_128B = 3, CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 2,
+constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0, CU_TENSOR_MAP_SWIZZLE_64B = 2, CU_TENSOR_MAP_SWIZZLE_128B = 3,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 2,
               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
 struct CUtensorMap {
   const uint16_t* matrix;
-  int64_t rows, hidden;
-  int box_rows;
+  int64_t rows, columns;
+  int box_rows, box_columns;
 };
 inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, uint32_t, void* matrix,
                                        const cuuint64_t* sizes, const cuuint64_t* stride, const cuuint32_t* box,
-                                       const cuuint32_t*, int, int, int, int) {
-  if (box[0] != 64 || stride[0] != sizes[0] * 2) return 1;
-  *map = {static_cast<const uint16_t*>(matrix), int64_t(sizes[1]), int64_t(sizes[0]), int(box[1])};
+                                       const cuuint32_t*, int, int swizzle, int, int) {
+  if (box[0] != (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 64 : 32) || stride[0] != sizes[0] * 2 || stride[0] % 16 != 0)
+    return 1;
+  *map = {static_cast<const uint16_t*>(matrix), int64_t(sizes[1]), int64_t(sizes[0]), int(box[1]), int(box[0])};
   return CUDA_SUCCESS;
 }
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };

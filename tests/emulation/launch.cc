@@ -25,10 +25,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) grid.cluster = config->attrs[i].val.clusterDim.x;
   }
   if (grid.cluster > 8 && clusters_of_16() <= 0) emulation::fail("a cluster that this GPU cannot run");
-  const auto is = [=](const auto& c) { return c.kernel[0] == kernel || c.kernel[1] == kernel; };
   const auto is_one_of = [=](const auto& kernels) {
     return std::find(std::begin(kernels), std::end(kernels), kernel) != std::end(kernels);
   };
+  const auto is = [=](const auto& c) { return is_one_of(c.kernel[0]) || is_one_of(c.kernel[1]); };
   const auto routes = [=](const SelectKernel& c) { return is_one_of(c.kernel); };
   const auto run_with = [&]<typename Parameter>(const Parameter& parameter, const Problem& p) {
     grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
@@ -41,7 +41,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     run_with(tiled, tiled.problem);
   } else if (std::any_of(std::begin(select_kernels), std::end(select_kernels), routes) ||
              std::any_of(std::begin(fused_configs), std::end(fused_configs),
-                         [=](const FusedConfig& c) { return is_one_of(c.kernel[0]) || is_one_of(c.kernel[1]); })) {
+                         is)) {
     const auto& routed = *static_cast<const RoutedProblem*>(arguments[0]);
     run_with(routed, routed.problem);
   } else {

@@ -160,14 +160,19 @@ inline void prefetch_box(const CUtensorMap&, int, int) {}
 inline void copy_box(uint32_t destination, const CUtensorMap& map, int element, int row, uint32_t barrier) {
   if (destination % 1024 != 0) fail("a swizzled box starts at a multiple of 1024 bytes");
   block->copies.push_back([=] {
+    const int row_bytes = map.box_columns * 2;
     for (int r = 0; r < map.box_rows; ++r) {
       uint16_t values[64] = {};
-      const int64_t columns = row + r < map.rows ? std::clamp<int64_t>(map.hidden - element, 0, 64) : 0;
-      if (columns > 0) memcpy(values, map.matrix + (row + r) * map.hidden + element, size_t(columns) * 2);
-      for (int chunk = 0; chunk < 8; ++chunk)
-        memcpy(memory_at(destination + r * 128 + (chunk ^ r % 8) * 16, 16), values + chunk * 8, 16);
+      const int64_t columns = row + r < map.rows ? std::clamp<int64_t>(map.columns - element, 0, map.box_columns) : 0;
+      if (columns > 0) memcpy(values, map.matrix + (row + r) * map.columns + element, size_t(columns) * 2);
+      for (int chunk = 0; chunk < row_bytes / 16; ++chunk) {
+        // Bits of the address's 128-byte line within 8 lines of it turn the chunk, as many as a row has bits of chunks.
+        const uint32_t plain = uint32_t(r * row_bytes + chunk * 16);
+        const uint32_t turned = plain ^ (plain >> 7) % (row_bytes / 16) * 16;
+        memcpy(memory_at(destination + turned, 16), values + chunk * 8, 16);
+      }
     }
-    complete_bytes(barrier, map.box_rows * 128);
+    complete_bytes(barrier, map.box_rows * row_bytes);
   });
 }
 
@@ -178,6 +183,18 @@ inline void load_matrices(uint32_t (&d)[4], uint32_t row_address) {
     for (int matrix = 0; matrix < 4; ++matrix)
       memcpy(&d[matrix],
              memory_at(uint32_t(rows[matrix * 8 + emulation::lane() / 4][0]) + emulation::lane() % 4 * 4, 4), 4);
+    return 0;
+  });
+}
+
+inline void load_transposed_matrices(uint32_t (&d)[4], uint32_t row_address) {
+  emulation::exchange(&row_address, 4, [&](const auto& rows) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      for (int half = 0; half < 2; ++half) {
+        const auto row = uint32_t(rows[matrix * 8 + emulation::lane() % 4 * 2 + half][0]);
+        memcpy(reinterpret_cast<uint8_t*>(&d[matrix]) + half * 2, memory_at(row + emulation::lane() / 4 * 2, 2), 2);
+      }
+    }
     return 0;
   });
 }
