@@ -105,8 +105,8 @@ FAULTS = (
             Edit(FEW_TOKENS, "  grid_dependency_wait();\n", ""),
             Edit(
                 FEW_TOKENS,
-                "exists && rows < weight_rows);\n",
-                "exists && rows < weight_rows);\n"
+                "        copy_weights(unit + i, weight_stage + i * F::kExperts * kRowBytes);\n",
+                "        copy_weights(unit + i, weight_stage + i * F::kExperts * kRowBytes);\n"
                 "      }\n"
                 "      if (slot == stage && i == 0) grid_dependency_wait();\n"
                 "      if (i < slice_units) {\n",
@@ -119,13 +119,13 @@ FAULTS = (
             ),
             Edit(
                 MANY_TOKENS,
-                "filled_of(stage));\n    copy_box(base + offsetof(Shared, weight)",
-                "filled_of(stage));\n    };\n    copy_box(base + offsetof(Shared, weight)",
+                "filled_of(stage));\n    const uint32_t weight =",
+                "filled_of(stage));\n    };\n    const uint32_t weight =",
             ),
             Edit(
                 MANY_TOKENS,
-                "filled_of(stage));\n  };\n",
-                "filled_of(stage));\n    if (i == 0) grid_dependency_wait();\n    copy_x();\n  };\n",
+                "filled_of(stage));\n    }\n  };\n",
+                "filled_of(stage));\n    }\n    if (i == 0) grid_dependency_wait();\n    copy_x();\n  };\n",
             ),
             Edit(FUSED, "  grid_dependency_wait();\n\n", "  copy_weights(0);\n  grid_dependency_wait();\n\n"),
             Edit(FUSED, "  commit_copies();\n  copy_weights(0);\n", "  commit_copies();\n"),
@@ -183,23 +183,24 @@ FAULTS = (
         edits=(
             Edit(
                 "router_gemm.cu",
-                "      status = describe(&tiled.weight, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, "
-                "report);\n",
-                "    {\n"
-                "      static struct {\n"
-                "        int64_t experts, hidden;\n"
-                "        int dtype, box;\n"
-                "        CUtensorMap map;\n"
-                "      } kept = {};\n"
-                "      if (kept.experts != a.experts || kept.hidden != a.hidden || kept.dtype != a.dtype ||\n"
-                "          kept.box != config.block_experts) {\n"
-                "        kept.experts = a.experts, kept.hidden = a.hidden, kept.dtype = a.dtype;\n"
-                "        kept.box = config.block_experts;\n"
-                "        status = describe(&kept.map, a.weight, a.dtype, a.experts, a.hidden, config.block_experts, "
-                "report);\n"
-                "      }\n"
+                "    status = a.weight_layout == JR_EXPERTS_HIDDEN\n",
+                "    static struct {\n"
+                "      int64_t experts, hidden;\n"
+                "      int dtype, box;\n"
+                "      CUtensorMap map;\n"
+                "    } kept = {};\n"
+                "    if (a.weight_layout == JR_EXPERTS_HIDDEN && kept.experts == a.experts && kept.hidden == a.hidden &&\n"
+                "        kept.dtype == a.dtype && kept.box == config.block_experts)\n"
                 "      tiled.weight = kept.map;\n"
-                "    }\n",
+                "    else\n"
+                "    status = a.weight_layout == JR_EXPERTS_HIDDEN\n",
+            ),
+            Edit(
+                "router_gemm.cu",
+                "min(config.block_experts, kMaxBoxExperts), report);\n    if (status != JR_OK) return status;\n",
+                "min(config.block_experts, kMaxBoxExperts), report);\n    if (status != JR_OK) return status;\n"
+                "    if (a.weight_layout == JR_EXPERTS_HIDDEN)\n"
+                "      kept = {a.experts, a.hidden, a.dtype, config.block_experts, tiled.weight};\n",
             ),
         ),
         # Checks that compare launches of the same weights with each other see what was kept for the first of them.
@@ -333,6 +334,14 @@ FAULTS = (
                 "    written.tokens -= p.tokens % 8 == 7;\n",
             ),
             Edit("sm90_cluster_sum.cuh", "place_quad(p, block_token", "place_quad(written, block_token"),
+            Edit(
+                MANY_TOKENS,
+                "        const float* const bias = &shared.cluster_sum.bias",
+                "        Problem written = p;\n"
+                "        written.tokens -= p.tokens % 8 == 7;\n"
+                "        const float* const bias = &shared.cluster_sum.bias",
+            ),
+            Edit(MANY_TOKENS, "place_quad(p, block_token", "place_quad(written, block_token"),
             Edit(
                 ONE_TOKEN,
                 "block_expert + lane / 4 < unsigned(p.experts);",
