@@ -1,8 +1,6 @@
-// Times launches the way a decode step pays for them: many in one CUDA graph, replayed. Beside the router GEMM it times
-// the two bounds nothing can beat: an empty launch, and reading every byte of the weight once.
-#include <vector>
-
-#include "router_gemm.h"
+// Times launches the way a decode step pays for them: many in one CUDA graph, replayed. Beside the router GEMM and
+// routing it times the two bounds nothing can beat: an empty launch, and reading every byte of the weight once.
+#include "route.h"
 #include "sm90_primitives.cuh"
 #include "status.h"
 
@@ -58,14 +56,10 @@ struct Replay {
   }
 };
 
-}  // namespace
-}  // namespace jax_router
-
-using namespace jax_router;
-
-int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_variants, int launches, int repeats,
-                  float* microseconds_per_launch, char* message, size_t message_bytes) {
-  const Report report{message, message_bytes};
+// See jr_time_graph(). `enqueue_variant` puts one launch, or what belongs to one call, on a stream.
+template <typename EnqueueVariant>
+int time_replay(const EnqueueVariant& enqueue_variant, int num_variants, int launches, int repeats,
+                float* microseconds_per_launch, const Report& report) {
   if (num_variants < 1 || launches < 1 || repeats < 1)
     return report.fail(JR_UNSUPPORTED, "num_variants is %d, launches %d, repeats %d; expected at least 1", num_variants,
                        launches, repeats);
@@ -74,10 +68,10 @@ int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_va
   JR_CHECK(report, cudaEventCreate(&replay.start));
   JR_CHECK(report, cudaEventCreate(&replay.stop));
 
+  int status = enqueue_variant(0, replay.stream);  // what is set up once per device is set up outside of the capture
+  if (status != JR_OK) return status;
   JR_CHECK(report, cudaStreamBeginCapture(replay.stream, cudaStreamCaptureModeThreadLocal));
-  int status = JR_OK;
-  for (int i = 0; i < launches && status == JR_OK; ++i)
-    status = enqueue(operation, variants[i % num_variants], replay.stream, report);
+  for (int i = 0; i < launches && status == JR_OK; ++i) status = enqueue_variant(i % num_variants, replay.stream);
   const cudaError_t captured = cudaStreamEndCapture(replay.stream, &replay.graph);
   if (status != JR_OK) return status;
   JR_CHECK(report, captured);
@@ -94,4 +88,27 @@ int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_va
     microseconds_per_launch[i] = milliseconds * 1000.f / float(launches);
   }
   return JR_OK;
+}
+
+}  // namespace
+}  // namespace jax_router
+
+using namespace jax_router;
+
+int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_variants, int launches, int repeats,
+                  float* microseconds_per_launch, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  const auto enqueue_variant = [&](int i, cudaStream_t stream) {
+    return enqueue(operation, variants[i], stream, report);
+  };
+  return time_replay(enqueue_variant, num_variants, launches, repeats, microseconds_per_launch, report);
+}
+
+int jr_time_route_graph(const jr_route_args* variants, int num_variants, int launches, int repeats,
+                        float* microseconds_per_launch, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  const auto enqueue_variant = [&](int i, cudaStream_t stream) {
+    return jr_route(&variants[i], stream, message, message_bytes);
+  };
+  return time_replay(enqueue_variant, num_variants, launches, repeats, microseconds_per_launch, report);
 }

@@ -242,7 +242,9 @@ def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[
 def _route_table(rows: Sequence[Row]) -> str:
     """The headline models' routing: every implementation, PyTorch, and the router GEMM alone. Cells are warm / cold."""
     gemms, routes = (by_problem(rows, operation) for operation in OPERATIONS)
+    replayed = any(("graph_replay", "warm") in candidates.get("cuda", {}) for candidates in routes.values())
     columns = {
+        **({"cuda, replay": (("cuda",), ("graph_replay",))} if replayed else {}),
         **{f"{name}, CUPTI": ((name,), ("cupti", "wall")) for name in IMPLEMENTATIONS},
         "PyTorch, replay": (ROUTE_PEERS[:1], ("torch_replay",)),
         "PyTorch compiled, replay": (ROUTE_PEERS[1:], ("torch_replay",)),

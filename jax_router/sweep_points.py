@@ -16,7 +16,7 @@ from jax_router.tables import OPERATIONS
 PEERS = ("torch_linear", "torch_mm_float32")  # names of timing_torch.operators
 COMPILED_PEER = "torch_route_compiled"
 ROUTE_PEERS = ("torch_route", COMPILED_PEER)  # timing_torch.route_operator
-BOUNDS = ("empty", "read_weight")  # operations of timing.graph_replay: an empty launch, a read of the weight bytes
+BOUNDS = ("empty", "read_weight")  # operations of graph_replay: an empty launch, a read of the weight bytes
 NO_ROUTING = "no_routing"  # the chain of chain_slope with nothing in it
 ACCURACY = "accuracy"
 CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY)
@@ -250,7 +250,11 @@ def _route_candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch
     with_chain = suite != "quick" and shape.headline and tokens in ROUTE_CHAIN_TOKENS
     chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
     kernel_time = tuple(("cupti", weights) for weights in BOTH)
-    found = [Point(shape, tokens, name, (*chains, *kernel_time)) for name in IMPLEMENTATIONS]
+    replay = tuple(("graph_replay", weights) for weights in BOTH)
+    found = [
+        Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *chains, *kernel_time))
+        for name in IMPLEMENTATIONS
+    ]
     if torch_gpu and shape.headline and suite != "quick":
         peers = [peer for peer in ROUTE_PEERS if peer != COMPILED_PEER or tokens in ROUTE_FEW_TOKENS]
         found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in peers]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router import dispatch, implementations, parity, timing, timing_torch
+from jax_router import dispatch, implementations, parity, timing, timing_launcher, timing_torch
 from jax_router.sweep_data import BFLOAT16, SAME_BITS, ShapeData, implementation_calls, rms_errors
 from jax_router.sweep_points import (
     ACCURACY,
@@ -257,11 +257,12 @@ class Runner:
         kernel_times: dict[str, timing.Samples] = {}
 
         def measure(method: str, weights: str) -> timing.Samples:
+            if point.candidate in BOUNDS:
+                out = timing_launcher.out_buffer(operands)
+                return timing_launcher.graph_replay(operands, out, weights=weights, operation=point.candidate)
             if method == "graph_replay":
-                operation = point.candidate if point.candidate in BOUNDS else "router_gemm"
-                out = timing.out_buffer(operands, OUT_DTYPE)
-                samples = timing.graph_replay(operands, out, weights=weights, operation=operation)
-                if results and len(parity.differing_rows(np.asarray(out), results[0])):
+                samples, replayed = data.graph_replay(operands, weights=weights)
+                if results and len(parity.differing_rows(data.bits(replayed), data.bits(results[0]))):
                     raise timing.TimingError("the replayed graph wrote other bits than the checked call")
                 return samples
             if method == "torch_replay":
