@@ -6,6 +6,7 @@
     cupti          GPU time of the kernels of one call through JAX: how long at least one of them ran. What two that are
                    launched programmatically run side by side counts once, gaps between kernels do not count
     chain_slope    wall time that one more data-chained call adds to a jitted function: what a decode step pays
+    host_*         what a call costs the host: in timing_host
     wall           wall time of one call, for machines without a GPU
 
 Weights are `warm` (the same array in every call, resident in L2) or `cold` (rotated through more bytes than the L2

@@ -16,7 +16,7 @@ from jax_router.report import rewrite, write_report
 from jax_router.sweep_rows import by_problem
 
 PARTS = (
-    *("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy"),
+    *("provenance", "table", "plot", "models-plot", "winners", "chain", "host", "bars", "accuracy"),
     *("route-table", "route-plot", "route-chain"),
 )
 PLOTS = ("time-headline", "time-models", "winners", "route")

@@ -300,8 +300,8 @@ def call_in(library: ctypes.CDLL, name: str, *arguments: object) -> None:
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     args, route_args = ctypes.POINTER(RouterGemmArgs), ctypes.POINTER(RouteArgs)
     text, status = (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
-    # How many variants, launches of them and repeats; where the times go.
-    timed = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_float), *text)
+    # How many calls or launches and repeats; where the times go.
+    timed = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_float), *text)
     signatures = {
         "jr_router_gemm": (status, (args, ctypes.c_void_p, *text)),
         "jr_router_gemm_naive": (status, (args, ctypes.c_void_p, *text)),
@@ -314,8 +314,10 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "jr_route_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
         "jr_route_config_fits": (ctypes.c_int, (ctypes.c_int, route_args)),
         "jr_route_pick_config": (ctypes.c_int, (route_args,)),
-        "jr_time_graph": (status, (ctypes.c_int, args, *timed)),
-        "jr_time_route_graph": (status, (route_args, *timed)),
+        "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, *timed)),
+        "jr_time_route_graph": (status, (route_args, ctypes.c_int, *timed)),
+        "jr_time_host": (status, (ctypes.c_int, args, *timed)),
+        "jr_time_route_host": (status, (route_args, *timed)),
         "jr_ffi_api_version": (ctypes.c_int, ()),
     }
     for name, (result, arguments) in signatures.items():
