@@ -1,8 +1,9 @@
-// Times launches the way a decode step pays for them: many in one CUDA graph, replayed. Beside the router GEMM it times
-// the two bounds nothing can beat: an empty launch, and reading every byte of the weight once.
-#include <vector>
+// Times launches the way a decode step pays for them: many in one CUDA graph, replayed. Beside the router GEMM and
+// routing it times the two bounds nothing can beat: an empty launch, and reading every byte of the weight once. And
+// what a call costs the host.
+#include <chrono>
 
-#include "router_gemm.h"
+#include "route.h"
 #include "sm90_primitives.cuh"
 #include "status.h"
 
@@ -43,13 +44,13 @@ int enqueue(int operation, const jr_router_gemm_args& args, cudaStream_t stream,
 }
 
 // Everything one timing owns, released on every path.
-struct Replay {
+struct Owned {
   cudaStream_t stream = nullptr;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   cudaEvent_t start = nullptr, stop = nullptr;
 
-  ~Replay() {
+  ~Owned() {
     if (start != nullptr) cudaEventDestroy(start);
     if (stop != nullptr) cudaEventDestroy(stop);
     if (executable != nullptr) cudaGraphExecDestroy(executable);
@@ -57,6 +58,61 @@ struct Replay {
     if (stream != nullptr) cudaStreamDestroy(stream);
   }
 };
+
+// See jr_time_graph(). `enqueue_variant` puts one launch, or what belongs to one call, on a stream.
+template <typename EnqueueVariant>
+int time_replay(const EnqueueVariant& enqueue_variant, int num_variants, int launches, int repeats,
+                float* microseconds_per_launch, const Report& report) {
+  if (num_variants < 1 || launches < 1 || repeats < 1)
+    return report.fail(JR_UNSUPPORTED, "num_variants is %d, launches %d, repeats %d; expected at least 1", num_variants,
+                       launches, repeats);
+  Owned owned;
+  JR_CHECK(report, cudaStreamCreateWithFlags(&owned.stream, cudaStreamNonBlocking));
+  JR_CHECK(report, cudaEventCreate(&owned.start));
+  JR_CHECK(report, cudaEventCreate(&owned.stop));
+
+  int status = enqueue_variant(0, owned.stream);  // what is set up once per device is set up outside of the capture
+  if (status != JR_OK) return status;
+  JR_CHECK(report, cudaStreamBeginCapture(owned.stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < launches && status == JR_OK; ++i) status = enqueue_variant(i % num_variants, owned.stream);
+  const cudaError_t captured = cudaStreamEndCapture(owned.stream, &owned.graph);
+  if (status != JR_OK) return status;
+  JR_CHECK(report, captured);
+  JR_CHECK(report, cudaGraphInstantiate(&owned.executable, owned.graph, 0));
+
+  for (int warm_up = 0; warm_up < 3; ++warm_up) JR_CHECK(report, cudaGraphLaunch(owned.executable, owned.stream));
+  for (int i = 0; i < repeats; ++i) {
+    JR_CHECK(report, cudaEventRecord(owned.start, owned.stream));
+    JR_CHECK(report, cudaGraphLaunch(owned.executable, owned.stream));
+    JR_CHECK(report, cudaEventRecord(owned.stop, owned.stream));
+    JR_CHECK(report, cudaEventSynchronize(owned.stop));
+    float milliseconds = 0.f;
+    JR_CHECK(report, cudaEventElapsedTime(&milliseconds, owned.start, owned.stop));
+    microseconds_per_launch[i] = milliseconds * 1000.f / float(launches);
+  }
+  return JR_OK;
+}
+
+// See jr_time_host(). `enqueue_call` puts one call on a stream.
+template <typename EnqueueCall>
+int time_host(const EnqueueCall& enqueue_call, int calls, int repeats, float* nanoseconds_per_call,
+              const Report& report) {
+  constexpr int kMostCalls = 256;  // of two launches at most: fewer than a stream holds before a launch waits
+  if (calls < 1 || calls > kMostCalls || repeats < 1)
+    return report.fail(JR_UNSUPPORTED, "calls is %d, repeats %d; expected 1 to %d calls and at least 1 repeat", calls,
+                       repeats, kMostCalls);
+  Owned owned;
+  JR_CHECK(report, cudaStreamCreateWithFlags(&owned.stream, cudaStreamNonBlocking));
+  for (int i = -1; i < repeats; ++i) {  // the first one warms up
+    const auto begin = std::chrono::steady_clock::now();
+    for (int call = 0; call < calls; ++call)
+      if (const int status = enqueue_call(owned.stream); status != JR_OK) return status;
+    const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - begin;
+    JR_CHECK(report, cudaStreamSynchronize(owned.stream));
+    if (i >= 0) nanoseconds_per_call[i] = float(spent.count() / calls);
+  }
+  return JR_OK;
+}
 
 }  // namespace
 }  // namespace jax_router
@@ -66,32 +122,31 @@ using namespace jax_router;
 int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_variants, int launches, int repeats,
                   float* microseconds_per_launch, char* message, size_t message_bytes) {
   const Report report{message, message_bytes};
-  if (num_variants < 1 || launches < 1 || repeats < 1)
-    return report.fail(JR_UNSUPPORTED, "num_variants is %d, launches %d, repeats %d; expected at least 1", num_variants,
-                       launches, repeats);
-  Replay replay;
-  JR_CHECK(report, cudaStreamCreateWithFlags(&replay.stream, cudaStreamNonBlocking));
-  JR_CHECK(report, cudaEventCreate(&replay.start));
-  JR_CHECK(report, cudaEventCreate(&replay.stop));
+  const auto enqueue_variant = [&](int i, cudaStream_t stream) {
+    return enqueue(operation, variants[i], stream, report);
+  };
+  return time_replay(enqueue_variant, num_variants, launches, repeats, microseconds_per_launch, report);
+}
 
-  JR_CHECK(report, cudaStreamBeginCapture(replay.stream, cudaStreamCaptureModeThreadLocal));
-  int status = JR_OK;
-  for (int i = 0; i < launches && status == JR_OK; ++i)
-    status = enqueue(operation, variants[i % num_variants], replay.stream, report);
-  const cudaError_t captured = cudaStreamEndCapture(replay.stream, &replay.graph);
-  if (status != JR_OK) return status;
-  JR_CHECK(report, captured);
-  JR_CHECK(report, cudaGraphInstantiate(&replay.executable, replay.graph, 0));
+int jr_time_route_graph(const jr_route_args* variants, int num_variants, int launches, int repeats,
+                        float* microseconds_per_launch, char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  const auto enqueue_variant = [&](int i, cudaStream_t stream) {
+    return jr_route(&variants[i], stream, message, message_bytes);
+  };
+  return time_replay(enqueue_variant, num_variants, launches, repeats, microseconds_per_launch, report);
+}
 
-  for (int warm_up = 0; warm_up < 3; ++warm_up) JR_CHECK(report, cudaGraphLaunch(replay.executable, replay.stream));
-  for (int i = 0; i < repeats; ++i) {
-    JR_CHECK(report, cudaEventRecord(replay.start, replay.stream));
-    JR_CHECK(report, cudaGraphLaunch(replay.executable, replay.stream));
-    JR_CHECK(report, cudaEventRecord(replay.stop, replay.stream));
-    JR_CHECK(report, cudaEventSynchronize(replay.stop));
-    float milliseconds = 0.f;
-    JR_CHECK(report, cudaEventElapsedTime(&milliseconds, replay.start, replay.stop));
-    microseconds_per_launch[i] = milliseconds * 1000.f / float(launches);
-  }
-  return JR_OK;
+int jr_time_host(int operation, const jr_router_gemm_args* args, int calls, int repeats, float* nanoseconds_per_call,
+                 char* message, size_t message_bytes) {
+  const Report report{message, message_bytes};
+  const auto enqueue_call = [&](cudaStream_t stream) { return enqueue(operation, *args, stream, report); };
+  return time_host(enqueue_call, calls, repeats, nanoseconds_per_call, report);
+}
+
+int jr_time_route_host(const jr_route_args* args, int calls, int repeats, float* nanoseconds_per_call, char* message,
+                       size_t message_bytes) {
+  const Report report{message, message_bytes};
+  const auto enqueue_call = [&](cudaStream_t stream) { return jr_route(args, stream, message, message_bytes); };
+  return time_host(enqueue_call, calls, repeats, nanoseconds_per_call, report);
 }

@@ -43,6 +43,13 @@ JR_EXPORT int jr_route_config_fits(int config, const jr_route_args* args);
 // GPU (MIG) that runs no cluster of 16 gets two launches all the same.
 JR_EXPORT int jr_route_pick_config(const jr_route_args* args);
 
+// As jr_time_graph (bench.cu), of jr_route. Microseconds per call, whether it is one launch or two.
+JR_EXPORT int jr_time_route_graph(const jr_route_args* variants, int num_variants, int launches, int repeats,
+                                  float* microseconds_per_launch, char* message, size_t message_bytes);
+// As jr_time_host, of jr_route.
+JR_EXPORT int jr_time_route_host(const jr_route_args* args, int calls, int repeats, float* nanoseconds_per_call,
+                                 char* message, size_t message_bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -49,6 +49,10 @@ JR_EXPORT int jr_router_gemm_pick_config(const jr_router_gemm_args* args);
 enum jr_operation { JR_OP_ROUTER_GEMM = 0, JR_OP_EMPTY = 1, JR_OP_READ_WEIGHT = 2 };
 JR_EXPORT int jr_time_graph(int operation, const jr_router_gemm_args* variants, int num_variants, int launches,
                             int repeats, float* microseconds_per_launch, char* message, size_t message_bytes);
+// What one of these operations costs the calling thread (bench.cu): nanoseconds per call of 1 to 256 `calls` one after
+// the other, on a stream of its own that was empty before. One value per repeat.
+JR_EXPORT int jr_time_host(int operation, const jr_router_gemm_args* args, int calls, int repeats,
+                           float* nanoseconds_per_call, char* message, size_t message_bytes);
 
 #ifdef __cplusplus
 }

@@ -144,7 +144,7 @@ def generated_parts(
 ) -> dict[str, str]:
     """Markdown by the name of its marker.
 
-    provenance, table, plot, models-plot, winners, chain, bars, accuracy; of routing: route-table, route-plot,
+    provenance, table, plot, models-plot, winners, chain, host, bars, accuracy; of routing: route-table, route-plot,
     route-chain, agreement.
 
     Args:
@@ -167,6 +167,7 @@ def generated_parts(
         ),
         "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
         "chain": lambda: _chain(rows),
+        "host": lambda: _host(rows),
         "bars": lambda: _bars(rows, agreement),
         "accuracy": lambda: _accuracy(rows),
         "route-table": lambda: _route_table(rows),
@@ -242,7 +243,9 @@ def _fastest(candidates: dict[str, dict[tuple[str, str], Row]], names: Sequence[
 def _route_table(rows: Sequence[Row]) -> str:
     """The headline models' routing: every implementation, PyTorch, and the router GEMM alone. Cells are warm / cold."""
     gemms, routes = (by_problem(rows, operation) for operation in OPERATIONS)
+    replayed = any(("graph_replay", "warm") in candidates.get("cuda", {}) for candidates in routes.values())
     columns = {
+        **({"cuda, replay": (("cuda",), ("graph_replay",))} if replayed else {}),
         **{f"{name}, CUPTI": ((name,), ("cupti", "wall")) for name in IMPLEMENTATIONS},
         "PyTorch, replay": (ROUTE_PEERS[:1], ("torch_replay",)),
         "PyTorch compiled, replay": (ROUTE_PEERS[1:], ("torch_replay",)),
@@ -292,6 +295,30 @@ def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
     what = "shape" if operation == OPERATIONS[0] else "model"
     table = _markdown([what, "T", "weights", *names[:-1], "chain without routing"], body)
     return f"{table}\n{note}\n"
+
+
+def _host(rows: Sequence[Row]) -> str:
+    """What a call costs the host, and what no call goes below."""
+    columns = {
+        "cuda, C launcher": ("host_launcher", ("cuda", "empty")),
+        "cuda, jitted": ("host_jit", ("cuda", NO_ROUTING)),
+        "xla, jitted": ("host_jit", ("xla",)),
+        "cuda, eager": ("host_eager", ("cuda",)),
+        "xla, eager": ("host_eager", ("xla",)),
+    }
+    body = []
+    shapes = {problem_of(row): shape_of(row) for row in rows}
+    for problem, candidates in [each for operation in OPERATIONS for each in by_problem(rows, operation).items()]:
+        cells = [_fastest(candidates, names, (method,)) for method, names in columns.values()]
+        if set(cells) != {"-"}:
+            body.append([shapes[problem].label, "floor" if problem[5] is None else str(problem[5]), *cells])
+    if not body:
+        return "Not measured.\n"
+    note = (
+        "Microseconds, medians, that the host spends on a call, which waits for no kernel. The floors: a launch of an "
+        "empty kernel, and a jitted function that adds one to one number."
+    )
+    return f"{_markdown(['call', 'T', *columns], body)}\n{note}\n"
 
 
 def _bars(rows: Sequence[Row], agreement: agreement_report.Record | None) -> str:

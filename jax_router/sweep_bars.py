@@ -152,7 +152,7 @@ def _route_versus_xla(
                 ratios[f"{model} T={problem[5]} {weights}"] = net / net_xla if net_xla > 0 else float("inf")
     tokens = ROUTE_CHAIN_TOKENS if method == "chain_slope" else SPARSE_TOKENS
     expected = len(ROUTE_HEADLINE_MODELS) * sum(fewest <= count <= most for count in tokens) * len(BOTH)
-    how = {"cupti": "CUPTI", "chain_slope": "chain slope without the chain's own kernel"}[method]
+    how = {"cupti": "CUPTI for both", "chain_slope": "chain slope without the chain's own kernel"}[method]
     claim = f"route: cuda at least {times}x faster than xla, T = {fewest}..{most}, warm and cold ({how})"
     return worst(claim, ratios, 1 / times, expected, "x")
 

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_router import parity
+from jax_router import parity, timing_launcher
 from jax_router.sweep_bars import SGEMM
-from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, PEERS, Shape
-from jax_router.timing import Call, Operands, cold_copies
+from jax_router.sweep_points import DTYPE, IMPLEMENTATIONS, OUT_DTYPE, PEERS, Shape
+from jax_router.timing import Call, Operands, Samples, cold_copies
 from jax_router.timing_torch import as_torch, operators
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -60,6 +60,11 @@ class ShapeData:
     def peer(self, torch: Any, candidate: str) -> Callable[..., Any]:
         """PyTorch's operator of that name."""
         return operators(torch)[candidate]
+
+    def graph_replay(self, operands: Operands, *, weights: str) -> tuple[Samples, Any]:
+        """Time `cuda` in CUDA-graph replay. Returns the samples, and what the launches left as a call's results."""
+        out = timing_launcher.out_buffer(operands, OUT_DTYPE)
+        return timing_launcher.graph_replay(operands, out, weights=weights), np.asarray(out)
 
     def check(self, candidate: str, logits: Any) -> dict[str, Any]:
         """Judge logits [T, E] of the first T rows.

@@ -16,7 +16,7 @@ from jax_router.tables import OPERATIONS
 PEERS = ("torch_linear", "torch_mm_float32")  # names of timing_torch.operators
 COMPILED_PEER = "torch_route_compiled"
 ROUTE_PEERS = ("torch_route", COMPILED_PEER)  # timing_torch.route_operator
-BOUNDS = ("empty", "read_weight")  # operations of timing.graph_replay: an empty launch, a read of the weight bytes
+BOUNDS = ("empty", "read_weight")  # operations of graph_replay: an empty launch, a read of the weight bytes
 NO_ROUTING = "no_routing"  # the chain of chain_slope with nothing in it
 ACCURACY = "accuracy"
 CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY)
@@ -40,6 +40,7 @@ ALL_TOKENS = tuple(2**power for power in range(15))  # 1 to 16384
 SPARSE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (1, 8, 64, 512)
 CHAIN_TOKENS = (1, 64)
+HOST_TOKENS = (1, 64, 1024, 4096)  # of the headline; kernels for many tokens need descriptions of their arrays
 ROUTE_TOKENS = tuple(2**power for power in range(13))  # 1 to 4096
 ROUTE_QUICK_TOKENS = (1, 64)
 ROUTE_FEW_TOKENS = (1, 64, 4096)  # of models that are not in the headline, and of what takes long to compile
@@ -196,9 +197,13 @@ def points(
                 found += _route_candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
             continue
         if gpu:
+            floors = _host(suite, shape)
             found += [
-                Point(shape, None, bound, tuple(("graph_replay", weights) for weights in BOTH)) for bound in BOUNDS
+                Point(shape, None, bound, (*(("graph_replay", weights) for weights in BOTH), *floors.get(bound, ())))
+                for bound in BOUNDS
             ]
+            if NO_ROUTING in floors:
+                found.append(Point(shape, None, NO_ROUTING, floors[NO_ROUTING]))
         for tokens in only_tokens or _tokens(suite, shape):
             found += _candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
         if gpu and shape.headline and suite != "quick":
@@ -227,8 +232,9 @@ def _candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: 
     chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
     kernel_time = tuple(("cupti", weights) for weights in BOTH)
     replay = tuple(("graph_replay", weights) for weights in BOTH)
+    host = _host(suite, shape, tokens)
     found = [
-        Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *chains, *kernel_time))
+        Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *host.get(name, ()), *chains, *kernel_time))
         for name in IMPLEMENTATIONS
     ]
     if torch_gpu:
@@ -236,6 +242,16 @@ def _candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: 
     if chains:
         found.append(Point(shape, tokens, NO_ROUTING, chains))
     return found
+
+
+def _host(suite: str, shape: Shape, tokens: int | None = None) -> dict[str, tuple[tuple[str, str], ...]]:
+    """By candidate how to measure what a call costs the host; without tokens, what no call goes below."""
+    if suite == "quick" or not shape.headline or tokens not in (None, *HOST_TOKENS):
+        return {}
+    launcher, jitted, eager = ((f"host_{what}", "warm") for what in ("launcher", "jit", "eager"))
+    if tokens is None:
+        return {"empty": (launcher,), NO_ROUTING: (jitted,)}
+    return {"cuda": (launcher, jitted, eager), "xla": (jitted, eager)}
 
 
 def _route_tokens(suite: str, shape: Shape) -> tuple[int, ...]:
@@ -250,7 +266,12 @@ def _route_candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch
     with_chain = suite != "quick" and shape.headline and tokens in ROUTE_CHAIN_TOKENS
     chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
     kernel_time = tuple(("cupti", weights) for weights in BOTH)
-    found = [Point(shape, tokens, name, (*chains, *kernel_time)) for name in IMPLEMENTATIONS]
+    replay = tuple(("graph_replay", weights) for weights in BOTH)
+    host = _host(suite, shape, tokens)
+    found = [
+        Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *host.get(name, ()), *chains, *kernel_time))
+        for name in IMPLEMENTATIONS
+    ]
     if torch_gpu and shape.headline and suite != "quick":
         peers = [peer for peer in ROUTE_PEERS if peer != COMPILED_PEER or tokens in ROUTE_FEW_TOKENS]
         found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in peers]

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_router import parity
+from jax_router import parity, timing_launcher
 from jax_router import parity_routing as judged
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_data import BFLOAT16, PEER_TOLERANCE, ShapeData
 from jax_router.sweep_points import COMPILED_PEER, IMPLEMENTATIONS, ROUTE_PEERS, Shape
-from jax_router.timing import Call, Operands
+from jax_router.timing import Call, Operands, Samples
 from jax_router.timing_torch import route_operator
 
 CORRECTION_DEVIATION = 0.1  # of scores near 0.5: enough to move most selections
@@ -55,6 +55,11 @@ class RouteData(ShapeData):
 
     def peer(self, torch: Any, candidate: str) -> Callable[..., Any]:
         return route_operator(torch, self.spec, compiled=candidate == COMPILED_PEER)
+
+    def graph_replay(self, operands: Operands, *, weights: str) -> tuple[Samples, Any]:
+        out = timing_launcher.route_buffers(operands, self.spec)
+        samples = timing_launcher.route_replay(operands, out, self.spec, weights=weights)
+        return samples, jax.device_get(out[:2])
 
     def check(self, candidate: str, results: Any) -> dict[str, Any]:
         """Judge (weights, experts), each [T, k], of the first T rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router import dispatch, implementations, parity, timing, timing_torch
+from jax_router import dispatch, implementations, parity, timing, timing_host, timing_launcher, timing_torch
 from jax_router.sweep_data import BFLOAT16, SAME_BITS, ShapeData, implementation_calls, rms_errors
 from jax_router.sweep_points import (
     ACCURACY,
@@ -144,22 +145,27 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _executables(self, point: Point) -> list[str]:
-        """Which executables a point needs: "calls" to check and to time single calls, "chain" for the chain slope."""
+        """Which executables a point needs: "calls" to check and to time calls, others for the method of that name."""
         methods = {method for method, _ in self._missing(point)}
-        kinds = ["chain"] if "chain_slope" in methods else []
+        kinds = sorted(methods.intersection(("chain_slope", "host_jit")))
         if point.candidate in IMPLEMENTATIONS and methods and self._refused(point) is None:
             return ["calls", *kinds]
         return kinds if point.candidate == NO_ROUTING else []
 
     def _compile_one(self, data: ShapeData, point: Point, kind: str) -> Any:
-        assert point.tokens is not None
-        calls = self.calls if point.shape.spec is None else route_calls(point.shape.spec)
-        operands, call = data.operands(point.tokens), calls.get(point.candidate)
+        operands, call = data.operands(point.tokens or 1), self._call(point)
+        if kind == "host_jit":  # JAX keeps what it compiled for calls in the context of this one
+            return timing_host.jitted(call, operands)
         with jax.default_device(self.device):
-            if kind == "chain":
+            if kind == "chain_slope":
                 return timing.compile_chains(call, operands)
             assert call is not None
             return timing.compile_calls(call, operands, self._calls_per_run)
+
+    def _call(self, point: Point) -> timing.Call | None:
+        """The public operation with the candidate named, if that is an implementation."""
+        calls = self.calls if point.shape.spec is None else route_calls(point.shape.spec)
+        return calls.get(point.candidate)
 
     @property
     def _calls_per_run(self) -> int:
@@ -257,18 +263,29 @@ class Runner:
         kernel_times: dict[str, timing.Samples] = {}
 
         def measure(method: str, weights: str) -> timing.Samples:
-            if method == "graph_replay":
+            if method == "host_launcher":
                 operation = point.candidate if point.candidate in BOUNDS else "router_gemm"
-                out = timing.out_buffer(operands, OUT_DTYPE)
-                samples = timing.graph_replay(operands, out, weights=weights, operation=operation)
-                if results and len(parity.differing_rows(np.asarray(out), results[0])):
+                return timing_host.launcher(operands, point.shape.spec, operation=operation)
+            if method == "host_jit":
+                return timing_host.dispatches(method, executables[point, method].result())
+            if method == "host_eager":
+                arguments = operands.x, operands.weights[0], operands.bias
+                call = self._call(point)
+                assert call is not None
+                return timing_host.dispatches(method, functools.partial(call, *arguments))
+            if point.candidate in BOUNDS:
+                out = timing_launcher.out_buffer(operands)
+                return timing_launcher.graph_replay(operands, out, weights=weights, operation=point.candidate)
+            if method == "graph_replay":
+                samples, replayed = data.graph_replay(operands, weights=weights)
+                if results and len(parity.differing_rows(data.bits(replayed), data.bits(results[0]))):
                     raise timing.TimingError("the replayed graph wrote other bits than the checked call")
                 return samples
             if method == "torch_replay":
                 assert peer is not None
                 return timing_torch.torch_replay(self.torch, peer, operands, weights=weights)
             if method == "chain_slope":
-                return timing.chain_slope(executables[point, "chain"].result(), operands, weights=weights)
+                return timing.chain_slope(executables[point, method].result(), operands, weights=weights)
             if method == "wall":
                 return timing.wall(executables[point, "calls"].result(), operands, calls=self._calls_per_run)
             if not kernel_times:

@@ -1,11 +1,12 @@
 """Timing of microsecond kernels. Every function returns raw samples in microseconds per call and says what it measured.
 
-    graph_replay   the C launcher in a CUDA graph, replayed: what one launch adds to a busy stream. Also the two bounds,
-                   an empty launch and a read of the weight bytes
+    graph_replay   a C launcher in a CUDA graph, replayed: what one call adds to a busy stream. Also the two bounds, an
+                   empty launch and a read of the weight bytes: in timing_launcher
     torch_replay   the same for a PyTorch operator, so that the two can be compared: in timing_torch
     cupti          GPU time of the kernels of one call through JAX: how long at least one of them ran. What two that are
                    launched programmatically run side by side counts once, gaps between kernels do not count
     chain_slope    wall time that one more data-chained call adds to a jitted function: what a decode step pays
+    host_*         what a call costs the host: in timing_host
     wall           wall time of one call, for machines without a GPU
 
 Weights are `warm` (the same array in every call, resident in L2) or `cold` (rotated through more bytes than the L2
@@ -14,7 +15,6 @@ holds, or the L2 filled with other data before the run). x is the same array in 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import statistics
@@ -28,9 +28,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jax_router.dispatch import Problem
-from jax_router.implementations import cuda
 
 CALLS = 8  # per jitted function: enough to spread its overhead, few enough to compile in the time of one
 CHAIN_LENGTHS = (12, 36)  # decode layers; 36 is gpt-oss-120b
@@ -97,55 +94,6 @@ class Operands:
 def cold_copies(weight_bytes: int) -> int:
     """How many copies of a weight make a rotation cold: a multiple of CALLS, of more than COLD_BYTES."""
     return CALLS * math.ceil((COLD_BYTES // weight_bytes + 1) / CALLS)
-
-
-def graph_replay(operands: Operands, out: jax.Array, *, weights: str, operation: str = "router_gemm") -> Samples:
-    """Time the C launcher, or a bound ("empty", "read_weight"), in CUDA-graph replay.
-
-    `out` [T, E] is overwritten behind JAX's back: read it only afterwards.
-
-    Raises:
-      NotImplementedError: the kernel does not take the problem.
-      RuntimeError: a CUDA call failed, or the library cannot be built.
-    """
-    rotation = operands.rotation(weights)
-    jax.block_until_ready((operands.x, rotation, operands.bias, out))
-    bias = operands.bias
-    problem = Problem(
-        tokens=operands.x.shape[0],
-        hidden=operands.x.shape[1],
-        experts=rotation[0].shape[0],
-        dtype=operands.x.dtype.name,
-        bias_dtype=None if bias is None else bias.dtype.name,
-        out_dtype=out.dtype.name,
-    )
-    address: dict[str, Any] = {name: array.unsafe_buffer_pointer() for name, array in (("x", operands.x), ("out", out))}
-    address["bias"] = None if bias is None else bias.unsafe_buffer_pointer()
-    scratch = cuda.workspace_bytes(problem.tokens, problem.experts)
-    workspace = jax.device_put(np.zeros(scratch, np.uint8), operands.x.device) if scratch else None
-    if workspace is not None:
-        address |= {
-            "workspace": jax.block_until_ready(workspace).unsafe_buffer_pointer(),
-            "workspace_bytes": scratch,
-        }
-    variants = (cuda.RouterGemmArgs * len(rotation))(
-        *(cuda.RouterGemmArgs.of(problem, weight=weight.unsafe_buffer_pointer(), **address) for weight in rotation)
-    )
-    launches = launches_of(rotation)
-
-    def replay(repeats: int) -> list[float]:
-        samples = (ctypes.c_float * repeats)()
-        code = cuda.OPERATIONS[operation]
-        cuda.call("jr_time_graph", code, variants, len(rotation), launches, repeats, samples)
-        return list(samples)
-
-    return Samples(
-        "graph_replay",
-        weights,
-        replays(replay, launches),
-        launches,
-        f"CUDA-graph replay of {launches} C launches ({operation}), {len(rotation)} weights in rotation",
-    )
 
 
 def launches_of(rotation: Sequence[Any]) -> int:
@@ -360,9 +308,3 @@ def wall(compiled: jax.stages.Compiled, operands: Operands, *, calls: int, repea
             break
     measured = f"wall time of {calls} calls in one jitted function, with dispatch"
     return Samples("wall", "warm", tuple(samples), calls, measured)
-
-
-def out_buffer(operands: Operands, out_dtype: str = "float32") -> jax.Array:
-    """A buffer [T, E] for `graph_replay`, full of NaN so that an element that is not written shows."""
-    shape = (operands.x.shape[0], operands.weights[0].shape[0])
-    return jax.device_put(np.full(shape, np.nan, jnp.dtype(out_dtype)), operands.x.device)

@@ -16,7 +16,7 @@ from jax_router.report import rewrite, write_report
 from jax_router.sweep_rows import by_problem
 
 PARTS = (
-    *("provenance", "table", "plot", "models-plot", "winners", "chain", "bars", "accuracy"),
+    *("provenance", "table", "plot", "models-plot", "winners", "chain", "host", "bars", "accuracy"),
     *("route-table", "route-plot", "route-chain"),
 )
 PLOTS = ("time-headline", "time-models", "winners", "route")
@@ -167,12 +167,16 @@ def test_the_routing_has_a_table_and_a_chain_of_its_own(rows: list[dict[str, Any
     parts = report.generated_parts(rows, {}, Path())
     table = parts["route-table"]
     assert (
-        "| gpt-oss-120b | 1 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | 20.0 / 24.0 | 2.50 / 3.00 |"
-        in table
+        "| gpt-oss-120b | 1 | 3.00 / 3.60 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | 20.0 / 24.0 "
+        "| 2.50 / 3.00 |" in table
     )
-    assert "|  | 16 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | - | 2.50 / 3.00 |" in table
+    assert "|  | 16 | 3.00 / 3.60 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | - | 2.50 / 3.00 |" in table
     assert "| DeepSeek-V3 | 1 |" in table
     assert "Kimi" not in table
+    unreplayed = [row for row in rows if row["operation"] == "router_gemm" or row["method"] != "graph_replay"]
+    before = report.generated_parts(unreplayed, {}, Path())["route-table"]
+    assert "| model | T | cuda, CUPTI |" in before
+    assert "|  | 16 | 3.00 / 3.60 | 5.00 / 6.00 | 12.0 / 14.4 | 30.0 / 36.0 | - | 2.50 / 3.00 |" in before
     slope = r"\d+\.\d \(\d+\.\d to \d+\.\d\)"
     line = rf"^\| DeepSeek-V3 \| 4096 \| warm \| 6\.5 \(.*\) \| {slope} \| 15\.5 \(.*\) \| 3\.5 "
     assert re.search(line, parts["route-chain"], re.M)

@@ -13,7 +13,7 @@ import pytest
 import synthetic_rows
 from test_sweep_command import run_sweep, small_sweep
 
-from jax_router import dispatch, sweep_run, timing
+from jax_router import dispatch, sweep_run, timing, timing_launcher
 from jax_router.sweep_data import ShapeData, rms_errors
 from jax_router.sweep_points import (
     Point,
@@ -173,7 +173,8 @@ def test_a_lost_device_ends_the_sweep_and_keeps_the_rows(tmp_path: Path, monkeyp
 
 
 def test_a_replay_that_writes_other_bits_fails(runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "graph_replay", lambda *_, **__: timing.Samples("graph_replay", "warm", (1.0,), 1, ""))
+    samples = timing.Samples("graph_replay", "warm", (1.0,), 1, "")
+    monkeypatch.setattr(timing_launcher, "graph_replay", lambda *_, **__: samples)
     runner.run(small_points(measurements=(("graph_replay", "warm"), *WALL))[:1])
     rows = read_rows(runner.writer.path)
     assert [(row["method"], row["status"]) for row in rows] == [

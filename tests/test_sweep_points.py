@@ -39,7 +39,7 @@ def test_headline_suite_covers_the_bars() -> None:
             assert {"cuda", "pallas", "xla", *PEERS} <= set(candidates)
             assert ("chain_slope" in candidates["xla"]) == (shape.headline and count in (1, 64))
         bounds = {point.candidate for point in of_shape if point.tokens is None}
-        assert bounds == {"empty", "read_weight"} | ({"accuracy"} if shape.headline else set())
+        assert bounds == {"empty", "read_weight"} | ({"accuracy", "no_routing"} if shape.headline else set())
     keys = [point.key(*each) for point in found for each in point.measurements]
     assert len(set(keys)) == len(keys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import synthetic_rows
 from test_timing import operands
 
-from jax_router import dispatch, sweep_run, timing, timing_torch
+from jax_router import dispatch, sweep_run, timing, timing_launcher, timing_torch
 from jax_router import parity_routing as judged
 from jax_router.models import models
 from jax_router.routing import RoutingSpec
@@ -100,6 +101,8 @@ def test_headline_suite_covers_the_bars_of_route() -> None:
             assert {"cuda", "pallas", "xla"} <= set(candidates)
             assert ("torch_route" in candidates) == shape.headline
             assert (COMPILED_PEER in candidates) == (shape.headline and count in ROUTE_FEW_TOKENS)
+            replayed = {name for name in candidates if ("graph_replay", "cold") in candidates[name]}
+            assert replayed == {"cuda"}
             with_chain = shape.headline and count in ROUTE_CHAIN_TOKENS
             for name in ("cuda", "pallas", "xla", "no_routing"):
                 chains = {("chain_slope", weights) for weights in BOTH} & set(candidates.get(name, ()))
@@ -221,6 +224,30 @@ def test_a_route_that_fails_its_check_is_not_timed(runner: sweep_run.Runner, mon
     assert "row 5 has experts" in rows[-1]["reason"]
 
 
+@pytest.mark.parametrize(("part", "status"), [(None, "ok"), (0, "failed"), (1, "failed")])
+def test_a_replay_of_routing_that_leaves_other_results_fails(
+    part: int | None, status: str, runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replay(operands: timing.Operands, out: Any, spec: RoutingSpec, *, weights: str) -> timing.Samples:
+        call = jax.jit(route_calls(spec)["xla"])
+        results = [np.array(result) for result in call(operands.x, operands.weights[0], operands.bias)]
+        if part is not None:
+            results[part][1, 2] += 1
+        for buffer, result in zip(out, results, strict=False):  # as a kernel does, behind JAX's back
+            ctypes.memmove(buffer.unsafe_buffer_pointer(), result.ctypes.data, result.nbytes)
+        return timing.Samples("graph_replay", weights, (1.0,), 1, "")
+
+    monkeypatch.setattr(timing_launcher, "route_replay", replay)
+    runner.run([Point(small(), 4, "xla", (("graph_replay", "cold"), *WALL))])
+    rows = read_rows(runner.writer.path)
+    assert [(row["method"], row["status"]) for row in rows] == [
+        ("check", "ok"),
+        ("graph_replay", status),
+        ("wall", "ok"),
+    ]
+    assert ("other bits" in rows[1].get("reason", "")) == (status == "failed")
+
+
 def test_an_implementation_that_does_not_take_the_rule_is_skipped_with_its_reason(
     runner: sweep_run.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,13 +353,16 @@ def test_a_peer_that_cannot_be_compiled_here_is_skipped_and_a_broken_one_fails(
 def test_gpu_route_is_checked_and_timed_beside_pytorch(gpu: jax.Device, tmp_path: Path) -> None:
     import torch
 
-    kernels, replays, chains = (
-        tuple((each, state) for state in BOTH) for each in ("cupti", "torch_replay", "chain_slope")
+    kernels, launches, replays, chains = (
+        tuple((each, state) for state in BOTH) for each in ("cupti", "graph_replay", "torch_replay", "chain_slope")
     )
     shape = Shape(2048, 64, False, ("small",), GROUPED, True)
     todo = [
         *(Point(shape, 16, peer, replays) for peer in ROUTE_PEERS),
-        *(Point(shape, 16, name, (*chains, *kernels)) for name in dispatch.IMPLEMENTATIONS),
+        *(
+            Point(shape, 16, name, (*(launches if name == "cuda" else ()), *chains, *kernels))
+            for name in dispatch.IMPLEMENTATIONS
+        ),
         Point(shape, 16, "no_routing", chains),
     ]
     writer = RowsWriter(tmp_path / "rows.jsonl")

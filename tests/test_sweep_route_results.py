@@ -53,10 +53,13 @@ def test_the_bars_of_route_name_their_worst_case() -> None:
         return base
 
     found = bars(time)
-    assert one(found, "3x faster", "(CUPTI)").figures == "worst 0.350 x at DeepSeek-V3 T=16 warm; 1 of 18 over 0.333"
+    assert (
+        one(found, "3x faster", "(CUPTI for both)").figures
+        == "worst 0.350 x at DeepSeek-V3 T=16 warm; 1 of 18 over 0.333"
+    )
     assert one(found, "3x faster", "chain slope").verdict == "met"
     assert one(found, "3x faster", "chain slope").figures.endswith("0 of 12 over 0.333")
-    assert one(found, "2x faster", "(CUPTI)").verdict == "met"
+    assert one(found, "2x faster", "(CUPTI for both)").verdict == "met"
     assert one(found, "2x faster", "chain").figures == "worst 0.550 x at gpt-oss-120b T=4096 warm; 1 of 12 over 0.5"
     assert one(found, "1.6x router_gemm", "cuda").figures == "worst 1.680 x at DeepSeek-V3 T=16 warm; 1 of 18 over 1.6"
     assert one(found, "1.6x router_gemm", "pallas").verdict == "met"
@@ -79,8 +82,8 @@ def test_bars_of_route_that_are_not_covered_are_not_called_met() -> None:
     assert len(of_route) == 12
     assert {(bar.verdict, bar.figures) for bar in of_route} == {("not measured", "no rows")}
     two = bars(only_models=["gpt-oss-120b", "DeepSeek-V3"])
-    assert "6 of 18 not measured" in one(two, "3x faster", "(CUPTI)").figures
-    assert one(two, "3x faster", "(CUPTI)").met is None
+    assert "6 of 18 not measured" in one(two, "3x faster", "(CUPTI for both)").figures
+    assert one(two, "3x faster", "(CUPTI for both)").met is None
 
 
 def test_router_gemms_and_routings_are_never_compared() -> None:
@@ -89,6 +92,8 @@ def test_router_gemms_and_routings_are_never_compared() -> None:
     found = {(line.shape.operation, line.candidate, line.method): line for line in lines(rows)}
     assert found["route", "cuda", "CUPTI"].to_best_other[0] == pytest.approx(3.0 / 5.0)
     assert found["router_gemm", "cuda", "CUPTI"].to_best_other[0] == pytest.approx(2.5 / 4.0)
-    assert found["route", "torch_route", "graph replay"].to_best_other[0] == pytest.approx(30 / 20)
+    assert found["route", "torch_route", "graph replay"].to_best_other[0] == pytest.approx(30 / 3)
+    assert found["route", "cuda", "graph replay"].to_best_other[0] == pytest.approx(3 / 20)
+    assert found["route", "cuda", "graph replay"].to_floor[0] == pytest.approx(3.0 / 1.6)
     assert found["route", "cuda", "CUPTI"].to_floor[0] == pytest.approx(3.0 / 1.6)
     assert found["route", "no_routing", "chain slope"].to_best_other == (None, None)

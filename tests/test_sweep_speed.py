@@ -13,12 +13,14 @@ from jax_router.report import generated_parts
 from jax_router.sweep_points import Point
 
 
-def at(model: str, tokens: int, weights: str, microseconds: float, *, route: bool = False) -> Any:
+def at(
+    model: str, tokens: int, weights: str, microseconds: float, *, route: bool = False, measured: str = "graph_replay"
+) -> Any:
     """Constant times, but for one of `cuda`."""
 
     def time(point: Point, method: str, of_weights: str) -> float:
         is_it = point.candidate == "cuda" and model in point.shape.models and (point.shape.spec is not None) == route
-        if is_it and (point.tokens, of_weights, method) == (tokens, weights, "cupti" if route else "graph_replay"):
+        if is_it and (point.tokens, of_weights, method) == (tokens, weights, measured):
             return microseconds
         return synthetic_rows.constant_time(point, method, of_weights)
 
@@ -62,9 +64,28 @@ def test_a_slow_router_gemm_misses_its_bar(
 def test_a_slow_routing_misses_its_bar(
     model: str, tokens: int, words: tuple[str, ...], microseconds: float, figures: str
 ) -> None:
-    found = bars(synthetic_rows.headline_rows(at(model, tokens, "warm", microseconds, route=True)))
-    bar = one(found, "route: cuda at most", *words)
+    beside_xla = "xla" in words[0] or "other" in words[0]
+    measured = "cupti" if beside_xla else "graph_replay"
+    rows = synthetic_rows.headline_rows(at(model, tokens, "warm", microseconds, route=True, measured=measured))
+    bar = one(bars(rows), "route: cuda at most", *words)
     assert (bar.met, bar.figures) == (False, f"worst {figures}")
+    assert bar.claim.endswith("(CUPTI for both)" if beside_xla else "(graph replay)")
+
+
+def test_rows_from_before_the_replay_of_routing_are_judged_by_cupti() -> None:
+    rows = synthetic_rows.headline_rows(at("gpt-oss-120b", 16, "cold", 4.8, route=True, measured="cupti"))
+    found = bars(rows)
+    assert one(found, "2.2x the read").claim.endswith("(graph replay)")
+    assert one(found, "2.2x the read").met is True
+    before = bars([row for row in rows if row.get("rule") is None or row["method"] != "graph_replay"])
+    bar = one(before, "2.2x the read")
+    assert bar.claim.endswith("(CUPTI; the read by replay)")
+    assert (bar.met, bar.figures) == (False, "worst 2.500 x at T=16 cold; 1 of 6 over 2.2")
+    lost = next(
+        row for row in rows if row["candidate"] == "cuda" and row.get("rule") and row["method"] == "graph_replay"
+    )
+    one_lost = [row for row in rows if row is not lost]
+    assert one(bars(one_lost), "2.2x the read").figures.endswith("1 of 6 not measured")
 
 
 def test_bars_without_all_their_figures_are_not_called_met() -> None:
@@ -86,7 +107,7 @@ def test_the_geometric_means_are_of_all_ratios() -> None:
     assert (cublas.ratio, cublas.count) == (pytest.approx(2.5 / 6.0), 2 * (2 * 15 + 12 * 6))
     assert means["router_gemm to jitted xla, CUPTI"].ratio == pytest.approx(2.5 / 7.0)
     assert means["route to jitted xla, CUPTI"].ratio == pytest.approx(3.0 / 12.0)
-    slow = synthetic_rows.headline_rows(at("DeepSeek-V3", 64, "cold", 3.0 * 2**10, route=True))
+    slow = synthetic_rows.headline_rows(at("DeepSeek-V3", 64, "cold", 3.0 * 2**10, route=True, measured="cupti"))
     (mean,) = [mean for mean in sweep_speed.geometric_means(slow) if mean.what.startswith("route to")]
     assert mean.ratio == pytest.approx(0.25 * (2**10 / 1.2) ** (1 / mean.count))
     assert sweep_speed.geometric_means([]) == []

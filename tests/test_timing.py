@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_router import timing, timing_torch
+from jax_router import timing, timing_launcher, timing_torch
 from jax_router.implementations import cuda
-from jax_router.ops import router_gemm
+from jax_router.ops import route, router_gemm
+from jax_router.routing import RoutingSpec
+
+SPEC = RoutingSpec(2, "sigmoid", scaling_factor=2.5)
 
 
 def xla(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -229,8 +233,8 @@ def test_graph_replay_describes_the_problem_to_the_launcher(
     operation: str, weights: str, variants: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = operands()
-    out = timing.out_buffer(data)
-    assert np.isnan(np.asarray(timing.out_buffer(data))).all()
+    out = timing_launcher.out_buffer(data)
+    assert np.isnan(np.asarray(timing_launcher.out_buffer(data))).all()
     calls = []
 
     def call(name: str, code: int, args: Any, count: int, launches: int, repeats: int, samples: Any) -> None:
@@ -242,11 +246,46 @@ def test_graph_replay_describes_the_problem_to_the_launcher(
         samples[:] = [2.0] * repeats
 
     monkeypatch.setattr(cuda, "call", call)
-    samples = timing.graph_replay(data, out, weights=weights, operation=operation)
+    samples = timing_launcher.graph_replay(data, out, weights=weights, operation=operation)
     assert samples.samples_us == (2.0,) * timing.REPEATS
     assert {call[:3] for call in calls} == {("jr_time_graph", cuda.OPERATIONS[operation], variants)}
     assert all(launches % variants == 0 and launches >= timing.GRAPH_LAUNCHES for *_, launches, _ in calls)
     assert re.search(rf"{operation}.*{variants} weights in rotation", samples.measured)
+
+
+@pytest.mark.parametrize(("weights", "variants"), [("warm", 1), ("cold", 16)])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_route_replay_describes_the_problem_to_the_launcher(
+    corrected: bool, weights: str, variants: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gemm = operands()
+    correction = jax.device_put(np.ones(16, np.float32))
+    data = dataclasses.replace(gemm, bias=(gemm.bias, correction if corrected else None))
+    out = timing_launcher.route_buffers(data, SPEC)
+    assert [array.shape for array in out] == [(4, 2), (4, 2), (4, 16)]
+    assert np.isnan(out[0]).all()
+    assert (np.asarray(out[1]) == -1).all()
+    calls = []
+
+    def call(name: str, args: Any, count: int, launches: int, repeats: int, samples: Any) -> None:
+        calls.append((name, count, launches, repeats))
+        assert [arg.gemm.weight for arg in args] == [w.unsafe_buffer_pointer() for w in data.weights[:variants]]
+        addresses = {(arg.gemm.x, arg.weights, arg.experts, arg.gemm.out) for arg in args}
+        assert addresses == {tuple(array.unsafe_buffer_pointer() for array in (data.x, *out))}
+        assert {(arg.gemm.tokens, arg.gemm.hidden, arg.gemm.experts) for arg in args} == {(4, 64, 16)}
+        assert {(arg.return_logits, arg.config, arg.gemm.config, arg.replay) for arg in args} == {(0, -1, -1, None)}
+        assert {(arg.integers[0], arg.floats[2]) for arg in args} == {(2, 2.5)}
+        given = (correction.unsafe_buffer_pointer(), 2) if corrected else (None, -1)
+        assert {(arg.correction_bias, arg.correction_bias_dtype) for arg in args} == {given}
+        samples[:] = [3.0] * repeats
+
+    monkeypatch.setattr(cuda, "call", call)
+    samples = timing_launcher.route_replay(data, out, SPEC, weights=weights)
+    assert (samples.method, samples.weights) == ("graph_replay", weights)
+    assert samples.samples_us == (3.0,) * timing.REPEATS
+    assert {call[:2] for call in calls} == {("jr_time_route_graph", variants)}
+    assert all(launches % variants == 0 and launches >= timing.GRAPH_LAUNCHES for _, _, launches, _ in calls)
+    assert re.search(rf"route.*{variants} weights in rotation", samples.measured)
 
 
 def test_slow_kernels_are_replayed_less_often() -> None:
@@ -292,14 +331,29 @@ def test_gpu_kernel_times_are_those_of_a_router_gemm(gpu_operands: timing.Operan
 @pytest.mark.parametrize("weights", ["warm", "cold"])
 def test_gpu_replay_runs_what_it_times(operation: str, weights: str, gpu_operands: timing.Operands) -> None:
     assert cuda.unavailable() is None, cuda.unavailable()
-    out = timing.out_buffer(gpu_operands)
+    out = timing_launcher.out_buffer(gpu_operands)
     start = time.perf_counter()
-    samples = timing.graph_replay(gpu_operands, out, weights=weights, operation=operation)
+    samples = timing_launcher.graph_replay(gpu_operands, out, weights=weights, operation=operation)
     assert_within_wall_time(samples, time.perf_counter() - start)
     expected = jax.jit(lambda x, w, b: router_gemm(x, w, b, implementation="cuda"))(
         gpu_operands.x, gpu_operands.weights[0], gpu_operands.bias
     )
     assert np.array_equal(out, expected) == (operation == "router_gemm")
+
+
+@pytest.mark.parametrize("weights", ["warm", "cold"])
+def test_gpu_replay_of_routing_runs_what_it_times(weights: str, gpu_operands: timing.Operands) -> None:
+    assert cuda.unavailable() is None, cuda.unavailable()
+    data = dataclasses.replace(gpu_operands, bias=(gpu_operands.bias, None))
+    out = timing_launcher.route_buffers(data, SPEC)
+    start = time.perf_counter()
+    samples = timing_launcher.route_replay(data, out, SPEC, weights=weights)
+    assert_within_wall_time(samples, time.perf_counter() - start)
+    expected = jax.jit(lambda x, w, b: route(x, w, b, spec=SPEC, implementation="cuda"))(
+        data.x, data.weights[0], gpu_operands.bias
+    )
+    assert np.array_equal(out[0], expected.weights)
+    assert np.array_equal(out[1], expected.experts)
 
 
 def test_gpu_torch_replay_is_timed_like_the_launcher(gpu_operands: timing.Operands) -> None:

@@ -260,7 +260,7 @@ def unavailable() -> str | None:
 
 
 def shared_library() -> ctypes.CDLL:
-    """The compiled library with its C interface declared (csrc/router_gemm.h), for timing and tests. Loaded once.
+    """The compiled library, loaded once, with its C interface declared: csrc/router_gemm.h, csrc/route.h.
 
     Raises:
       BuildError: it cannot be built or loaded; says what to install.
@@ -299,8 +299,10 @@ def call_in(library: ctypes.CDLL, name: str, *arguments: object) -> None:
 
 
 def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    args, text, status = ctypes.POINTER(RouterGemmArgs), (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
-    floats = ctypes.POINTER(ctypes.c_float)
+    args, route_args = ctypes.POINTER(RouterGemmArgs), ctypes.POINTER(RouteArgs)
+    text, status = (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_int
+    # How many calls or launches and repeats; where the times go.
+    timed = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_float), *text)
     signatures = {
         "jr_router_gemm": (status, (args, ctypes.c_void_p, *text)),
         "jr_router_gemm_naive": (status, (args, ctypes.c_void_p, *text)),
@@ -309,11 +311,14 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "jr_router_gemm_config_fits": (ctypes.c_int, (ctypes.c_int, args)),
         "jr_router_gemm_pick_config": (ctypes.c_int, (args,)),
         "jr_route_num_configs": (ctypes.c_int, ()),
-        "jr_route": (status, (ctypes.POINTER(RouteArgs), ctypes.c_void_p, *text)),
+        "jr_route": (status, (route_args, ctypes.c_void_p, *text)),
         "jr_route_config_name": (ctypes.c_char_p, (ctypes.c_int,)),
-        "jr_route_config_fits": (ctypes.c_int, (ctypes.c_int, ctypes.POINTER(RouteArgs))),
-        "jr_route_pick_config": (ctypes.c_int, (ctypes.POINTER(RouteArgs),)),
-        "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, ctypes.c_int, ctypes.c_int, floats, *text)),
+        "jr_route_config_fits": (ctypes.c_int, (ctypes.c_int, route_args)),
+        "jr_route_pick_config": (ctypes.c_int, (route_args,)),
+        "jr_time_graph": (status, (ctypes.c_int, args, ctypes.c_int, *timed)),
+        "jr_time_route_graph": (status, (route_args, ctypes.c_int, *timed)),
+        "jr_time_host": (status, (ctypes.c_int, args, *timed)),
+        "jr_time_route_host": (status, (route_args, *timed)),
         "jr_ffi_api_version": (ctypes.c_int, ()),
     }
     for name, (result, arguments) in signatures.items():
