@@ -15,21 +15,23 @@ extern "C" {
 #define JR_EXPORT __attribute__((visibility("default")))
 
 enum jr_dtype { JR_NONE = -1, JR_BFLOAT16 = 0, JR_FLOAT16 = 1, JR_FLOAT32 = 2 };
+enum jr_weight_layout { JR_EXPERTS_HIDDEN = 0, JR_HIDDEN_EXPERTS = 1 };
 enum jr_status { JR_OK = 0, JR_UNSUPPORTED = 1, JR_CUDA_ERROR = 2 };
 
 // logits[T, E] = x[T, H] @ weight[E, H].T + bias[E], accumulated in float32.
 typedef struct jr_router_gemm_args {
   const void* x;       // [tokens, hidden], row-major, 16-byte aligned
-  const void* weight;  // [experts, hidden], row-major, 16-byte aligned
+  const void* weight;  // [experts, hidden] or [hidden, experts] as weight_layout says, row-major, 16-byte aligned
   const void* bias;    // [experts], or NULL with bias_dtype JR_NONE
   void* out;           // [tokens, experts], row-major; every element is written
   void* workspace;     // scratch on the device, 16-byte aligned, or NULL: some configurations need it
   int64_t workspace_bytes;
   int64_t tokens, hidden, experts;
-  int32_t dtype;       // of x and weight: JR_BFLOAT16 or JR_FLOAT16
-  int32_t bias_dtype;  // JR_NONE, JR_FLOAT32 or dtype
-  int32_t out_dtype;   // JR_FLOAT32 or dtype
-  int32_t config;      // -1: the launcher picks. Every configuration gives the same bits.
+  int32_t dtype;          // of x and weight: JR_BFLOAT16 or JR_FLOAT16
+  int32_t bias_dtype;     // JR_NONE, JR_FLOAT32 or dtype
+  int32_t out_dtype;      // JR_FLOAT32 or dtype
+  int32_t config;         // -1: the launcher picks. Every configuration gives the same bits.
+  int32_t weight_layout;  // jr_weight_layout: JR_EXPERTS_HIDDEN (0) or JR_HIDDEN_EXPERTS (1). Both give the same bits.
 } jr_router_gemm_args;
 
 JR_EXPORT int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes);
