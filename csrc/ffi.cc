@@ -2,13 +2,14 @@
 // host compiler against the headers of the jaxlib that loads it (jax.ffi.include_dir()).
 //
 // Custom call "jax_router_sm90_router_gemm", platform CUDA:
-//   operands   x [T, H], weight [E, H] and, if there is one, bias [E]
+//   operands   x [T, H], weight [E, H] or [H, E] and, if there is one, bias [E]
 //   results    out [T, E] and, if there is one, a workspace of any dtype and shape: scratch, its contents mean nothing
-//   attribute  config (int32), -1: the launcher picks
+//   attributes config (int32), -1: the launcher picks; weight_layout (int32), of jr_weight_layout
 // Custom call "jax_router_sm90_route", platform CUDA:
 //   operands   x, weight and, as far as they are there, bias, correction_bias, expert_scale [E] and replay [T, k]
 //   results    weights [T, k], experts [T, k], logits [T, E] and, if there is one, a workspace
-//   attributes operands (bits), return_logits, config (int32); integers and floats of jr_routing_spec, in its order
+//   attributes operands (bits), return_logits, config, weight_layout (int32); integers and floats of jr_routing_spec,
+//              in its order
 // The handlers are command-buffer compatible: XLA calls one once to record a CUDA graph and may replay that graph for
 // ever. So it launches on the stream it is given and does nothing else: no allocation, no synchronisation, no state.
 #include <algorithm>
@@ -89,25 +90,34 @@ ffi::Error describe_per_expert(const std::string& argument, const ffi::AnyBuffer
 
 // Fills in what the operands x and weight, an optional bias and the logits say, once they fit each other.
 ffi::Error describe_gemm(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight, const ffi::AnyBuffer* bias,
-                         const ffi::AnyBuffer& out, jr_router_gemm_args& args) {
+                         const ffi::AnyBuffer& out, int32_t weight_layout, jr_router_gemm_args& args) {
+  if (weight_layout != JR_EXPERTS_HIDDEN && weight_layout != JR_HIDDEN_EXPERTS) {
+    return ffi::Error::InvalidArgument("jax_router cuda: weight_layout is " + std::to_string(weight_layout) +
+                                       ". Expected 0 for (experts, hidden) or 1 for (hidden, experts).");
+  }
+  const size_t experts_axis = weight_layout == JR_EXPERTS_HIDDEN ? 0 : 1;
+  const auto shape_of_weight = [&](const std::string& hidden) {
+    return experts_axis == 0 ? "(experts, " + hidden + ")" : "(" + hidden + ", experts)";
+  };
   if (x.dimensions().size() != 2) return invalid("x", x, "two axes, (tokens, hidden)");
-  if (weight.dimensions().size() != 2) return invalid("weight", weight, "two axes, (experts, hidden)");
+  if (weight.dimensions().size() != 2) return invalid("weight", weight, "two axes, " + shape_of_weight("hidden"));
 
   args.x = x.untyped_data();
   args.weight = weight.untyped_data();
   args.out = out.untyped_data();
   args.tokens = x.dimensions()[0];
   args.hidden = x.dimensions()[1];
-  args.experts = weight.dimensions()[0];
+  args.experts = weight.dimensions()[experts_axis];
   args.dtype = dtype_of(x);
   args.bias_dtype = JR_NONE;
   args.out_dtype = dtype_of(out);
   args.config = -1;
+  args.weight_layout = weight_layout;
 
   if (args.dtype != JR_BFLOAT16 && args.dtype != JR_FLOAT16) return invalid("x", x, "bf16 or f16");
   if (dtype_of(weight) != args.dtype) return invalid("weight", weight, "the dtype of x, which is " + describe(x));
-  if (weight.dimensions()[1] != args.hidden) {
-    return invalid("weight", weight, "(experts, " + std::to_string(args.hidden) + ") to go with x " + describe(x));
+  if (weight.dimensions()[1 - experts_axis] != args.hidden) {
+    return invalid("weight", weight, shape_of_weight(std::to_string(args.hidden)) + " to go with x " + describe(x));
   }
   if (ffi::Error error = check_shape("the result", out, {args.tokens, args.experts}, "(tokens, experts)");
       error.failure()) {
@@ -144,7 +154,7 @@ ffi::Error finish(int status, const char* message, const ffi::AnyBuffer& x, cons
 }
 
 ffi::Error router_gemm(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
-                       ffi::Result<ffi::AnyBuffer> result, ffi::RemainingRets more_results) {
+                       int32_t weight_layout, ffi::Result<ffi::AnyBuffer> result, ffi::RemainingRets more_results) {
   if (rest.size() > 1) {
     return ffi::Error::InvalidArgument("jax_router cuda: got " + std::to_string(2 + rest.size()) +
                                        " operands. Expected x, weight and at most one bias.");
@@ -155,7 +165,7 @@ ffi::Error router_gemm(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
     if (!bias.has_value()) return bias.error();
   }
   jr_router_gemm_args args = {};
-  ffi::Error error = describe_gemm(x, weight, rest.size() == 1 ? &bias.value() : nullptr, *result, args);
+  ffi::Error error = describe_gemm(x, weight, rest.size() == 1 ? &bias.value() : nullptr, *result, weight_layout, args);
   if (error.success()) error = describe_workspace(more_results, 0, args);
   if (error.failure()) return error;
   args.config = config;
@@ -168,7 +178,7 @@ ffi::Error router_gemm(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ff
 enum { kBias = 1, kCorrectionBias = 2, kExpertScale = 4, kReplay = 8 };
 
 ffi::Error route(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t operands,
-                 int32_t return_logits, int32_t config, ffi::Span<const int32_t> integers,
+                 int32_t return_logits, int32_t config, int32_t weight_layout, ffi::Span<const int32_t> integers,
                  ffi::Span<const float> floats, ffi::Result<ffi::AnyBuffer> weights, ffi::RemainingRets more_results) {
   constexpr size_t kResults = 2;  // besides the weights: experts and logits
   if (integers.size() != 8 || floats.size() != 4 || more_results.size() < kResults)
@@ -197,7 +207,8 @@ ffi::Error route(void* stream, ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::Rem
   if (!experts.has_value()) return experts.error();
   if (!logits.has_value()) return logits.error();
 
-  ffi::Error error = describe_gemm(x, weight, bias.has_value() ? &bias.value() : nullptr, **logits, args.gemm);
+  ffi::Error error =
+      describe_gemm(x, weight, bias.has_value() ? &bias.value() : nullptr, **logits, weight_layout, args.gemm);
   if (error.success() && correction.has_value())
     error = describe_per_expert("correction_bias", correction.value(), x, args.gemm.experts, args.correction_bias,
                                 args.correction_bias_dtype);
@@ -242,6 +253,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jr_ffi_router_gemm, router_gemm,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Attr<int32_t>("config")
+                                  .Attr<int32_t>("weight_layout")
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets(),
                               {ffi::Traits::kCmdBufferCompatible});
@@ -255,6 +267,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jr_ffi_route, route,
                                   .Attr<int32_t>("operands")
                                   .Attr<int32_t>("return_logits")
                                   .Attr<int32_t>("config")
+                                  .Attr<int32_t>("weight_layout")
                                   .Attr<ffi::Span<const int32_t>>("integers")
                                   .Attr<ffi::Span<const float>>("floats")
                                   .Ret<ffi::AnyBuffer>()

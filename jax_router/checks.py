@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router.implementations import NAMES
+from jax_router.implementations import NAMES, WEIGHT_LAYOUTS, experts_axis
 
 if TYPE_CHECKING:
     from jax_router.routing import RoutingSpec
@@ -66,21 +66,38 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 
 def router_gemm_inputs(
-    x: Any, weight: Any, bias: Any, out_dtype: Any
+    x: Any, weight: Any, bias: Any, out_dtype: Any, weight_layout: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, str]:
     """The checked arrays of `router_gemm` and the name of its output dtype.
 
     Raises:
-      TypeError: x, weight or bias is no array.
-      ValueError: shapes or dtypes that do not fit each other or are not taken.
+      TypeError: x, weight or bias is no array, or weight_layout no text.
+      ValueError: shapes or dtypes that do not fit each other or are not taken, or an unknown layout.
     """
+    layout(weight_layout)
     x, weight = as_array("x", x), as_array("weight", weight)
     bias = None if bias is None else as_array("bias", bias)
-    _check_shapes(x, weight, bias)
+    _check_shapes(x, weight, bias, weight_layout)
     out_dtype = input_dtype("out_dtype", out_dtype)
     bias_dtype = None if bias is None else bias.dtype.name
     dtypes_fit(x.dtype.name, weight=weight.dtype.name, bias=bias_dtype, out_dtype=out_dtype)
     return x, weight, bias, out_dtype
+
+
+def layout(weight_layout: Any) -> str:
+    """`weight_layout`, if it is one.
+
+    Raises:
+      TypeError: it is no text.
+      ValueError: it is another one.
+    """
+    _choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    return weight_layout
+
+
+def shape_of_weight(weight_layout: str, hidden: Any) -> str:
+    """For messages: "(experts, 2880)", or of the other layout "(2880, experts)"."""
+    return f"({', '.join(('experts', str(hidden))[:: 1 - 2 * experts_axis(weight_layout)])})"
 
 
 def one_per_expert(name: str, vector: jax.Array, experts: int) -> None:
@@ -120,7 +137,7 @@ def dtypes_fit(x_dtype: str, **others: str | None) -> None:
         raise ValueError(f"{name} is {dtype} but x is {x_dtype}. Expected {_one_of(accepted)}; {remedy}.")
 
 
-def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> None:
+def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None, weight_layout: str) -> None:
     if x.ndim < 1:
         raise ValueError(
             "x has shape (), a scalar. Expected shape (..., hidden), tokens in the leading axes; pass one token as "
@@ -131,19 +148,22 @@ def _check_shapes(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> No
         raise ValueError(f"x has shape {x.shape}, hidden=0. Expected hidden of at least 1; put the hidden axis last.")
     if weight.ndim != 2:
         raise ValueError(
-            f"weight has shape {weight.shape}, {weight.ndim} axes. Expected 2, (experts, {hidden}); for a stack of "
-            "routers use jax.vmap."
+            f"weight has shape {weight.shape}, {weight.ndim} axes. Expected 2, "
+            f"{shape_of_weight(weight_layout, hidden)}; for a stack of routers use jax.vmap."
         )
-    experts, weight_hidden = weight.shape
+    of_experts = experts_axis(weight_layout)
+    experts, weight_hidden = weight.shape[of_experts], weight.shape[1 - of_experts]
     if weight_hidden != hidden:
-        transposed = "it looks transposed" if experts == hidden else "if yours is (hidden, experts)"
+        other = WEIGHT_LAYOUTS[1 - of_experts]
+        transposed = "it looks transposed" if experts == hidden else f"if yours is {shape_of_weight(other, 'hidden')}"
         raise ValueError(
-            f"weight has hidden={weight_hidden} but x has hidden={hidden}. Expected weight of shape (experts, {hidden})"
-            f"; {transposed}, pass weight.T."
+            f"weight has hidden={weight_hidden} but x has hidden={hidden}. Expected weight of shape "
+            f'{shape_of_weight(weight_layout, hidden)}; {transposed}, pass weight_layout="{other}".'
         )
     if experts == 0:
+        each = ("row", "column")[of_experts]
         raise ValueError(
-            f"weight has shape {weight.shape}, experts=0. Expected at least 1 expert; pass one row per expert."
+            f"weight has shape {weight.shape}, experts=0. Expected at least 1 expert; pass one {each} per expert."
         )
     if bias is not None:
         one_per_expert("bias", bias, experts)

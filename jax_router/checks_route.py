@@ -9,19 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router.checks import as_array, describe, dtypes_fit, one_per_expert, router_gemm_inputs, size, spec_fits
+from jax_router.implementations import experts_axis
 
 
 def route_inputs(
-    x: Any, weight: Any, bias: Any, spec: Any, correction_bias: Any, expert_scale: Any, experts: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    spec: Any,
+    correction_bias: Any,
+    expert_scale: Any,
+    experts: Any,
+    weight_layout: Any,
 ) -> tuple[Any, ...]:
     """The checked arrays of `route`: x, weight, bias, correction_bias, expert_scale, experts in int32; None where None.
 
     Raises:
-      TypeError: one is no array, or spec no `RoutingSpec`.
-      ValueError: shapes or dtypes that do not fit each other or are not taken, or an id in experts out of range.
+      TypeError: one is no array, spec no `RoutingSpec`, or weight_layout no text.
+      ValueError: shapes or dtypes that do not fit each other or are not taken, an unknown layout, or an id in experts
+        out of range.
     """
-    x, weight, bias, _ = router_gemm_inputs(x, weight, bias, "float32")
-    count = weight.shape[0]
+    x, weight, bias, _ = router_gemm_inputs(x, weight, bias, "float32", weight_layout)
+    count = weight.shape[experts_axis(weight_layout)]
     spec_fits(spec, count)
     vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
     for name, vector in vectors.items():

@@ -80,6 +80,9 @@ def explain(
     route: Annotated[
         bool, typer.Option("--route", help="The model's whole routing, not its router GEMM alone.")
     ] = False,
+    weight_layout: Annotated[
+        str, typer.Option(help="experts_hidden or hidden_experts, as the weight is stored.")
+    ] = "experts_hidden",
     out_dtype: Annotated[str, typer.Option(help="Of the logits: float32 or x's.")] = "float32",
     device: Annotated[str | None, typer.Option(help=f"One of {', '.join(DEVICES)}; left out, this machine's.")] = None,
     implementation: Annotated[
@@ -108,6 +111,7 @@ def explain(
         choice = dispatch.explain(
             **problem,
             weight_dtype=weight_dtype,
+            weight_layout=weight_layout,
             out_dtype=out_dtype,
             spec=preset.spec if route and preset is not None else None,
             device=None if device is None else DEVICES[device.lower()],

@@ -38,7 +38,8 @@ _UNKNOWN: Standings = MappingProxyType({})
 class Problem:
     """One router GEMM, x [tokens, hidden] @ weight [experts, hidden].T. Sizes in elements, dtypes by name.
 
-    With a spec it is a `route`: the router GEMM to float32 logits, then scoring and selection.
+    With a spec it is a `route`: the router GEMM to float32 logits, then scoring and selection. With the layout
+    "hidden_experts" the weight is stored as [hidden, experts].
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Problem:
     bias_dtype: str | None = None  # None means no bias
     out_dtype: str = "float32"
     spec: RoutingSpec | None = None  # None means the router GEMM alone
+    weight_layout: str = "experts_hidden"  # one of implementations.WEIGHT_LAYOUTS
 
     @property
     def operation(self) -> str:
@@ -220,6 +222,7 @@ def explain(
     bias: Any = False,
     out_dtype: Any = "float32",
     spec: RoutingSpec | None = None,
+    weight_layout: str = "experts_hidden",
     device: Device | jax.Device | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Choice:
@@ -235,13 +238,14 @@ def explain(
 
     Args:
       tokens: rows of x, all leading axes together.
-      hidden: columns of x and of weight.
-      experts: rows of weight.
+      hidden: of x and of weight.
+      experts: of weight.
       dtype: of x; bfloat16, float16 or float32.
       weight_dtype: None means that of x.
       bias: False, True (in x's dtype), or the dtype of the bias.
       out_dtype: of the logits; float32 with a spec.
       spec: a `RoutingSpec` for the choice of `route`, None for that of `router_gemm`.
+      weight_layout: "experts_hidden" or "hidden_experts", as in `router_gemm`.
       device: where it would run; None for JAX's default device, on which a kernel is then built or loaded as
         the operation would. Any other device is judged from static facts and the checked-in tables.
       implementation: as in `router_gemm`.
@@ -267,6 +271,7 @@ def explain(
         bias_dtype=bias_dtype,
         out_dtype=checks.input_dtype("out_dtype", out_dtype),
         spec=spec,
+        weight_layout=checks.layout(weight_layout),
     )
     if spec is not None:
         checks.spec_fits(spec, problem.experts)
@@ -298,6 +303,7 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     if table is not None and row is not None:
         where = f"at tokens={row.tokens} in {table.name}"
         where = where if problem.spec is None else f"for route {where}"
+        where = where if problem.weight_layout == "experts_hidden" else f"{where}, with a weight [experts, hidden]"
         times = {name: f"{time:.2f} us {where}" for name, time in row.microseconds.items()}
         measured = {name: (time, f"took {time}") for name, time in times.items()}
         # xla runs everything, so what stands behind it is never chosen: nothing unverified runs unasked.

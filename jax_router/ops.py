@@ -27,6 +27,7 @@ def router_gemm(
     bias: ArrayLike | None = None,
     *,
     out_dtype: DTypeLike = jnp.float32,
+    weight_layout: str = "experts_hidden",
     implementation: str | Sequence[str] | None = None,
 ) -> jax.Array:
     """Router logits of a Mixture-of-Experts layer, accumulated in float32 and rounded once.
@@ -43,6 +44,8 @@ def router_gemm(
       weight: `[E, H]` as checkpoints store it, in x's dtype or float32. Any E and H from 1.
       bias: `[E]` in x's dtype or float32, or None.
       out_dtype: float32 or x's dtype.
+      weight_layout: "experts_hidden" for a weight `[E, H]`, "hidden_experts" for one `[H, E]`, as the kernel of a Flax
+        `Dense` is. Either is read as it is: nothing is transposed. Static under jit.
       implementation: None picks one and always works. A name ("xla", "pallas", "cuda") is used or raises, and never
         falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
 
@@ -51,24 +54,24 @@ def router_gemm(
       operand is widened first, which is exact. An inf or NaN stays in its row.
 
     Differentiable in reverse mode in x, weight and bias; the cotangents are computed in float32 and have the dtypes of
-    their primals.
+    their primals, that of weight its layout too.
 
     Raises:
-      TypeError: x, weight or bias is no array, or `implementation` no name.
-      ValueError: shapes or dtypes that do not fit each other or are not taken; an unknown implementation.
+      TypeError: x, weight or bias is no array, or weight_layout or `implementation` no name.
+      ValueError: shapes or dtypes that do not fit each other or are not taken; an unknown layout or implementation.
       NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
 
     Source: `ReplicatedLinear` and `GateLinear` of vLLM, `GptOssTopKRouter` of Hugging Face transformers.
     """
-    x, weight, bias, out_dtype = checks.router_gemm_inputs(x, weight, bias, out_dtype)
+    x, weight, bias, out_dtype = checks.router_gemm_inputs(x, weight, bias, out_dtype, weight_layout)
     checks.implementation_names(implementation)
     *leading, hidden = x.shape
-    tokens, experts = math.prod(leading), weight.shape[0]
+    tokens, experts = math.prod(leading), weight.shape[implementations.experts_axis(weight_layout)]
     if tokens == 0:
         return jnp.zeros((*leading, experts), out_dtype)
     operands = x.reshape(tokens, hidden), weight, bias
-    operation = _operation(_decide(*operands, _Request.now(implementation, _device(x, weight), out_dtype)))
-    return operation(*operands).reshape(*leading, experts)
+    request = _Request.now(implementation, _device(x, weight), out_dtype, weight_layout=weight_layout)
+    return _operation(_decide(*operands, request))(*operands).reshape(*leading, experts)
 
 
 def route(
@@ -80,6 +83,7 @@ def route(
     correction_bias: ArrayLike | None = None,
     expert_scale: ArrayLike | None = None,
     experts: ArrayLike | None = None,
+    weight_layout: str = "experts_hidden",
     implementation: str | Sequence[str] | None = None,
     return_logits: bool = False,
 ) -> Routing:
@@ -109,6 +113,7 @@ def route(
         that look experts up in a table; spec and correction_bias then select nothing. Recorded experts give the bits
         of the recorded weights where the logits have the same bits. Ids are checked where they are concrete; under jit
         an id out of range comes back as it was given, its weight and every weight it is normalised with as NaN.
+      weight_layout: as in `router_gemm`: "hidden_experts" for a weight `[H, E]`. Static under jit.
       implementation: None picks one and always works. A name ("xla", "pallas", "cuda") is used or raises, and never
         falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
       return_logits: return the logits too, those of `router_gemm` of the same implementation: of the kernels bit for
@@ -120,30 +125,33 @@ def route(
 
     Differentiable in reverse mode in x, weight, bias and expert_scale, with the selection fixed; the gradient of
     correction_bias is zero, and rounding logits counts as the identity. Every implementation has the gradient of the
-    specification; the cotangents are computed in float32 and have the dtypes of their primals.
+    specification; the cotangents are computed in float32 and have the dtypes of their primals, that of weight its
+    layout too.
 
     Raises:
-      TypeError: an array is none, spec is no `RoutingSpec`, return_logits no bool, or `implementation` no name.
+      TypeError: an array is none, spec is no `RoutingSpec`, return_logits no bool, or weight_layout or
+        `implementation` no name.
       ValueError: shapes or dtypes that do not fit each other or are not taken; a spec that does not fit the number of
-        experts; an id in experts that is out of range; an unknown implementation.
+        experts; an id in experts that is out of range; an unknown layout or implementation.
       NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
 
     Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
     Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
     """
-    arrays = checks_route.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts)
+    arrays = checks_route.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts, weight_layout)
     checks.flag("return_logits", return_logits)
     checks.implementation_names(implementation)
     tokens_and_hidden, matrix, *vectors, given = arrays
     *leading, hidden = tokens_and_hidden.shape
-    tokens, count = math.prod(leading), matrix.shape[0]
+    tokens, count = math.prod(leading), matrix.shape[implementations.experts_axis(weight_layout)]
     if tokens == 0:
         logits = jnp.zeros((*leading, count), jnp.float32) if return_logits else None
         of_each = (*leading, spec.top_k)
         return Routing(jnp.zeros(of_each, jnp.float32), jnp.zeros(of_each, jnp.int32), logits)
     given = None if given is None else given.reshape(tokens, spec.top_k)
     operands = tokens_and_hidden.reshape(tokens, hidden), matrix, *vectors, given
-    request = _Request.now(implementation, _device(tokens_and_hidden, matrix), "float32", spec, return_logits)
+    device = _device(tokens_and_hidden, matrix)
+    request = _Request.now(implementation, device, "float32", spec, return_logits, weight_layout)
     routing = _operation(_decide(*operands, request))(*operands)
     return jax.tree.map(lambda result: result.reshape(*leading, result.shape[-1]), routing)
 
@@ -164,6 +172,7 @@ class _Request:
     out_dtype: str
     spec: RoutingSpec | None  # None: the router GEMM alone
     return_logits: bool
+    weight_layout: str
     environment: tuple[str | None, ...]  # the dispatcher's variables: with others, what was traced is traced again
 
     @classmethod
@@ -174,10 +183,17 @@ class _Request:
         out_dtype: str,
         spec: RoutingSpec | None = None,
         return_logits: bool = False,
+        weight_layout: str = "experts_hidden",
     ) -> _Request:
         named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
         variables = (dispatch.PREFER_VARIABLE, dispatch.DISABLE_VARIABLE)
-        return cls(named, device, out_dtype, spec, return_logits, tuple(map(os.environ.get, variables)))
+        environment = tuple(map(os.environ.get, variables))
+        return cls(named, device, out_dtype, spec, return_logits, weight_layout, environment)
+
+    @property
+    def experts_axis(self) -> int:
+        """Of the weight."""
+        return implementations.experts_axis(self.weight_layout)
 
 
 @dataclass(frozen=True)
@@ -201,10 +217,12 @@ class _Decision:
 
     def function(self, implementation: str) -> Operation:
         """The operation as an implementation has it, but for the configuration."""
-        module = implementations.load(implementation)
-        if self.request.spec is None:
-            return functools.partial(module.router_gemm, out_dtype=self.request.out_dtype)
-        return functools.partial(module.route, spec=self.request.spec, return_logits=self.request.return_logits)
+        module, request = implementations.load(implementation), self.request
+        layout = request.weight_layout
+        if request.spec is None:
+            return functools.partial(module.router_gemm, out_dtype=request.out_dtype, weight_layout=layout)
+        rule = {"spec": request.spec, "return_logits": request.return_logits}
+        return functools.partial(module.route, **rule, weight_layout=layout)
 
 
 def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any) -> _Decision:
@@ -212,9 +230,10 @@ def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: An
     problem = dispatch.Problem(
         tokens=x.shape[0],
         hidden=x.shape[1],
-        experts=weight.shape[0],
+        experts=weight.shape[request.experts_axis],
         dtype=x.dtype.name,
         weight_dtype=weight.dtype.name,
+        weight_layout=request.weight_layout,
         bias_dtype=None if bias is None else bias.dtype.name,
         out_dtype=request.out_dtype,
         spec=request.spec,
@@ -239,7 +258,7 @@ def _on_a_mesh(function: Operation, request: _Request) -> Operation:
         def rows(columns: Any) -> jax.sharding.NamedSharding:
             return jax.sharding.NamedSharding(of_x.mesh, jax.sharding.PartitionSpec(of_x.spec[0], columns))
 
-        shardings: Any = rows(of_weight.spec[0])
+        shardings: Any = rows(of_weight.spec[request.experts_axis])
         if request.spec is not None:
             each: Any = rows(None)
             shardings = Routing(each, each, shardings if request.return_logits else None)
@@ -319,9 +338,10 @@ def _forward(decision: _Decision) -> Operation:
     return forward
 
 
-def _gemm_in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _gemm_in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, weight_layout: str) -> jax.Array:
     widened = x.astype(jnp.float32), weight.astype(jnp.float32)
-    return implementations.load("xla").router_gemm(*widened, bias, out_dtype=jnp.float32)
+    options = {"out_dtype": jnp.float32, "weight_layout": weight_layout}
+    return implementations.load("xla").router_gemm(*widened, bias, **options)
 
 
 @functools.cache
@@ -331,6 +351,7 @@ def _operation(decision: _Decision) -> Operation:
     Every implementation has the specification's gradient. JAX derives it, with the types that shardings ask for.
     """
     forward, spec = _forward(decision), decision.request.spec
+    in_float32 = functools.partial(_gemm_in_float32, weight_layout=decision.request.weight_layout)
 
     @jax.custom_vjp
     def operation(*operands: Any) -> Any:
@@ -340,7 +361,7 @@ def _operation(decision: _Decision) -> Operation:
         return operation(*operands), operands
 
     def router_gemm_bwd(operands: Any, cotangent: jax.Array) -> Any:
-        _, pullback = jax.vjp(_gemm_in_float32, *operands)
+        _, pullback = jax.vjp(in_float32, *operands)
         return pullback(cotangent.astype(jnp.float32))
 
     if spec is None:
@@ -365,7 +386,7 @@ def _operation(decision: _Decision) -> Operation:
         of_logits, _, of_scale = pullback(cotangent.weights)
         if cotangent.logits is not None:
             of_logits = of_logits + cotangent.logits
-        _, pullback = jax.vjp(_gemm_in_float32, *of_gemm)
+        _, pullback = jax.vjp(in_float32, *of_gemm)
         return (*pullback(of_logits), None, of_scale, None)  # None: zero
 
     operation.defvjp(route_fwd, route_bwd)

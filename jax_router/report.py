@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from jax_router import agreement_report, sweep_speed
+from jax_router import agreement_report, sweep_layout, sweep_speed
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
 from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, route_headline
@@ -145,7 +145,7 @@ def generated_parts(
     """Markdown by the name of its marker.
 
     provenance, table, plot, models-plot, winners, chain, host, bars, accuracy; of routing: route-table, route-plot,
-    route-chain, agreement.
+    route-chain, agreement; of weights [hidden, experts]: layout-table.
 
     Args:
       base: the folder that links to plots start from.
@@ -170,6 +170,7 @@ def generated_parts(
         "host": lambda: _host(rows),
         "bars": lambda: _bars(rows, agreement),
         "accuracy": lambda: _accuracy(rows),
+        "layout-table": lambda: _layout_table(rows),
         "route-table": lambda: _route_table(rows),
         "route-plot": lambda: image("route", f"Time of the whole routing against tokens on {device}"),
         "route-chain": lambda: _chain(rows, OPERATIONS[1]),
@@ -268,6 +269,17 @@ def _route_table(rows: Sequence[Row]) -> str:
         "scores, `topk` and weights. The last column is the router GEMM alone."
     )
     return f"{_markdown(['model', 'T', *columns, 'cuda, logits alone, CUPTI'], body)}\n{note}\n"
+
+
+def _layout_table(rows: Sequence[Row]) -> str:
+    """What a weight stored [hidden, experts] costs as it is, and what its transpose would cost."""
+    body = sweep_layout.table(rows)
+    note = (
+        "Microseconds of kernels, medians, warm / cold weights (CUPTI). [H, E]: the weight is stored as Flax does, "
+        "[hidden, experts]. Behind a transpose: `jr.router_gemm(x, weight.T)` under jit, the transpose in every call."
+    )
+    table = _markdown(["model", "T", *sweep_layout.COLUMNS], body)
+    return f"{table}\n{note}\n" if body else "Not measured.\n"
 
 
 def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:

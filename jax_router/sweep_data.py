@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -52,6 +54,14 @@ class ShapeData:
         if tokens not in self._x_on_device:
             self._x_on_device[tokens] = jax.device_put(self.x[:tokens], self.device)
         return Operands(self._x_on_device[tokens], self._weights, self._bias)
+
+    def hidden_experts(self, tokens: int) -> Operands:
+        """The operands with the weights stored [hidden, experts]."""
+        return replace(self.operands(tokens), weights=self._stored_weights)
+
+    @functools.cached_property
+    def _stored_weights(self) -> tuple[jax.Array, ...]:
+        return tuple(weight.T.copy() for weight in self._weights)
 
     def bits(self, results: Any) -> NDArray[np.unsignedinteger]:
         """The bits of a call's results, one row per token."""

@@ -19,7 +19,10 @@ ROUTE_PEERS = ("torch_route", COMPILED_PEER)  # timing_torch.route_operator
 BOUNDS = ("empty", "read_weight")  # operations of graph_replay: an empty launch, a read of the weight bytes
 NO_ROUTING = "no_routing"  # the chain of chain_slope with nothing in it
 ACCURACY = "accuracy"
-CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY)
+# Of a weight stored [hidden, experts], and what runs them: on it as it is, or behind a transpose in every call.
+TRANSPOSED = "cuda_transposed"
+HIDDEN_EXPERTS = {"cuda_hidden_experts": "cuda", "xla_hidden_experts": "xla", TRANSPOSED: "cuda"}
+CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY, *HIDDEN_EXPERTS)
 SUITES = ("quick", "headline", "full")
 
 # What the records on GPUs have. More models would be more shapes to measure.
@@ -41,6 +44,7 @@ SPARSE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 QUICK_TOKENS = (1, 8, 64, 512)
 CHAIN_TOKENS = (1, 64)
 HOST_TOKENS = (1, 64, 1024, 4096)  # of the headline; kernels for many tokens need descriptions of their arrays
+LAYOUT_TOKENS = (1, 16, 64, 512, 4096)
 ROUTE_TOKENS = tuple(2**power for power in range(13))  # 1 to 4096
 ROUTE_QUICK_TOKENS = (1, 64)
 ROUTE_FEW_TOKENS = (1, 64, 4096)  # of models that are not in the headline, and of what takes long to compile
@@ -111,8 +115,18 @@ class Point:
         return (*sizes, rule_key(shape.rule), self.candidate, method, weights)
 
     @property
+    def implementation(self) -> str:
+        """What runs it, or the candidate's own name if that is no implementation."""
+        return HIDDEN_EXPERTS.get(self.candidate, self.candidate)
+
+    @property
     def label(self) -> str:
         return f"{self.shape.label} T={self.tokens if self.tokens is not None else '-'} {self.candidate}"
+
+
+def weight_layout_of(candidate: str) -> str:
+    """The layout in which the weight reaches what runs a candidate."""
+    return "hidden_experts" if candidate in HIDDEN_EXPERTS and candidate != TRANSPOSED else "experts_hidden"
 
 
 def rule_key(rule: Mapping[str, Any] | None) -> str | None:
@@ -241,6 +255,8 @@ def _candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: 
         found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in PEERS]
     if chains:
         found.append(Point(shape, tokens, NO_ROUTING, chains))
+    if suite != "quick" and shape.headline and tokens in LAYOUT_TOKENS:
+        found += [Point(shape, tokens, name, kernel_time) for name in HIDDEN_EXPERTS]
     return found
 
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from jax_router import dispatch, implementations, parity, timing, timing_host, timing_launcher, timing_torch
 from jax_router.sweep_data import BFLOAT16, SAME_BITS, ShapeData, implementation_calls, rms_errors
+from jax_router.sweep_layout import layout_calls
 from jax_router.sweep_points import (
     ACCURACY,
     BOUNDS,
     COMPILED_PEER,
     DTYPE,
+    HIDDEN_EXPERTS,
     IMPLEMENTATIONS,
     NO_ROUTING,
     OUT_DTYPE,
@@ -26,6 +28,7 @@ from jax_router.sweep_points import (
     ROUTE_PEERS,
     Point,
     Shape,
+    weight_layout_of,
 )
 from jax_router.sweep_route import RouteData, route_calls
 from jax_router.sweep_rows import Row, RowsWriter
@@ -64,7 +67,7 @@ class Runner:
         """
         self.writer, self.provenance, self.device, self.torch = writer, provenance, device, torch
         self.done, self.compile_threads, self.advance = set(done), compile_threads, advance
-        self.calls = implementation_calls()
+        self.calls = implementation_calls() | layout_calls()
         self.failed: list[str] = []
         self.skipped: dict[str, str] = {}
         self.passed: dict[Point, Row | None] = {}  # points whose check passed, with the check
@@ -102,7 +105,7 @@ class Runner:
         end = time.monotonic() + CUPTI_SETTLES_IN
         while time.monotonic() < end:
             try:
-                timing.cupti(executables[point, "calls"].result(), data.operands(point.tokens or 1))
+                timing.cupti(executables[point, "calls"].result(), _operands(data, point))
             except Exception:  # the measurement that follows reports it
                 return
 
@@ -148,12 +151,12 @@ class Runner:
         """Which executables a point needs: "calls" to check and to time calls, others for the method of that name."""
         methods = {method for method, _ in self._missing(point)}
         kinds = sorted(methods.intersection(("chain_slope", "host_jit")))
-        if point.candidate in IMPLEMENTATIONS and methods and self._refused(point) is None:
+        if point.implementation in IMPLEMENTATIONS and methods and self._refused(point) is None:
             return ["calls", *kinds]
         return kinds if point.candidate == NO_ROUTING else []
 
     def _compile_one(self, data: ShapeData, point: Point, kind: str) -> Any:
-        operands, call = data.operands(point.tokens or 1), self._call(point)
+        operands, call = _operands(data, point), self._call(point)
         if kind == "host_jit":  # JAX keeps what it compiled for calls in the context of this one
             return timing_host.jitted(call, operands)
         with jax.default_device(self.device):
@@ -173,7 +176,7 @@ class Runner:
 
     def _refused(self, point: Point) -> str | None:
         """Why this machine does not run the candidate, or None. May build the kernels."""
-        name = point.candidate
+        name = point.implementation
         if name in BOUNDS:
             return implementations.load("cuda").unavailable()
         if name not in IMPLEMENTATIONS:
@@ -186,6 +189,7 @@ class Runner:
             bias_dtype=DTYPE if point.shape.bias else None,
             out_dtype=OUT_DTYPE,
             spec=point.shape.spec,
+            weight_layout=weight_layout_of(point.candidate),
         )
         device = dispatch.Device.of(self.device)
         return dispatch.why_unsupported(problem, device, name) or implementations.load(name).unavailable()
@@ -196,7 +200,7 @@ class Runner:
         if point.candidate == ACCURACY:
             self._accuracy(point, missing)
             return
-        operands = data.operands(point.tokens or 1)
+        operands = _operands(data, point)
         if point.candidate in BOUNDS:
             self._time(point, missing, data, executables, None)
             return
@@ -243,9 +247,9 @@ class Runner:
         return jax.device_get(outputs[0]), jax.device_get(outputs[-1])
 
     def _judge(self, point: Point, data: ShapeData, results: tuple[Any, ...]) -> Row:
-        check = data.check(point.candidate, results[0])
+        check = data.check(point.implementation, results[0])
         differing = parity.differing_rows(data.bits(results[-1]), data.bits(results[0]))
-        if check["passed"] and point.candidate in SAME_BITS and len(differing):
+        if check["passed"] and point.implementation in SAME_BITS and len(differing):
             check |= {"passed": False, "reason": f"two calls on the same data differ in {len(differing)} rows"}
         return check
 
@@ -259,7 +263,7 @@ class Runner:
         results: tuple[Any, ...] = (),
         peer: Callable[..., Any] | None = None,
     ) -> None:
-        operands = data.operands(point.tokens or 1)
+        operands = _operands(data, point)
         kernel_times: dict[str, timing.Samples] = {}
 
         def measure(method: str, weights: str) -> timing.Samples:
@@ -338,6 +342,12 @@ class Runner:
 def assert_computes(device: jax.Device) -> None:
     """Raise what JAX raises if the device computes no more: after a fault, or with its stream in the error state."""
     jax.block_until_ready(jax.device_put(np.ones(8, np.float32), device) + 1)
+
+
+def _operands(data: ShapeData, point: Point) -> timing.Operands:
+    """What a point is called with."""
+    tokens = point.tokens or 1
+    return data.hidden_experts(tokens) if point.candidate in HIDDEN_EXPERTS else data.operands(tokens)
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_router.sweep_figures import Bar, median
-from jax_router.sweep_points import BOTH, BOUNDS, NO_ROUTING, Shape
+from jax_router.sweep_points import BOTH, BOUNDS, HIDDEN_EXPERTS, NO_ROUTING, Shape
 from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
 from jax_router.tables import OPERATIONS
 
@@ -23,7 +23,7 @@ FAMILIES = {
     "wall": ("wall",),
 }
 
-NOT_RIVALS = (*BOUNDS, NO_ROUTING)  # they compute no logits
+NOT_RIVALS = (*BOUNDS, NO_ROUTING, *HIDDEN_EXPERTS)  # they compute no logits, or on another weight
 Pair = tuple[float | None, float | None]  # warm, cold
 
 

@@ -15,7 +15,7 @@ import torch
 
 from jax_router import checks
 from jax_router.dispatch import Device, Problem
-from jax_router.implementations import cuda
+from jax_router.implementations import WEIGHT_LAYOUTS, cuda, experts_axis
 from jax_router.routing import RoutingSpec
 
 ALIGNMENT = 16  # bytes, of x and weight: csrc/router_gemm.h
@@ -30,7 +30,12 @@ class Routing(NamedTuple):
 
 
 def router_gemm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out_dtype: torch.dtype = torch.float32
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    weight_layout: str = "experts_hidden",
 ) -> torch.Tensor:
     """`logits[..., E] = x[..., H] @ weight[E, H].T + bias[E]`, bit for bit as `jr.router_gemm(implementation="cuda")`.
 
@@ -40,19 +45,20 @@ def router_gemm(
       weight: `[E, H]` in x's dtype, contiguous and at a multiple of 16 bytes: it is never copied.
       bias: `[E]` in x's dtype or float32, contiguous, or None.
       out_dtype: float32 or x's dtype.
+      weight_layout: "experts_hidden" for a weight `[E, H]`, "hidden_experts" for one `[H, E]`, contiguous as such.
 
     Returns:
       Logits `[..., E]` in `out_dtype` on x's device, written on its current stream. There is no gradient.
 
     Raises:
-      TypeError: an argument is no tensor, or out_dtype no dtype.
-      ValueError: tensors on several devices, that require a gradient, or that do not fit each other.
+      TypeError: an argument is no tensor, out_dtype no dtype, or weight_layout no text.
+      ValueError: tensors on several devices, that require a gradient, or that do not fit each other; an unknown layout.
       NotImplementedError: the kernel does not take this problem or this device; says why.
       RuntimeError: the library could not be built, or CUDA refused the launch.
 
     Source: `jax_router.router_gemm`, whose docstring has the contract.
     """
-    problem = _checked(x, weight, {"bias": bias}, out_dtype, None)
+    problem = _checked(x, weight, {"bias": bias}, out_dtype, None, weight_layout)
     logits = torch.empty((*x.shape[:-1], problem.experts), dtype=out_dtype, device=x.device)
     if problem.tokens > 0:
         with torch.cuda.device(x.device):
@@ -72,6 +78,7 @@ def route(
     correction_bias: torch.Tensor | None = None,
     expert_scale: torch.Tensor | None = None,
     experts: torch.Tensor | None = None,
+    weight_layout: str = "experts_hidden",
     return_logits: bool = False,
 ) -> Routing:
     """The experts of every token and their weights, bit for bit as `jr.route(implementation="cuda")`.
@@ -87,6 +94,7 @@ def route(
       experts: `[..., k]` in int32 or int64, or None. The selection as given, to replay what was recorded here or in
         JAX. Ids are not checked, for that would wait for the GPU: one out of range comes back as it was given, its
         weight and every weight it is normalised with as NaN.
+      weight_layout: as in `router_gemm`.
       return_logits: return the logits too, those of `router_gemm` bit for bit.
 
     Returns:
@@ -94,9 +102,9 @@ def route(
       `[..., E]` or None, on x's device, written on its current stream. There are no gradients.
 
     Raises:
-      TypeError: an argument is no tensor, spec no `RoutingSpec`, or return_logits no bool.
+      TypeError: an argument is no tensor, spec no `RoutingSpec`, weight_layout no text, or return_logits no bool.
       ValueError: tensors on several devices, that require a gradient, or that do not fit each other; a spec that does
-        not fit the number of experts.
+        not fit the number of experts; an unknown layout.
       NotImplementedError: the kernels do not take this problem or this device; says why.
       RuntimeError: the library could not be built, or CUDA refused the launch.
 
@@ -104,7 +112,7 @@ def route(
     """
     checks.flag("return_logits", return_logits)
     vectors = {"bias": bias, "correction_bias": correction_bias, "expert_scale": expert_scale}
-    problem = _checked(x, weight, vectors, torch.float32, spec, experts)
+    problem = _checked(x, weight, vectors, torch.float32, spec, weight_layout, experts)
     of_each = (*x.shape[:-1], spec.top_k)
     weights = torch.empty(of_each, dtype=torch.float32, device=x.device)
     selected = torch.empty(of_each, dtype=torch.int32, device=x.device)
@@ -194,9 +202,11 @@ def _checked(
     vectors: dict[str, Any],
     out_dtype: Any,
     spec: RoutingSpec | None,
+    weight_layout: Any,
     experts: Any = None,
 ) -> Problem:
     """The problem that the arguments state, if they fit each other and the kernels take it."""
+    of_experts = experts_axis(checks.layout(weight_layout))
     given = {"x": x, "weight": weight, **vectors, "experts": experts}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None or name in ("x", "weight")}
     for name, tensor in tensors.items():
@@ -205,13 +215,14 @@ def _checked(
         raise TypeError(
             f"out_dtype is {checks.describe(out_dtype)}. Expected torch.float32 or x's dtype; pass a torch.dtype."
         )
-    if x.ndim < 1 or weight.ndim != 2 or weight.shape[1] != x.shape[-1] or 0 in weight.shape:
+    if x.ndim < 1 or weight.ndim != 2 or weight.shape[1 - of_experts] != x.shape[-1] or 0 in weight.shape:
+        other = WEIGHT_LAYOUTS[1 - of_experts]
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight has shape {tuple(weight.shape)}. Expected (..., hidden) and "
-            "(experts, hidden), both numbers at least 1; if your weight is (hidden, experts), pass "
-            "weight.t().contiguous()."
+            f"{checks.shape_of_weight(weight_layout, 'hidden')}, both numbers at least 1; if your weight is "
+            f'{checks.shape_of_weight(other, "hidden")}, pass weight_layout="{other}".'
         )
-    tokens, (count, hidden) = math.prod(x.shape[:-1]), weight.shape
+    tokens, hidden, count = math.prod(x.shape[:-1]), x.shape[-1], weight.shape[of_experts]
     for name in vectors.keys() & tensors.keys():
         checks.one_per_expert(name, tensors[name], count)
     for name in tensors.keys() - {"x", "experts"}:
@@ -232,6 +243,7 @@ def _checked(
         bias_dtype=None if bias is None else _name(bias.dtype),
         out_dtype=_name(out_dtype),
         spec=spec,
+        weight_layout=weight_layout,
     )
     if spec is not None:
         checks.spec_fits(spec, count)

@@ -32,6 +32,9 @@ MICROSECONDS = {
     "torch_linear": 6.5,
     "torch_mm_float32": 6.0,
     "no_routing": 3.5,
+    "cuda_hidden_experts": 2.6,
+    "xla_hidden_experts": 7.5,
+    "cuda_transposed": 4.5,
 }
 ROUTE_MICROSECONDS = {"cuda": 3.0, "pallas": 5.0, "xla": 12.0, "torch_route": 30.0, "torch_route_compiled": 20.0}
 ERRORS = {"cuda": 2e-7, "xla": 3e-6, "float32_sgemm": 5e-7, "torch_linear": 2e-3}

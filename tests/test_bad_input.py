@@ -37,12 +37,38 @@ VALUE_ERRORS = {
     "weight is transposed": (
         {"weight": WEIGHT.T},
         "weight has hidden=4 but x has hidden=16. Expected weight of shape (experts, 16); it looks transposed, pass "
-        "weight.T.",
+        'weight_layout="hidden_experts".',
     ),
     "weight has another hidden": (
         {"weight": WEIGHT[:, :9]},
         "weight has hidden=9 but x has hidden=16. Expected weight of shape (experts, 16); if yours is (hidden, "
-        "experts), pass weight.T.",
+        'experts), pass weight_layout="hidden_experts".',
+    ),
+    "weight [hidden, experts] is transposed": (
+        {"weight": WEIGHT, "weight_layout": "hidden_experts"},
+        "weight has hidden=4 but x has hidden=16. Expected weight of shape (16, experts); it looks transposed, pass "
+        'weight_layout="experts_hidden".',
+    ),
+    "weight [hidden, experts] has another hidden": (
+        {"weight": WEIGHT.T[:9], "weight_layout": "hidden_experts"},
+        "weight has hidden=9 but x has hidden=16. Expected weight of shape (16, experts); if yours is (experts, "
+        'hidden), pass weight_layout="experts_hidden".',
+    ),
+    "weight [hidden, experts] is a stack": (
+        {"weight": WEIGHT.T[None], "weight_layout": "hidden_experts"},
+        "weight has shape (1, 16, 4), 3 axes. Expected 2, (16, experts); for a stack of routers use jax.vmap.",
+    ),
+    "weight [hidden, experts] has no experts": (
+        {"weight": WEIGHT.T[:, :0], "weight_layout": "hidden_experts"},
+        "weight has shape (16, 0), experts=0. Expected at least 1 expert; pass one column per expert.",
+    ),
+    "weight_layout is misspelt": (
+        {"weight_layout": "hidden_expert"},
+        "weight_layout is 'hidden_expert'. Expected experts_hidden or hidden_experts; did you mean \"hidden_experts\"?",
+    ),
+    "weight_layout is something else": (
+        {"weight_layout": "row major"},
+        "weight_layout is 'row major'. Expected experts_hidden or hidden_experts; pass one of these.",
     ),
     "weight has no experts": (
         {"weight": WEIGHT[:0]},
@@ -144,6 +170,10 @@ VALUE_ERRORS = {
 }
 
 TYPE_ERRORS = {
+    "weight_layout is None": (
+        {"weight_layout": None},
+        "weight_layout is None (NoneType). Expected experts_hidden or hidden_experts; pass its name.",
+    ),
     "x is a list": (
         {"x": [[1.0]]},
         "x is [[1.0]] (list). Expected a JAX or numpy array; convert it first, for example with jnp.asarray(x, "

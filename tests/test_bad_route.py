@@ -19,7 +19,16 @@ ERRORS = {
     "weight is transposed": (
         ValueError, {"weight": WEIGHT.T},
         "weight has hidden=4 but x has hidden=16. Expected weight of shape (experts, 16); it looks transposed, pass "
-        "weight.T.",
+        'weight_layout="hidden_experts".',
+    ),
+    "weight [hidden, experts] is transposed": (
+        ValueError, {"weight_layout": "hidden_experts"},
+        "weight has hidden=4 but x has hidden=16. Expected weight of shape (16, experts); it looks transposed, pass "
+        'weight_layout="experts_hidden".',
+    ),
+    "weight_layout is unknown": (
+        ValueError, {"weight_layout": "rows"},
+        "weight_layout is 'rows'. Expected experts_hidden or hidden_experts; pass one of these.",
     ),
     "bias is too short": (
         ValueError, {"bias": jnp.ones(3)},

@@ -95,6 +95,13 @@ HOPPER = Device("gpu", "NVIDIA H200", "9.0")
         ({"hidden": 2884}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 2884"),
         ({"hidden": 65544}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 65544"),
         ({"hidden": 65536, "experts": 65536}, HOPPER, None),
+        ({"weight_layout": "hidden_experts"}, HOPPER, None),
+        ({"experts": 13}, HOPPER, None),
+        (
+            {"experts": 13, "weight_layout": "hidden_experts"},
+            HOPPER,
+            "needs experts to be a multiple of 8 in weights [hidden, experts], they are 13",
+        ),
         ({"experts": 65537}, HOPPER, "at most 65536 experts, they are 65537"),
         ({"tokens": 2**27, "experts": 120}, HOPPER, None),
         ({"tokens": 2**27, "experts": 121}, HOPPER, "fewer than 17179869184 logits"),

@@ -106,6 +106,16 @@ def test_halfway_in_log2_goes_to_the_fewer_tokens() -> None:
     assert tables.Table.parse(document).nearest(Problem(32, 2880, 128, bias_dtype="float32")).tokens == 16
 
 
+def test_the_table_of_one_layout_serves_the_other_and_says_so() -> None:
+    problem = dataclasses.replace(PROBLEM, weight_layout="hidden_experts")
+    table = tables.Table.parse(DOCUMENT, "nvidia_h200.json")
+    choice = choose(problem, H200, environment={}, table=table)
+    where = "at tokens=8 in nvidia_h200.json, with a weight [experts, hidden]"
+    assert (choice.implementation, choice.reason) == ("pallas", f"3.00 us {where}")
+    assert dict(choice.rejected)["cuda"] == f"took 4.00 us {where}"
+    assert "[experts" not in str(choose(PROBLEM, H200, environment={}, table=table))
+
+
 def test_the_next_best_of_the_table_is_taken_when_the_winner_cannot_run() -> None:
     table = tables.Table.parse(DOCUMENT)
     choice = choose(PROBLEM, H200, environment={}, table=table, unavailable={"pallas": "is broken"})
@@ -361,11 +371,13 @@ def test_explain_describes_the_same_problem_as_router_gemm(monkeypatch) -> None:
         ("float16", "float32", None, "float16"),
         ("float32", "float32", "float32", "float32"),
     ):
+        layout = "hidden_experts" if bias is None else "experts_hidden"
         jr.router_gemm(
             jnp.ones((2, 3, 16), x),
-            jnp.ones((4, 16), weight),
+            jnp.ones((16, 4) if bias is None else (4, 16), weight),
             None if bias is None else jnp.ones(4, bias),
             out_dtype=out,
+            weight_layout=layout,
             implementation="xla",
         )
         jr.explain(
@@ -376,6 +388,7 @@ def test_explain_describes_the_same_problem_as_router_gemm(monkeypatch) -> None:
             weight_dtype=weight,
             bias=bias is not None and bias,
             out_dtype=out,
+            weight_layout=layout,
             implementation="xla",
         )
         assert seen[-2] == seen[-1]

@@ -46,15 +46,18 @@ extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* mess
     return JR_OK;
   }
   if (args->config == 3) {
-    const int64_t facts[] = {args->tokens, args->hidden, args->experts, args->dtype, args->bias_dtype, args->out_dtype};
-    for (int i = 0; i < 6; ++i) out[i] = float(facts[i]);
+    const int64_t facts[] = {args->tokens,     args->hidden,    args->experts,      args->dtype,
+                             args->bias_dtype, args->out_dtype, args->weight_layout};
+    for (int i = 0; i < 7; ++i) out[i] = float(facts[i]);
     return JR_OK;
   }
   for (int64_t t = 0; t < args->tokens; ++t) {
     for (int64_t e = 0; e < args->experts; ++e) {
       float sum = args->bias == nullptr ? 0.f : static_cast<const float*>(args->bias)[e];
       for (int64_t h = 0; h < args->hidden; ++h) {
-        sum += widen(args->x, t * args->hidden + h) * widen(args->weight, e * args->hidden + h);
+        const bool transposed = args->weight_layout == JR_HIDDEN_EXPERTS;
+        const int64_t place = transposed ? h * args->experts + e : e * args->hidden + h;
+        sum += widen(args->x, t * args->hidden + h) * widen(args->weight, place);
       }
       out[t * args->experts + e] = sum;
     }
@@ -75,7 +78,8 @@ extern "C" int jr_route(const jr_route_args* args, void*, char* message, size_t 
                          float(spec.score_function), float(spec.renormalize), float(spec.select_on_logits),
                          float(spec.round_logits), float(spec.num_groups), float(spec.group_topk),
                          float(spec.group_score), spec.renormalize_epsilon, spec.renormalize_min,
-                         spec.scaling_factor, spec.masked_choice, float(gemm.workspace_bytes)};
+                         spec.scaling_factor, spec.masked_choice, float(gemm.workspace_bytes),
+                         float(gemm.weight_layout)};
   std::memcpy(args->weights, facts, sizeof(facts));
   for (int64_t i = 0; i < gemm.tokens * spec.top_k; ++i)
     args->experts[i] = args->replay == nullptr ? -1 : args->replay[i];
@@ -90,9 +94,10 @@ namespace jax_router {
 
 static ffi::Error route_on_cpu_without_stream(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest,
                                               int32_t operands, int32_t return_logits, int32_t config,
-                                              ffi::Span<const int32_t> integers, ffi::Span<const float> floats,
-                                              ffi::Result<ffi::AnyBuffer> weights, ffi::RemainingRets more) {
-  return route(nullptr, x, weight, rest, operands, return_logits, config, integers, floats, weights, more);
+                                              int32_t layout, ffi::Span<const int32_t> integers,
+                                              ffi::Span<const float> floats, ffi::Result<ffi::AnyBuffer> weights,
+                                              ffi::RemainingRets more) {
+  return route(nullptr, x, weight, rest, operands, return_logits, config, layout, integers, floats, weights, more);
 }
 extern "C" JR_EXPORT XLA_FFI_Error* route_on_cpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(route_on_cpu, route_on_cpu_without_stream,
@@ -103,14 +108,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(route_on_cpu, route_on_cpu_without_stream,
                                   .Attr<int32_t>("operands")
                                   .Attr<int32_t>("return_logits")
                                   .Attr<int32_t>("config")
+                                  .Attr<int32_t>("weight_layout")
                                   .Attr<ffi::Span<const int32_t>>("integers")
                                   .Attr<ffi::Span<const float>>("floats")
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets());
 
 static ffi::Error on_cpu(ffi::AnyBuffer x, ffi::AnyBuffer weight, ffi::RemainingArgs rest, int32_t config,
-                         ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets more) {
-  return router_gemm(nullptr, x, weight, rest, config, out, more);
+                         int32_t layout, ffi::Result<ffi::AnyBuffer> out, ffi::RemainingRets more) {
+  return router_gemm(nullptr, x, weight, rest, config, layout, out, more);
 }
 
 extern "C" JR_EXPORT XLA_FFI_Error* router_gemm_on_cpu(XLA_FFI_CallFrame* call_frame);
@@ -120,6 +126,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(router_gemm_on_cpu, on_cpu,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Attr<int32_t>("config")
+                                  .Attr<int32_t>("weight_layout")
                                   .Ret<ffi::AnyBuffer>()
                                   .RemainingRets());
 
@@ -173,13 +180,14 @@ def array(*shape: int, dtype=jnp.bfloat16, seed: int = 0) -> np.ndarray:
 def call(shim):
     cpu = jax.local_devices(backend="cpu")[0]
 
-    def run(*operands, out=(4, 6), out_dtype=jnp.float32, config=-1, scratch=()):
+    def run(*operands, out=(4, 6), out_dtype=jnp.float32, config=-1, layout=0, scratch=()):
         result = jax.ShapeDtypeStruct(out, out_dtype)
         if scratch:
             result = [result, *(jax.ShapeDtypeStruct((size,), np.uint8) for size in scratch)]
         with jax.default_device(cpu):
             operands = [jax.device_put(operand, cpu) for operand in operands]
-            return jax.block_until_ready(jax.ffi.ffi_call(ON_CPU, result)(*operands, config=np.int32(config)))
+            kernel = jax.ffi.ffi_call(ON_CPU, result)
+            return jax.block_until_ready(kernel(*operands, config=np.int32(config), weight_layout=np.int32(layout)))
 
     return run
 
@@ -190,6 +198,7 @@ def test_operands_become_the_arguments_of_the_kernel(call):
     # 8 products of 8-bit mantissas, summed in float32 in some order: 8 roundings of 2**-24 of sums below 100.
     np.testing.assert_allclose(call(x, weight), product, atol=8 * 100 * 2.0**-24)
     np.testing.assert_allclose(call(x, weight, bias), product + np.asarray(bias), atol=9 * 100 * 2.0**-24)
+    np.testing.assert_array_equal(call(x, weight.T, bias, layout=1), call(x, weight, bias))
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(jnp.bfloat16, 0), (jnp.float16, 1)])
@@ -198,8 +207,10 @@ def test_sizes_and_dtypes_reach_the_kernel(call, dtype, code, bias_dtype, bias_c
     operands = [array(4, 8, dtype=dtype), array(6, 8, dtype=dtype)]
     if bias_dtype is not None:
         operands.append(array(6, dtype=dtype if bias_dtype == "same" else bias_dtype))
-    facts = call(*operands, config=3).ravel()[:6]
-    assert facts.tolist() == [4, 8, 6, code, code if bias_dtype == "same" else bias_code, 2]
+    expected = [4, 8, 6, code, code if bias_dtype == "same" else bias_code, 2]
+    assert call(*operands, config=3).ravel()[:7].tolist() == [*expected, 0]
+    operands[1] = operands[1].T
+    assert call(*operands, config=3, layout=1).ravel()[:7].tolist() == [*expected, 1]
 
 
 def test_second_result_is_the_workspace(call):
@@ -218,6 +229,13 @@ def test_second_result_is_the_workspace(call):
         ((array(8), array(6, 8)), {}, "x is bf16[8]. Expected two axes, (tokens, hidden)"),
         ((array(4, 8), array(6, 8, 1)), {}, "weight is bf16[6,8,1]. Expected two axes"),
         ((array(4, 8), array(8, 6)), {}, "weight is bf16[8,6]. Expected (experts, 8) to go with x bf16[4,8]"),
+        (
+            (array(4, 8), array(6, 8)),
+            {"layout": 1},
+            "weight is bf16[6,8]. Expected (8, experts) to go with x bf16[4,8]",
+        ),
+        ((array(4, 8), array(8)), {"layout": 1}, "weight is bf16[8]. Expected two axes, (hidden, experts)"),
+        ((array(4, 8), array(6, 8)), {"layout": 2}, "weight_layout is 2. Expected 0 for (experts, hidden) or 1 for"),
         ((array(4, 8, dtype=jnp.float32), array(6, 8)), {}, "x is f32[4,8]. Expected bf16 or f16"),
         ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16 or f16"),
         ((array(4, 8), array(6, 8, dtype=jnp.float16)), {}, "weight is f16[6,8]. Expected the dtype of x"),
@@ -261,10 +279,11 @@ def route(shim, monkeypatch):
     monkeypatch.setattr(cuda, "ROUTE_TARGET", ROUTE_ON_CPU)
     cpu = jax.local_devices(backend="cpu")[0]
 
-    def run(*operands, spec, config=None):
+    def run(*operands, spec, config=None, weight_layout="experts_hidden"):
         with jax.default_device(cpu):
             operands = [None if operand is None else jax.device_put(operand, cpu) for operand in operands]
-            routing = cuda.route(*operands, spec=spec, return_logits=True, config=config)
+            options = {"spec": spec, "return_logits": True, "weight_layout": weight_layout, "config": config}
+            routing = cuda.route(*operands, **options)
             return jax.tree.map(np.asarray, routing)
 
     return run
@@ -277,9 +296,11 @@ SPEC = RoutingSpec(
 
 
 def test_the_spec_and_sizes_reach_the_kernel_that_routes(route):
-    facts = route(array(7, 8), array(6, 8), None, None, None, None, spec=SPEC).weights.ravel()[:19]
     no_dtype, config = -1, -1
-    assert facts.tolist() == [7, 8, 6, 1, config, no_dtype, no_dtype, 2, 1, 1, 1, 3, 2, 1, 0.25, 0.5, -2, 0, 0]
+    facts = [7, 8, 6, 1, config, no_dtype, no_dtype, 2, 1, 1, 1, 3, 2, 1, 0.25, 0.5, -2, 0, 0]
+    for layout, shape in (("experts_hidden", (6, 8)), ("hidden_experts", (8, 6))):
+        found = route(array(7, 8), array(*shape), *[None] * 4, spec=SPEC, weight_layout=layout).weights.ravel()[:20]
+        assert found.tolist() == [*facts, cuda.WEIGHT_LAYOUTS[layout]]
     assert route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC, config=3).weights.ravel()[4] == 3
     lent = route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC).weights.ravel()[18]
     assert lent == cuda.workspace_bytes(70, 6) > 0
@@ -338,6 +359,7 @@ def test_ctypes_structures_have_the_layout_of_the_c_headers(tmp_path):
     for place, member in enumerate((*integers, "masked_choice")):
         lines.append(f"static_assert(offsetof(jr_routing_spec, {member}) == {4 * place});")
     lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.DTYPES.items()]
+    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.WEIGHT_LAYOUTS.items()]
     lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.SCORE_FUNCTIONS.items()]
     lines += [f"static_assert(JR_TOP2_SUM == {cuda.GROUP_SCORES['top2_sum']});"]
     lines += [f"static_assert(JR_GROUP_MAX == {cuda.GROUP_SCORES['max']});"]

@@ -21,9 +21,9 @@ def kernel(cuda_module, monkeypatch) -> list[tuple[int, ...]]:
     """Put a recognisable kernel in the place of `cuda`, on a device that looks like an H200. Collects traced shapes."""
     traced: list[tuple[int, ...]] = []
 
-    def router_gemm(x, weight, bias, *, out_dtype, config=None):
+    def router_gemm(x, weight, bias, *, config=None, **options):
         traced.append(x.shape)
-        return jnp.cos(xla.router_gemm(x, weight, bias, out_dtype=out_dtype))
+        return jnp.cos(xla.router_gemm(x, weight, bias, **options))
 
     monkeypatch.setattr(cuda_module, "router_gemm", router_gemm)
     return traced
@@ -65,6 +65,16 @@ def test_vmap_over_a_kernel_folds_tokens_and_loops_over_weights(kernel) -> None:
     assert "scan" in [name for name, _ in primitives(jax.vmap(named, (0, 0, None)), x, stacked, bias)]
     twice = jax.vmap(jax.vmap(named, (0, None, None)), (None, 0, None))(x, stacked, bias)
     close(twice, jnp.stack([expected] * 4))
+
+
+def test_vmap_over_a_kernel_keeps_the_layout_of_the_weight(kernel) -> None:
+    x, weight, bias = arrays(4, 3, hidden=8, experts=16, x=BF16, weight=BF16)
+    named = functools.partial(jr.router_gemm, implementation="cuda", weight_layout="hidden_experts")
+    expected = jnp.cos(jr.router_gemm(x, weight, bias, implementation="xla"))
+    # As above.
+    atol = 8 * 2.0**-23 * float(jnp.max(jnp.abs(x.astype(F32)) @ jnp.abs(weight.astype(F32)).T))
+    for in_axes, stored in (((0, None, None), weight.T), ((0, 0, None), jnp.stack([weight.T] * 4))):
+        np.testing.assert_allclose(jax.vmap(named, in_axes)(x, stored, bias), expected, rtol=1e-6, atol=atol)
 
 
 @pytest.mark.parametrize(("examples", "tokens", "folded"), [(4096, 3, "xla"), (64, 1, "cuda")])

@@ -17,7 +17,7 @@ from jax_router.sweep_rows import by_problem
 
 PARTS = (
     *("provenance", "table", "plot", "models-plot", "winners", "chain", "host", "bars", "accuracy"),
-    *("route-table", "route-plot", "route-chain"),
+    *("route-table", "route-plot", "route-chain", "layout-table"),
 )
 PLOTS = ("time-headline", "time-models", "winners", "route")
 

@@ -108,11 +108,11 @@ def _forgetful() -> Iterator[None]:
 def test_kernels_lower_on_a_mesh(axis_types, how, implementation, monkeypatch) -> None:
     called = []
 
-    def kernel(*operands, spec, return_logits, config=None):
+    def kernel(*operands, spec, return_logits, weight_layout, config=None):
         """Has the results of a custom call, which know of no mesh, and asks for the logits' GEMM."""
         called.append(operands[0].shape)
         x, weight, bias, *others = operands
-        logits = cuda.router_gemm(x, weight, bias, out_dtype=jnp.float32)
+        logits = cuda.router_gemm(x, weight, bias, out_dtype=jnp.float32, weight_layout=weight_layout)
         weights, experts = jr.routing.route_logits(logits, *others, spec=spec, dtype=x.dtype.name)
         return jr.Routing(weights, experts, logits if return_logits else None)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -135,6 +136,36 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel() -> None:
                     compared.add(name)
     assert not differing, "\n".join(differing)
     assert compared == set(names)
+
+
+STORED_SHAPES = (
+    *(shape for shape in SHAPES if shape[1] % 8 == 0),
+    (1000, 48, "bfloat16", None, "float32"),
+    (16384, 8, "float16", "float32", "float32"),
+    (8, 16, "bfloat16", "bfloat16", "bfloat16"),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", STORED_SHAPES, ids=str)
+def test_a_weight_stored_hidden_by_experts_has_the_same_bits(shape: tuple) -> None:
+    hidden, experts, dtype, bias_dtype, out_dtype = shape
+    assert cuda.unavailable() is None
+    library, differing = cuda.shared_library(), []
+    for tokens in (1, 7, 8, 9, 16, 17, 64, 65, 200, 1025):
+        problem = dispatch.Problem(tokens, hidden, experts, dtype, None, bias_dtype, out_dtype)
+        x, weight, bias = map(jax.device_put, arrays(tokens, hidden, experts, dtype, bias_dtype))
+        expected = launch("jr_router_gemm_naive", problem, (x, weight, bias))
+        stored, operands = dataclasses.replace(problem, weight_layout="hidden_experts"), (x, weight.T.copy(), bias)
+        for config in (None, *range(library.jr_router_gemm_num_configs())):
+            args = ctypes.byref(launch_args(stored, operands, config))
+            if config is None or library.jr_router_gemm_config_fits(config, args):
+                rows = parity.differing_rows(launch("jr_router_gemm", stored, operands, config), expected)
+                differing += [f"{config}, {tokens} tokens: rows {rows}"] * bool(len(rows))
+        compute = functools.partial(jr.router_gemm, implementation="cuda", weight_layout="hidden_experts")
+        logits = jax.jit(functools.partial(compute, out_dtype=out_dtype))(*operands)
+        assert not len(parity.differing_rows(np.asarray(logits), expected)), tokens
+    assert not differing, "\n".join(differing)
 
 
 @pytest.mark.gpu

@@ -65,6 +65,7 @@ def launches(monkeypatch) -> list[tuple[str, dict]]:
         args = reference._obj
         gemm = args.gemm if name == "jr_route" else args
         found = {"configs": {gemm.config, args.config}, "workspace_bytes": gemm.workspace_bytes}
+        found["layout"] = gemm.weight_layout
         if name == "jr_route":
             found |= {"return_logits": args.return_logits, "spec": (list(args.integers), list(args.floats))}
         for field, (address, count, kind) in memory(args).items():
@@ -149,6 +150,21 @@ def test_a_launcher_of_routing_gets_every_argument(launches, name, tokens) -> No
             assert_written(routing.logits, "out")
 
 
+def test_a_weight_of_the_other_layout_is_launched_where_it_is(launches) -> None:
+    x, weight, bias, _, _ = numbers(3, 72, 16)
+    stored = np.ascontiguousarray(weight.T)
+    for layout, matrix in (("experts_hidden", weight), ("hidden_experts", stored)):
+        rows, tensor, added = (torch_ref.to_torch(array) for array in (x, matrix, bias))
+        assert jrt.router_gemm(rows, tensor, added, weight_layout=layout).shape == (3, 16)
+        routing = jrt.route(rows, tensor, added, spec=PLAIN, weight_layout=layout, return_logits=True)
+        assert [result.shape[-1] for result in routing] == [4, 4, 16]
+        for _, found in launches:
+            assert found["layout"] == cuda.WEIGHT_LAYOUTS[layout]
+            assert_given(found, x=x, weight=matrix.ravel(), bias=bias)
+        assert len(launches) == 2
+        launches.clear()
+
+
 def test_no_tokens_need_no_launch(launches) -> None:
     x, weight = torch.empty(2, 0, 72, dtype=torch.bfloat16), torch.ones(9, 72, dtype=torch.bfloat16)
     logits = jrt.router_gemm(x, weight, out_dtype=torch.bfloat16)
@@ -172,7 +188,10 @@ def arguments(**changes) -> dict:
 
 
 TO_TENSOR = "Expected a torch.Tensor on a GPU; convert it, for example with torch.as_tensor("
-SHAPES = "Expected (..., hidden) and (experts, hidden), both numbers at least 1; if your weight is (hidden, experts), "
+SHAPES = (
+    "Expected (..., hidden) and (experts, hidden), both numbers at least 1; if your weight is (hidden, experts), pass "
+    'weight_layout="hidden_experts".'
+)
 TAKEN = "Pass what it takes, or use PyTorch's own operations, whose bits are others."
 F32, F64 = torch.float32, torch.float64
 # Of arguments that router_gemm has too, both operations are asked.
@@ -187,7 +206,7 @@ REFUSED = [
      "weight requires a gradient. Expected tensors without, because the kernels have none; call under "
      "torch.no_grad(), or differentiate jax_router.route in JAX."),
     ({"weight": ones(72, 9)}, ValueError,
-     f"x has shape (3, 72) and weight has shape (72, 9). {SHAPES}pass weight.t().contiguous()."),
+     f"x has shape (3, 72) and weight has shape (72, 9). {SHAPES}"),
     ({"x": ones()}, ValueError, f"x has shape () and weight has shape (9, 72). {SHAPES}"),
     ({"weight": ones(2, 9, 72)}, ValueError, f"weight has shape (2, 9, 72). {SHAPES}"),
     ({"weight": ones(0, 72)}, ValueError, f"weight has shape (0, 72). {SHAPES}"),
@@ -197,6 +216,14 @@ REFUSED = [
     ({"weight": ones(72, 9).t()}, ValueError,
      "weight has shape (9, 72) and strides (1, 9). Expected it to be contiguous; call weight.contiguous() once, where "
      "it is loaded."),
+    ({"weight_layout": "hidden_experts"}, ValueError,
+     "x has shape (3, 72) and weight has shape (9, 72). Expected (..., hidden) and (hidden, experts), both numbers at "
+     'least 1; if your weight is (experts, hidden), pass weight_layout="experts_hidden".'),
+    ({"weight": ones(16, 72).t(), "weight_layout": "hidden_experts"}, ValueError,
+     "weight has shape (72, 16) and strides (1, 72). Expected it to be contiguous; call weight.contiguous() once"),
+    ({"weight": ones(72, 9), "weight_layout": "hidden_experts"}, NotImplementedError,
+     f"route of these tensors needs experts to be a multiple of 8 in weights [hidden, experts], they are 9. {TAKEN}"),
+    ({"weight_layout": "rows"}, ValueError, "weight_layout is 'rows'. Expected experts_hidden or hidden_experts; pass"),
     ({"bias": ones(9, 2)[:, 0]}, ValueError, "bias has shape (9,) and strides (2,). Expected it to be contiguous;"),
     ({"weight": ones(9 * 72 + 1)[1:].view(9, 72)}, ValueError,
      "weight begins 2 bytes behind a multiple of 16. Expected none; call weight.clone() once, where it is loaded."),
@@ -228,7 +255,7 @@ def test_what_does_not_fit_is_refused_before_a_launch(launches, changes, error, 
     with pytest.raises(error) as refused:
         jrt.route(**arguments(**changes))
     assert words in str(refused.value)
-    if changes.keys() <= {"x", "weight", "bias"}:
+    if changes.keys() <= {"x", "weight", "bias", "weight_layout"}:
         of_gemm = arguments(**changes)
         del of_gemm["spec"]
         with pytest.raises(error) as refused:

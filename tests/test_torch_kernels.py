@@ -112,6 +112,21 @@ def test_any_routing_gets_the_bits_of_jax_and_replays_what_jax_recorded(torch_gp
         assert not differing(replayed, recorded)
 
 
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "DeepSeek-V3"])
+def test_a_weight_stored_hidden_by_experts_gets_the_same_bits_in_both(torch_gpu, model) -> None:
+    preset = models[model]
+    x, weight, *_ = numbers(257, preset.hidden, preset.experts)
+    options = {"spec": preset.spec, "return_logits": True}
+    of_jax = functools.partial(jr.route, implementation="cuda", weight_layout="hidden_experts", **options)
+    rows, matrix, stored = on_gpu(x, weight, np.ascontiguousarray(weight.T))
+    for tokens in TOKENS:
+        expected = jax.jit(of_jax)(x[:tokens], weight.T)
+        for given, layout in ((matrix, "experts_hidden"), (stored, "hidden_experts")):
+            assert not differing(jrt.router_gemm(rows[:tokens], given, weight_layout=layout), expected.logits), tokens
+            ours = jrt.route(rows[:tokens], given, weight_layout=layout, **options)
+            assert not differing(ours, expected), (tokens, layout)
+
+
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_jax_replays_what_pytorch_recorded(torch_gpu, tokens) -> None:
     arrays = numbers(tokens, 7168, 256)

@@ -2,9 +2,11 @@
 
 Each module has
 
-    router_gemm(x, weight, bias, *, out_dtype, config=None)
-        x [T, H] with T >= 1, weight [E, H], bias [E] or None -> logits [T, E] in out_dtype; traceable
-    route(x, weight, bias, correction_bias, expert_scale, experts, *, spec, return_logits, config=None)
+    router_gemm(x, weight, bias, *, out_dtype, weight_layout="experts_hidden", config=None)
+        x [T, H] with T >= 1, weight [E, H] or, as weight_layout says, [H, E], bias [E] or None -> logits [T, E] in
+        out_dtype; traceable
+    route(x, weight, bias, correction_bias, expert_scale, experts, *, spec, return_logits,
+          weight_layout="experts_hidden", config=None)
         x, weight and bias as above, correction_bias [E] or None, expert_scale [E] or None, experts [T, k] (int32) to
         replay or None to select, spec a RoutingSpec that fits E -> Routing; logits None unless return_logits
     why_unsupported(problem, device)
@@ -20,6 +22,12 @@ import importlib
 from types import ModuleType
 
 NAMES = ("cuda", "pallas", "xla")
+WEIGHT_LAYOUTS = ("experts_hidden", "hidden_experts")  # the axes of a weight; the other order holds its transpose
+
+
+def experts_axis(weight_layout: str) -> int:
+    """Which axis of a weight is experts, in one of `WEIGHT_LAYOUTS`; the other is hidden."""
+    return WEIGHT_LAYOUTS.index(weight_layout)
 
 
 def load(name: str) -> ModuleType:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_router.implementations import experts_axis
 from jax_router.routing import Routing, RoutingSpec
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ MAX_TILED_LOGITS = 2**34
 # As csrc/route.cu takes them.
 MAX_TOP_K, MAX_GROUPS, MAX_ROUTED_EXPERTS = 32, 32, 1024
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
+WEIGHT_LAYOUTS = {"experts_hidden": 0, "hidden_experts": 1}  # enum jr_weight_layout
 SCORE_FUNCTIONS = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}  # enum jr_score_function
 GROUP_SCORES = {"top2_sum": 0, "max": 1}  # enum jr_group_score
 OPERATIONS = {"router_gemm": 0, "empty": 1, "read_weight": 2}  # enum jr_operation, of jr_time_graph
 
 
 class RouterGemmArgs(ctypes.Structure):
-    """`jr_router_gemm_args` of csrc/router_gemm.h: device pointers, sizes in elements, dtypes as in `DTYPES`."""
+    """`jr_router_gemm_args` of csrc/router_gemm.h: device pointers, sizes in elements, dtypes and layouts as above."""
 
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -69,7 +71,8 @@ class RouterGemmArgs(ctypes.Structure):
         bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
         sizes = (problem.tokens, problem.hidden, problem.experts)
-        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config)
+        layout = WEIGHT_LAYOUTS[problem.weight_layout]
+        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, layout)
 
 
 class RouteArgs(ctypes.Structure):
@@ -145,20 +148,31 @@ def workspace_bytes(tokens: int, experts: int) -> int:
 
 
 def router_gemm(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, out_dtype: DTypeLike, config: int | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    out_dtype: DTypeLike,
+    weight_layout: str = "experts_hidden",
+    config: int | None = None,
 ) -> jax.Array:
     """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]` by the Hopper kernel; a row's bits depend on the row alone.
 
-    `config` is a kernel configuration, None lets the launcher pick; every configuration gives the same bits. Tracing
-    needs no library: lowering for CUDA works on any machine.
+    A weight [H, E] is read as it is. `config` is a kernel configuration, None lets the launcher pick. Every layout and
+    configuration gives the same bits. Tracing needs no library: lowering for CUDA works on any machine.
     """
-    results = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), out_dtype)]
-    scratch = workspace_bytes(x.shape[0], weight.shape[0])
+    shape = x.shape[0], weight.shape[experts_axis(weight_layout)]
+    results = [jax.ShapeDtypeStruct(shape, out_dtype)]
+    scratch = workspace_bytes(*shape)
     if scratch:  # a result, because XLA's scratch allocator frees what a recorded CUDA graph still uses
         results.append(jax.ShapeDtypeStruct((scratch,), np.uint8))
     kernel = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     operands = (x, weight) if bias is None else (x, weight, bias)
-    return kernel(*operands, config=np.int32(-1 if config is None else config))[0]
+    attributes = {
+        "config": np.int32(-1 if config is None else config),
+        "weight_layout": np.int32(WEIGHT_LAYOUTS[weight_layout]),
+    }
+    return kernel(*operands, **attributes)[0]
 
 
 def route(
@@ -171,13 +185,14 @@ def route(
     *,
     spec: RoutingSpec,
     return_logits: bool,
+    weight_layout: str = "experts_hidden",
     config: int | None = None,
 ) -> Routing:
     """`routing.route_logits` of `router_gemm`'s logits, in one launch or two; a row's bits depend on the row alone.
 
     `config` is a configuration of routing, None lets the launcher pick; every configuration gives the same bits.
     """
-    tokens, num_experts = x.shape[0], weight.shape[0]
+    tokens, num_experts = x.shape[0], weight.shape[experts_axis(weight_layout)]
     results = [
         jax.ShapeDtypeStruct((tokens, spec.top_k), np.float32),
         jax.ShapeDtypeStruct((tokens, spec.top_k), np.int32),
@@ -196,6 +211,7 @@ def route(
         operands=np.int32(sum(1 << i for i, operand in enumerate(optional) if operand is not None)),
         return_logits=np.int32(return_logits),
         config=np.int32(-1 if config is None else config),
+        weight_layout=np.int32(WEIGHT_LAYOUTS[weight_layout]),
         integers=integers,
         floats=floats,
     )
@@ -219,6 +235,8 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
         return f"needs hidden to be a multiple of 8 up to {MAX_HIDDEN}, it is {problem.hidden}"
     if problem.experts > MAX_EXPERTS:
         return f"needs at most {MAX_EXPERTS} experts, they are {problem.experts}"
+    if problem.weight_layout == "hidden_experts" and problem.experts % 8 != 0:
+        return f"needs experts to be a multiple of 8 in weights [hidden, experts], they are {problem.experts}"
     tiled = problem.tokens * -(-problem.experts // 8) * 8
     if problem.tokens > MAX_TOKENS or tiled >= MAX_TILED_LOGITS:
         return (

@@ -25,12 +25,19 @@ FIRST_JAX = (0, 11)  # 0.10.2 interprets no transposed wgmma operand and lowers 
 
 
 def router_gemm(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, out_dtype: DTypeLike, config: int | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    out_dtype: DTypeLike,
+    weight_layout: str = "experts_hidden",
+    config: int | None = None,
 ) -> jax.Array:
     """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]` by the Mosaic GPU kernel; a row's bits depend on it alone.
 
     `config` indexes `CONFIGS`, None picks one; every configuration gives the same bits. Lowering for CUDA needs no GPU.
     """
+    del weight_layout  # why_unsupported takes one alone
     logits = add_groups(_group_sums(x, weight, config), x.shape[0], weight.shape[0])
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
@@ -47,12 +54,14 @@ def route(
     *,
     spec: RoutingSpec,
     return_logits: bool,
+    weight_layout: str = "experts_hidden",
     config: int | None = None,
 ) -> Routing:
     """The router GEMM's kernel, then one that adds its groups, scores and selects. Row bits as of `router_gemm`.
 
     The logits are those of `router_gemm`, bit for bit. `config` is that of the router GEMM.
     """
+    del weight_layout  # as in router_gemm
     results = pallas_routing.route_sums(
         _group_sums(x, weight, config),
         bias,
@@ -82,6 +91,8 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
             return f"needs compute capability 9.0, this device is {device.description}"
     if problem.dtype not in ("bfloat16", "float16") or weight_dtype != problem.dtype:
         return f"needs x and weight both bfloat16 or both float16, they are {problem.dtype} and {weight_dtype}"
+    if problem.weight_layout != "experts_hidden":
+        return "takes weights [experts, hidden], this one is [hidden, experts]"
     if problem.bias_dtype not in (None, problem.dtype, "float32"):
         return f"needs a bias in float32 or in x's dtype, it is {problem.bias_dtype}"
     if problem.out_dtype not in (problem.dtype, "float32"):

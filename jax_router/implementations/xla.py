@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_router.implementations import experts_axis
 from jax_router.routing import Routing, RoutingSpec, route_logits
 
 if TYPE_CHECKING:
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
 
 
 def router_gemm(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, out_dtype: DTypeLike, config: int | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    out_dtype: DTypeLike,
+    weight_layout: str = "experts_hidden",
+    config: int | None = None,
 ) -> jax.Array:
-    """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]`, accumulated in float32 and rounded once, to `out_dtype`."""
+    """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]`, accumulated in float32 and rounded once, to `out_dtype`.
+
+    A weight [H, E] is contracted over its first axis: nothing is transposed.
+    """
     del config  # XLA picks its own kernels
     if x.dtype != weight.dtype:
         x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     # DEFAULT would let the GPU multiply float32 as TF32; 16-bit inputs lose nothing to it, their products fit float32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    contract_hidden = (((1,), (1,)), ((), ()))
+    contract_hidden = (((1,), (1 - experts_axis(weight_layout),)), ((), ()))
     logits = jax.lax.dot_general(x, weight, contract_hidden, precision=precision, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
@@ -40,10 +50,11 @@ def route(
     *,
     spec: RoutingSpec,
     return_logits: bool,
+    weight_layout: str = "experts_hidden",
     config: int | None = None,
 ) -> Routing:
     """The router GEMM, then scoring and selection: `routing.route_logits` of its float32 logits."""
-    logits = router_gemm(x, weight, bias, out_dtype=jnp.float32, config=config)
+    logits = router_gemm(x, weight, bias, out_dtype=jnp.float32, weight_layout=weight_layout, config=config)
     weights, selected = route_logits(logits, correction_bias, expert_scale, experts, spec=spec, dtype=x.dtype.name)
     return Routing(weights, selected, logits if return_logits else None)
 

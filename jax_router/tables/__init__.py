@@ -3,7 +3,8 @@
 A file holds, next to its provenance, `entries`: for one (operation, hidden, experts, dtype, bias, out_dtype, tokens)
 every candidate's raw times. Only verified candidates count; `verification` says by which record, and without it no
 kernel is trusted. An entry without an operation is one of `router_gemm`. Of `route` the rule is recorded and decides
-nothing: what an implementation does not take, it refuses itself.
+nothing: what an implementation does not take, it refuses itself. Every entry was measured with a weight [experts,
+hidden] and serves one [hidden, experts] too.
 """
 
 from __future__ import annotations

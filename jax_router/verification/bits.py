@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_router import parity
-from jax_router.verification.data import Operands, Subject, compile_call, draw, put, structure, with_garbage
+from jax_router.verification.data import (
+    Operands,
+    Subject,
+    as_stored,
+    compile_call,
+    draw,
+    in_other_layout,
+    put,
+    structure,
+    with_garbage,
+)
 from jax_router.verification.result import Context, Failure, Programs, Result
 
 Array = NDArray[Any]
@@ -22,6 +32,7 @@ TOKENS = (1, 2, 7, 8, 16, 33, 64, 127, 128, 257, 1024)
 QUICK_TOKENS = (1, 7, 64, 128, 257)
 REFERENCE_TOKENS = 1087  # the batch whose rows are the reference: larger than the others, and of an odd size
 RUNS = 8  # of every number of tokens, each on other rows
+OTHER_RUNS = 2  # more of them, with the weight stored [hidden, experts]
 MEMORY_TOKENS, QUICK_MEMORY_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)
 POISONS = (0xFF, 0x2A)  # bytes
 GUARD_BYTES = 4096
@@ -35,13 +46,20 @@ def row_bits(outputs: Sequence[Any]) -> Array:
 
 def calls(subject: Subject, tokens: Iterable[int]) -> Programs:
     """Single calls of these numbers of tokens, which many checks share."""
-    return {("call", count): functools.partial(compile_call, subject, count) for count in tokens}
+    return {_key(subject, count): functools.partial(compile_call, subject, count) for count in tokens}
+
+
+def _key(subject: Subject, tokens: int) -> tuple[str, int]:
+    return "call" if subject.weight_layout == "experts_hidden" else f"call {subject.weight_layout}", tokens
 
 
 def programs_of_bits(subject: Subject, context: Context) -> Programs:
     """What `check_bits` runs."""
-    tokens = _tokens(context)
-    return calls(subject, (*tokens, _reference_tokens(tokens))) if subject.promises_bits else {}
+    if not subject.promises_bits:
+        return {}
+    tokens, other = _tokens(context), in_other_layout(subject, context.device)
+    of_other = {} if other is None else calls(other, tokens)
+    return calls(subject, (*tokens, _reference_tokens(tokens))) | of_other
 
 
 def programs_of_memory(subject: Subject, context: Context) -> Programs:
@@ -65,27 +83,35 @@ def _reference_tokens(tokens: Iterable[int]) -> int:
 
 
 def check_bits(subject: Subject, context: Context) -> Result:
-    """The check "bits": rows of one large batch, again in batches of every size, in other places, beside garbage."""
+    """The check "bits": rows of one large batch, again in batches of every size, in other places, beside garbage.
+
+    And with the weight stored [hidden, experts], where that is taken.
+    """
     if not (subject.promises_bits and context.on_gpu):
         return Result("bits", None, reason=f"{subject.implementation} promises no bits here")
     started = time.monotonic()
     tokens, made = _tokens(context), programs_of_bits(subject, context)
     everything = draw(subject, subject.usual, _reference_tokens(tokens), context.seed)
-    fixed = put(everything._replace(x=None), context.device)
+    other = in_other_layout(subject, context.device)
+    turns = [subject] * RUNS + ([] if other is None else [other] * OTHER_RUNS)
+    fixed = {
+        form.weight_layout: put(everything._replace(x=None, weight=as_stored(everything.weight, form)), context.device)
+        for form in (subject, *turns[RUNS:])
+    }
 
-    def bits_of(x: Array) -> Array:
-        run = context.program(key := ("call", len(x)), made[key])
-        return row_bits(run(fixed._replace(x=jax.device_put(x, context.device))))
+    def bits_of(x: Array, form: Subject) -> Array:
+        run = context.program(key := _key(form, len(x)), made[key])
+        return row_bits(run(fixed[form.weight_layout]._replace(x=jax.device_put(x, context.device))))
 
-    expected, launches = bits_of(everything.x), 1
-    figures = {"batches": 0, "rows": 0}
+    expected, launches = bits_of(everything.x, subject), 1
+    figures = {"batches": 0, "rows": 0, "rows of the other layout": 0}
     for count in tokens:
         context.doing(count, subject.usual)
         random = np.random.default_rng([context.seed, count])
-        for turn in range(RUNS):
+        for turn, form in enumerate(turns):
             rows = random.permutation(len(expected))[:count]
             garbage = np.flatnonzero(random.random(count) < (0.25 if turn % 2 and count > 1 else 0))
-            got = bits_of(with_garbage(everything.x[rows], garbage, random))
+            got = bits_of(with_garbage(everything.x[rows], garbage, random), form)
             judged = np.setdiff1d(np.arange(count), garbage)
             wrong = judged[(got[judged] != expected[rows[judged]]).any(-1)]
             launches += 1
@@ -96,14 +122,15 @@ def check_bits(subject: Subject, context: Context) -> Result:
                     count, subject.usual, context.seed, launches - 1, row, f"0x{expected[rows[row], place]:08x}",
                     f"0x{got[row, place]:08x}",
                 )  # fmt: skip
+                stored = "" if form is subject else ", with the weight stored [hidden, experts]"
                 reason = (
-                    f"token {rows[row]} of {len(expected)} has other bits at place {row} of a batch of {count}: "
-                    f"{len(wrong)} of {len(judged)} rows"
+                    f"token {rows[row]} of {len(expected)} has other bits at place {row} of a batch of {count}"
+                    f"{stored}: {len(wrong)} of {len(judged)} rows"
                 )
                 return Result("bits", False, launches, time.monotonic() - started, figures, reason, failure)
             figures["batches"] += 1
-            figures["rows"] += len(judged)
-        context.alive(RUNS)
+            figures["rows" if form is subject else "rows of the other layout"] += len(judged)
+        context.alive(len(turns))
     return Result("bits", True, launches, time.monotonic() - started, figures)
 
 

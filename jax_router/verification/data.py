@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_router.dispatch import Problem
+from jax_router.dispatch import Device, Problem, why_unsupported
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import Shape
 
@@ -31,7 +31,7 @@ SAME_BITS = ("cuda", "pallas")  # implementations that promise a row the same bi
 
 
 class Operands(NamedTuple):
-    """x [T, H], weight [E, H] and, each [E] or None, what else an operation takes."""
+    """x [T, H], weight [E, H] or, of a subject of that layout, [H, E], and, each [E] or None, what else there is."""
 
     x: Any
     weight: Any
@@ -51,6 +51,7 @@ class Subject:
       given: weights of a checkpoint, x of None; random ones without.
       activations: recorded x [tokens, hidden], or None.
       source: where the weights come from, for reports.
+      weight_layout: as the operands have the weight; what is `given` is [E, H].
       function: what to call instead, as `calls` below returns it.
     """
 
@@ -60,6 +61,7 @@ class Subject:
     given: Operands | None = None
     activations: Array | None = None
     source: str = "random"
+    weight_layout: str = "experts_hidden"
     function: Callable[..., tuple[jax.Array, ...]] | None = None
 
     @property
@@ -95,7 +97,7 @@ class Subject:
             bias_dtype = self.given.bias.dtype.name
         return Problem(
             tokens=tokens, hidden=self.shape.hidden, experts=self.shape.experts, dtype=self.dtype,
-            bias_dtype=bias_dtype, spec=self.spec,
+            bias_dtype=bias_dtype, spec=self.spec, weight_layout=self.weight_layout,
         )  # fmt: skip
 
     def call(self, operands: Operands, *, return_logits: bool = False) -> tuple[jax.Array, ...]:
@@ -105,14 +107,29 @@ class Subject:
         from jax_router.ops import route, router_gemm
 
         x, weight, bias, correction_bias, expert_scale = operands
+        options: dict[str, Any] = {"implementation": self.implementation, "weight_layout": self.weight_layout}
         if self.spec is None:
-            return (router_gemm(x, weight, bias, implementation=self.implementation),)
+            return (router_gemm(x, weight, bias, **options),)
         routing = route(
             x, weight, bias, spec=self.spec, correction_bias=correction_bias, expert_scale=expert_scale,
-            implementation=self.implementation, return_logits=return_logits,
+            return_logits=return_logits, **options,
         )  # fmt: skip
         found = (routing.weights, routing.experts)
         return found if routing.logits is None else (*found, routing.logits)
+
+
+def in_other_layout(subject: Subject, device: jax.Device) -> Subject | None:
+    """The subject with its weight stored [H, E], which must give the same bits; None where it is not taken so."""
+    other = replace(subject, weight_layout="hidden_experts")
+    if not subject.promises_bits or subject.function is not None:
+        return None
+    where = Device.of(device)
+    return None if why_unsupported(other.problem(1), where, subject.implementation) else other
+
+
+def as_stored(weight: Array | jax.Array, subject: Subject) -> Any:
+    """A weight [E, H] in the layout of the subject."""
+    return weight if subject.weight_layout == "experts_hidden" else weight.T.copy()
 
 
 def structure(subject: Subject, tokens: int) -> Operands:
@@ -140,7 +157,7 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
         x = random.standard_normal((tokens, hidden), np.float32)
         if subject.activations is not None:
             x = subject.activations[random.integers(0, len(subject.activations), tokens)]
-        return subject.given._replace(x=x.astype(dtype))
+        return subject.given._replace(x=x.astype(dtype), weight=as_stored(subject.given.weight, subject))
 
     x = random.standard_normal((tokens, hidden), np.float32)
     weight = random.standard_normal((experts, hidden), np.float32) * np.float32(LOGIT_DEVIATION / np.sqrt(hidden))
@@ -189,7 +206,7 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
     )
     return Operands(
         x.astype(dtype),
-        weight.astype(dtype),
+        as_stored(weight.astype(dtype), subject),
         bias.astype(of_bias) if shape.bias else None,
         correction.astype(of_correction) if shape.correction_bias else None,
         given.expert_scale,

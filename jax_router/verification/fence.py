@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from jax_router.implementations import cuda
 from jax_router.verification import gpu_tools
 from jax_router.verification.bits import calls, row_bits
-from jax_router.verification.data import Operands, Subject, draw, put
+from jax_router.verification.data import Operands, Subject, as_stored, draw, in_other_layout, put
 from jax_router.verification.result import Context, Failure, Programs, Result
 
 TOKENS, QUICK_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)  # as of the memory check
@@ -93,14 +94,18 @@ def check_fence(subject: Subject, context: Context) -> Result:
         return Result("fence", None, reason=str(error))
     started = time.monotonic()
     made, launches = programs(subject, context), 0
+    other = in_other_layout(subject, context.device)
+    forms = [subject, *([] if other is None else [other])]
     for tokens in _tokens(context):
         context.doing(tokens, subject.usual)
         host = draw(subject, subject.usual, tokens, context.seed)
         run = context.program(key := ("call", tokens), made[key])
         expected = row_bits(run(put(host, context.device)))
-        for scratch in sorted({0, cuda.workspace_bytes(tokens, subject.shape.experts)}):
+        offered = sorted({0, cuda.workspace_bytes(tokens, subject.shape.experts)})
+        for form, scratch in itertools.product(forms, offered):
             launches += 1
-            found = _launch(subject, host, tokens, scratch, expected)
+            stored = host._replace(weight=as_stored(host.weight, form))
+            found = _launch(form, stored, tokens, scratch, expected)
             context.alive(1)
             if found is not None:
                 reason, row, wanted, got = found

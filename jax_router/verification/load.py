@@ -16,7 +16,16 @@ import numpy as np
 from jax_router import timing
 from jax_router.verification import gate, gpu_tools
 from jax_router.verification.bits import calls
-from jax_router.verification.data import Operands, Subject, draw, put, random_weights, structure
+from jax_router.verification.data import (
+    Operands,
+    Subject,
+    as_stored,
+    draw,
+    in_other_layout,
+    put,
+    random_weights,
+    structure,
+)
 from jax_router.verification.result import Context, Failure, Programs, Result
 
 # Each a chain of its own. From 127 tokens on every model's kernels have a ring of barriers.
@@ -24,7 +33,7 @@ TOKENS = (1, 8, 64, 128, 512)
 QUICK_TOKENS = (1, 64, 128)
 # Of one executable, each with a weight of its own. The copies of the load keep the weights out of L2 in any case.
 MOST_CALLS, FEWEST_CALLS = 64, 32
-XS = 4  # different x
+XS = 4  # different x. Launches of the last one have their weights stored [hidden, experts], where these are taken
 LEAST = gate.FEWEST_LAUNCHES  # whatever the time
 IN_FLIGHT = 16  # executions whose verdict is read at once
 WORDS, FIRST, EXPECTED, GOT = range(4)  # of jr_differing
@@ -74,16 +83,28 @@ def _compile_chain(subject: Subject, context: Context, tokens: int) -> jax.stage
     """(xs, routers, expected) -> how the outputs differ, and the outputs of who promises no bits."""
     if context.on_gpu:
         gpu_tools.loaded()
-    operands = structure(subject, tokens)
-    outputs = [tuple(jax.eval_shape(subject.call, operands))] * _launches(subject, context)
-    one = jax.jit(subject.call)  # traced once
+    forms = _forms(subject, context)
+    operands = [structure(form, tokens) for form in forms]
+    outputs = [tuple(jax.eval_shape(subject.call, operands[0]))] * _launches(subject, context)
+    ones = [jax.jit(form.call) for form in forms]  # each traced once
 
     def chain(xs: Sequence[jax.Array], routers: Sequence[Operands], expected: Any) -> tuple[jax.Array, Any]:
-        outputs = [tuple(one(router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
+        outputs = [tuple(ones[_form(forms, i)](router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
         return _differing(outputs, expected, context), () if subject.promises_bits else outputs
 
-    routers = [operands._replace(x=None)] * len(outputs)
-    return jax.jit(chain).lower([operands.x] * XS, routers, outputs).compile()
+    routers = [operands[_form(forms, i)]._replace(x=None) for i in range(len(outputs))]
+    return jax.jit(chain).lower([operands[0].x] * XS, routers, outputs).compile()
+
+
+def _forms(subject: Subject, context: Context) -> list[Subject]:
+    """The subject and, where it is taken, the one with its weight in the other layout."""
+    other = in_other_layout(subject, context.device)
+    return [subject] if other is None else [subject, other]
+
+
+def _form(forms: Sequence[Subject], launch: int) -> int:
+    """Which of these a launch of a chain has."""
+    return int(len(forms) > 1 and launch % XS == XS - 1)
 
 
 def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
@@ -99,6 +120,10 @@ def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
     routers = random_weights(subject, _launches(subject, context), context.seed, context.device)
     xs = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device).x for i in range(XS)]
     expected = [tuple(one(router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
+    forms = _forms(subject, context)
+    routers = [
+        router._replace(weight=as_stored(router.weight, forms[_form(forms, i)])) for i, router in enumerate(routers)
+    ]
     chain = Chain(tokens, xs, routers, run, expected)
     if not subject.promises_bits:  # what the same executable gives counts, not what another one gives
         chain.expected = jax.block_until_ready(run(xs, routers, expected)[1])
