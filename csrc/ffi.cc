@@ -69,8 +69,8 @@ ffi::Error invalid(const std::string& argument, const ffi::AnyBuffer& array, con
                                      accepted + ". Call jax_router.router_gemm or route, which check first.");
 }
 
-ffi::Error check_shape(const std::string& argument, const ffi::AnyBuffer& array, std::initializer_list<int64_t> shape,
-                       const std::string& meaning) {
+ffi::Error check_shape(const char* argument, const ffi::AnyBuffer& array, std::initializer_list<int64_t> shape,
+                       const char* meaning) {
   if (std::equal(shape.begin(), shape.end(), array.dimensions().begin(), array.dimensions().end()))
     return ffi::Error::Success();
   std::string expected = "shape (";
@@ -79,7 +79,7 @@ ffi::Error check_shape(const std::string& argument, const ffi::AnyBuffer& array,
 }
 
 // One value per expert, in float32 or in x's dtype.
-ffi::Error describe_per_expert(const std::string& argument, const ffi::AnyBuffer& array, const ffi::AnyBuffer& x,
+ffi::Error describe_per_expert(const char* argument, const ffi::AnyBuffer& array, const ffi::AnyBuffer& x,
                                int64_t experts, const void*& data, int32_t& dtype) {
   if (ffi::Error error = check_shape(argument, array, {experts}, "one per expert"); error.failure()) return error;
   data = array.untyped_data();

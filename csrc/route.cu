@@ -187,7 +187,7 @@ int jr_route(const jr_route_args* args, void* stream, char* message, size_t mess
   bool runs_fused = false;
   if (const int status = prepare_current_device(&runs_fused, report); status != JR_OK) return status;
   const int config = args->config != -1 ? args->config : runs_fused ? pick(*args) : kTwoLaunches;
-  if (!jr_route_config_fits(config, args))
+  if (config < 0 || config >= kConfigs || !fits(config, *args))
     return report.fail(JR_UNSUPPORTED,
                        "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld",
                        config, kConfigs - 1, static_cast<long long>(args->gemm.tokens),

@@ -108,9 +108,11 @@ double estimate(const Config& config, const jr_router_gemm_args& a, bool routed)
 // The cheapest configuration that fits; there is one for every problem that check_problem takes.
 int pick(const jr_router_gemm_args& a, bool routed) {
   int best = -1;
+  double least = 0;
   for (int i = 0; i < kConfigs; ++i) {
     if (!fits(config_at(i), a)) continue;
-    if (best < 0 || estimate(config_at(i), a, routed) < estimate(config_at(best), a, routed)) best = i;
+    const double microseconds = estimate(config_at(i), a, routed);
+    if (best < 0 || microseconds < least) best = i, least = microseconds;
   }
   return best;
 }
@@ -227,7 +229,7 @@ Problem device_problem(const jr_router_gemm_args& a, int block_experts) {
 int enqueue_gemm(const jr_router_gemm_args& a, Problem* routed, cudaStream_t stream, const Report& report) {
   if (const int status = prepare_current_device(report); status != JR_OK) return status;
   const int config = a.config == -1 ? pick(a, routed != nullptr) : a.config;
-  if (!jr_router_gemm_config_fits(config, &a))
+  if (config < 0 || config >= kConfigs || (a.config != -1 && !fits(config_at(config), a)))
     return report.fail(JR_UNSUPPORTED,
                        "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld, "
                        "weight_layout=%d and %lld bytes of workspace",

@@ -234,10 +234,10 @@ constexpr Config config(const char* name, Cost cost, Cost hidden_experts = {}) {
 }  // namespace
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
-    config<1, 2>("few_16x16_c8", {1.875, 3.47e-06, 0, 0.1863}, {1.875, 3.47e-06, 0, 0.1863}),
-    config<1, 3>("few_16x24_c8", {2.124, 0.4717, 0.006243, 0.08339}),
-    config<1, 4>("few_16x32_c8", {2.095, 0.3696, 9.61e-06, 0.1414}),
-    config<2, 3>("few_32x24_c8", {2.214, 0.1437, 0.003574, 0.08919}),
+    config<1, 2>("few_16x16_c8", {1.56, 0.0729, 0.000881, 0.194}, {1.95, 0.104, 0.00249, 0.216}),
+    config<1, 3>("few_16x24_c8", {1.89, 0.397, 0.00244, 0.144}),
+    config<1, 4>("few_16x32_c8", {1.81, 0.963, 0.000676, 0.162}),
+    config<2, 3>("few_32x24_c8", {1.98, 1.42, 0.00115, 0.146}),
 };
 
 }  // namespace jax_router

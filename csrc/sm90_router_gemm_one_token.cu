@@ -176,8 +176,8 @@ constexpr Config config(const char* name, Cost cost) {
 }  // namespace
 
 const Config one_token_configs[kOneTokenConfigs] = {
-    config<2>("one_1x2", {1.4, 4.068, 0.004731, 0.09541}),
-    config<4>("one_1x4", {1.395, 0.09532, 0.005439, 0.07654}),
+    config<2>("one_1x2", {1.3, 0.249, 0.00384, 0.0839}),
+    config<4>("one_1x4", {1.31, 0.443, 0.00508, 0.0407}),
 };
 
 }  // namespace jax_router

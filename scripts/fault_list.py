@@ -189,8 +189,8 @@ FAULTS = (
                 "      int dtype, box;\n"
                 "      CUtensorMap map;\n"
                 "    } kept = {};\n"
-                "    if (a.weight_layout == JR_EXPERTS_HIDDEN && kept.experts == a.experts && kept.hidden == a.hidden &&\n"
-                "        kept.dtype == a.dtype && kept.box == config.block_experts)\n"
+                "    if (a.weight_layout == JR_EXPERTS_HIDDEN && kept.experts == a.experts &&\n"
+                "        kept.hidden == a.hidden && kept.dtype == a.dtype && kept.box == config.block_experts)\n"
                 "      tiled.weight = kept.map;\n"
                 "    else\n"
                 "    status = a.weight_layout == JR_EXPERTS_HIDDEN\n",
