@@ -314,6 +314,11 @@ REFUSALS: list[tuple[Problem, Device, str]] = [
         H200,
         "needs hidden to be a multiple of 8 (TMA takes rows of whole 16 bytes), it is 2884",
     ),
+    (
+        Problem(8, 2880, 128, weight_layout="hidden_experts"),
+        H200,
+        "takes weights [experts, hidden], this one is [hidden, experts]",
+    ),
 ]
 
 

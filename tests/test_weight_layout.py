@@ -152,7 +152,8 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
         for result in results[0][:2]:
             assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
         rows = NamedSharding(mesh, P("data", *of_weight[1:]))
-        assert results[1].sharding.is_equivalent_to(rows, 2), results[1].sharding
+        for logits in (results[0].logits, results[1]):
+            assert logits.sharding.is_equivalent_to(rows, 2), logits.sharding
         for result, truth in zip(jax.tree.leaves((results, gradients)), expected, strict=True):
             np.testing.assert_allclose(result, truth, rtol=1e-5, atol=1e-5)
 """
