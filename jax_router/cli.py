@@ -1,4 +1,4 @@
-"""The command line: `jax-router explain | build | verify | sweep | agreement | report`.
+"""The command line: `jax-router explain | build | verify | sweep | tune | agreement | report`.
 
 Each command but explain lives in a module of its own.
 """
@@ -22,6 +22,7 @@ COMMANDS = {
     "build": ("build", "cuda"),
     "verify": ("verification.command", "verify"),
     "sweep": ("sweep", "sweep"),
+    "tune": ("tune", "sweep"),
     "agreement": ("agreement", "sweep"),
     "report": ("report", "sweep"),
 }

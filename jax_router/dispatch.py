@@ -13,7 +13,7 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from jax_router import checks, checks_route, implementations
 from jax_router.routing import RoutingSpec
 from jax_router.tables import Table, load_table
-from jax_router.verification import standing
+from jax_router.verification import gate, standing
 from jax_router.verification.standing import Standings
 
 IMPLEMENTATIONS = implementations.NAMES
@@ -101,6 +101,7 @@ class Choice:
     rejected: tuple[tuple[str, str], ...]  # (name, why not)
     config: int | None = None  # of the kernel; None lets its launcher pick. All configurations give the same bits
     verification: tuple[tuple[str, str], ...] = ()  # (name, its standing) of the kernels that could run
+    config_name: str | None = None  # as a table has it; `resolve` finds its number in the library
 
     def __str__(self) -> str:
         rejected = [f"not {name}: {reason}" for name, reason in self.rejected]
@@ -125,6 +126,7 @@ def choose(
     table: Table | None = None,
     unavailable: Mapping[str, str] = _NOTHING,
     verification: Standings = _UNKNOWN,
+    source_hash: str | None = None,
 ) -> Choice:
     """Choose the implementation of one problem. Pure: everything it depends on is an argument.
 
@@ -136,6 +138,7 @@ def choose(
       table: times measured on this kind of device or its twin, from `load_table`; None for none.
       unavailable: implementations that this machine cannot run, and why.
       verification: of the kernels on this kind of device, from `standings`. What it distrusts runs only if it is named.
+      source_hash: of the kernels that would run, from `kernels_hash`. Configurations in the table are for no others.
 
     Returns:
       The choice, with a reason for it and against every other implementation.
@@ -173,7 +176,13 @@ def choose(
     if chosen is None:
         raise NotImplementedError(_all_refuse(rejected))
     rejected |= {name: "is not named by the argument implementation" for name in IMPLEMENTATIONS if name not in ranking}
-    return Choice(chosen, ranking[chosen][0], tuple(rejected.items()), verification=tuple(sorted(shown)))
+    reason, config_name = ranking[chosen][0], None
+    winner = table.winner(problem, source_hash) if table is not None and chosen == "cuda" else None
+    if table is not None and winner is not None:
+        reason += f"; configuration {winner} at tokens={problem.tokens} in {table.name}"
+        config_name = winner.config
+    found = tuple(rejected.items())
+    return Choice(chosen, reason, found, verification=tuple(sorted(shown)), config_name=config_name)
 
 
 def resolve(problem: Problem, device: Device, implementation: str | Sequence[str] | None = None) -> Choice:
@@ -187,6 +196,7 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
     """
     table = load_table(device.kind)
     verification = standings(device, table)
+    source_hash = kernels_hash(table)
     unavailable: dict[str, str] = {}
     while True:
         choice = choose(
@@ -196,6 +206,7 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
             table=table,
             unavailable=unavailable,
             verification=verification,
+            source_hash=source_hash,
         )
         failure = implementations.load(choice.implementation).unavailable()
         if failure is None:
@@ -209,6 +220,15 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
     if implementation is None and preferred not in (None, choice.implementation):
         refusal = f"{preferred} {dict(choice.rejected)[preferred]}"
         _warn_once(f"{PREFER_VARIABLE}={preferred} is not followed, {choice.implementation} runs instead: {refusal}")
+    return choice if choice.config_name is None else _with_its_number(choice, problem.operation)
+
+
+def _with_its_number(choice: Choice, operation: str) -> Choice:
+    """The choice with the number that its configuration has in the library, which is loaded."""
+    names = implementations.load(choice.implementation).config_names(operation)
+    if choice.config_name in names:
+        return replace(choice, config=names.index(choice.config_name))
+    _warn_once(f"the table names configuration {choice.config_name} of {operation}, which the kernels do not have")
     return choice
 
 
@@ -287,12 +307,28 @@ def explain(
             'jax.devices()[0], or Device("gpu", "NVIDIA H200", "9.0") for a machine that is not here.'
         )
     table = load_table(device.kind)
-    return choose(problem, device, implementation=implementation, table=table, verification=standings(device, table))
+    return choose(
+        problem,
+        device,
+        implementation=implementation,
+        table=table,
+        verification=standings(device, table),
+        source_hash=kernels_hash(table),
+    )
 
 
 def standings(device: Device, table: Table | None) -> Standings:
     """What is known of the kernels' verification on a device whose table, or whose twin's, is `table`."""
     return standing.standings(device.kind, table) if device.platform == "gpu" else _UNKNOWN
+
+
+def kernels_hash(table: Table | None) -> str | None:
+    """The hash of the sources of the kernels that would run; None if `table` needs none or nobody knows them."""
+    if table is None or table.configs is None:
+        return None
+    from jax_router import build
+
+    return None if os.environ.get(build.LIBRARY_VARIABLE) else gate.present_hash()
 
 
 def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tuple[str, str]]:

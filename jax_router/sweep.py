@@ -52,9 +52,7 @@ def sweep(
     `jax-router verify` passed on this GPU. Exit status: 0; 1 if a point failed, a result could not be written or the
     table did not accept an implementation; 2 for bad input; 130 when interrupted, with everything measured so far kept.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 120))  # a log is not cut at the width of some terminal
+    console = wide_console()
     filters: dict[str, list[Any]] = {
         "model": model or [],
         "tokens": tokens or [],
@@ -68,6 +66,12 @@ def sweep(
         Console(stderr=True).print(f"error: {error}", style="red", highlight=False, soft_wrap=True)
         status = BAD_INPUT
     raise typer.Exit(status)
+
+
+def wide_console() -> Console:
+    """Of a terminal as it is; a log is not cut at the width of some terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 @contextlib.contextmanager
@@ -162,7 +166,14 @@ def run(
         )
         console.print(f"verification: {where}", soft_wrap=True, highlight=False, markup=False)
 
-    command = [*_own_command(), "--suite", suite, "--resume", str(path), *(["--write-table"] if write_table else [])]
+    command = [
+        *own_command("sweep"),
+        "--suite",
+        suite,
+        "--resume",
+        str(path),
+        *(["--write-table"] if write_table else []),
+    ]
     command += [] if verification is None else ["--verification", str(verification)]
     for name, values in filters.items():
         command += [part for value in values for part in (f"--{name}", str(value))]
@@ -189,10 +200,10 @@ def run(
         writer.close()
 
 
-def _own_command() -> list[str]:
-    """How this process was called, up to its options."""
+def own_command(name: str) -> list[str]:
+    """How this process was called, up to its options, as the command called `name`."""
     command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    return [*command, "sweep"] if sys.argv[1:2] == ["sweep"] else command
+    return [*command, name] if sys.argv[1:2] == [name] else command
 
 
 def find_record(facts: Row, named: Path | None, folder: Path) -> tuple[gate.Record, str] | None:
@@ -256,6 +267,19 @@ def _write_results(
     return not refusals
 
 
+def progress_bar(console: Console) -> Progress:
+    """What is under way, how much is done, and the time left; gone at the end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
 def _run_with_progress(
     console: Console,
     writer: RowsWriter,
@@ -268,15 +292,7 @@ def _run_with_progress(
 ) -> Any:
     from jax_router.sweep_run import Runner
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("preparing")
         runner = Runner(
             writer,

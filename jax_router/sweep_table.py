@@ -129,15 +129,53 @@ def table_path(gpu: str, folder: Path = TABLES) -> Path:
 
 
 def write_table(table: dict[str, Any], folder: Path = TABLES) -> Path:
-    """Write a table, whole or not at all; the dispatcher reads it from then on."""
+    """Write a table, whole or not at all; the dispatcher reads it from then on. `configs` that are there stay."""
     path = table_path(table["gpu"], folder)
     folder.mkdir(parents=True, exist_ok=True)
+    there = read_table(path)
+    kept = {} if there is None or "configs" not in there else {"configs": there["configs"]}
+    return _replace(path, {**table, **kept})
+
+
+def write_configs(configs: dict[str, Any], gpu: str, folder: Path = TABLES) -> Path:
+    """Write the configurations of a GPU into its table, which must be there; everything else in it stays."""
+    path = table_path(gpu, folder)
+    table = read_table(path)
+    if table is None:
+        raise ValueError(
+            f"there is no table {path} that can be read. Expected that of this GPU, for the configurations to stand "
+            "in; run `jax-router sweep --suite headline --write-table` first."
+        )
+    return _replace(path, {**table, "configs": configs})
+
+
+def read_table(path: Path) -> dict[str, Any] | None:
+    """The table in a file; None if there is none, or a broken one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "entries" in found else None
+
+
+def _replace(path: Path, table: dict[str, Any]) -> Path:
     partial = path.with_suffix(".json.partial")
-    # One entry per line: a new measurement of one problem is then a small change to read.
-    head = json.dumps({name: value for name, value in table.items() if name != "entries"}, indent=1)
-    lines = ",\n  ".join(json.dumps(entry) for entry in table["entries"])
-    text = f'{head.removesuffix("}").rstrip()},\n "entries": [\n  {lines}\n ]\n}}\n'
-    partial.write_text(text, encoding="utf-8")
+    parts = {name: value for name, value in table.items() if name not in ("entries", "configs")}
+    text = f"{_open(parts, indent=1)},\n {_lines(table['entries'])}"
+    if "configs" in table:
+        facts = {name: value for name, value in table["configs"].items() if name != "entries"}
+        text += f',\n "configs": {_open(facts)}, {_lines(table["configs"]["entries"])}\n }}'
+    partial.write_text(f"{text}\n}}\n", encoding="utf-8")
     os.replace(partial, path)
     load_table.cache_clear()
     return path
+
+
+def _open(facts: dict[str, Any], indent: int | None = None) -> str:
+    """An object in JSON to which more can be added."""
+    return json.dumps(facts, indent=indent).removesuffix("}").rstrip()
+
+
+def _lines(entries: Sequence[Any]) -> str:
+    """One entry per line: a new measurement of one problem is then a small change to read."""
+    return '"entries": [\n  ' + ",\n  ".join(json.dumps(entry) for entry in entries) + "\n ]"

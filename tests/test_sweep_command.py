@@ -137,7 +137,7 @@ def test_the_command_to_go_on_is_the_one_that_was_called(called, arguments, agai
     options = ["--suite", "full"]
     monkeypatch.setattr(sys, "orig_argv", [*called, *options])
     monkeypatch.setattr(sys, "argv", ["a path", *arguments, *options])
-    assert sweep._own_command() == again
+    assert sweep.own_command("sweep") == again
 
 
 @pytest.mark.parametrize("option", ["--output", "--resume"])

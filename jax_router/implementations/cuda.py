@@ -292,6 +292,17 @@ def shared_library() -> ctypes.CDLL:
         return _library
 
 
+def config_names(operation: str) -> tuple[str, ...]:
+    """The configurations of "router_gemm" or "route" by name; the place of one is what `config` takes.
+
+    Raises:
+      BuildError: as `shared_library`.
+    """
+    library = shared_library()
+    count = getattr(library, f"jr_{operation}_num_configs")()
+    return tuple(getattr(library, f"jr_{operation}_config_name")(index).decode() for index in range(count))
+
+
 def call(name: str, *arguments: object) -> None:
     """Call a function of the kernels' library, as `call_in`.
 

@@ -5,6 +5,10 @@ every candidate's raw times. Only verified candidates count; `verification` says
 kernel is trusted. An entry without an operation is one of `router_gemm`. Of `route` the rule is recorded and decides
 nothing: what an implementation does not take, it refuses itself. Every entry was measured with a weight [experts,
 hidden] and serves one [hidden, experts] too.
+
+`configs`, written by `jax-router tune --write-table`, holds the configurations of the CUDA kernels that were measured
+at such points, which one the launcher picks and which one won, with the hash of their sources. A winner runs at exactly
+that number of tokens and by exactly that rule, or not at all.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from importlib.resources.abc import Traversable
 from typing import TYPE_CHECKING, Any
 
 from jax_router.implementations import NAMES
+from jax_router.routing import RoutingSpec
 
 if TYPE_CHECKING:
     from jax_router.dispatch import Problem
@@ -48,12 +53,33 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Winner:
+    """A configuration of the CUDA kernels that was faster than the one their launcher picks, by more than noise."""
+
+    config: str  # its name
+    pick: str  # that of the launcher's
+    gain: float  # how much less time it took, as a fraction
+
+    def __str__(self) -> str:
+        return f"{self.config}, measured {self.gain:.1%} faster than the launcher's {self.pick}"
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The winning configurations of a table, of kernels built from the sources with this hash."""
+
+    source_hash: str
+    winners: Mapping[tuple[Shape, RoutingSpec | None, int], Winner]  # by shape, rule and tokens
+
+
+@dataclass(frozen=True)
 class Table:
     """The parsed table of one kind of device."""
 
     name: str  # of its file, for messages
     rows: Mapping[Shape, tuple[Row, ...]]  # by shape, in ascending tokens
     verification: Verification | None = None
+    configs: Configs | None = None
 
     @classmethod
     def parse(cls, document: Mapping[str, Any], name: str = "table") -> Table:
@@ -64,19 +90,22 @@ class Table:
         """
         rows: dict[Shape, list[Row]] = {}
         for entry in document["entries"]:
-            sizes = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
-            shape = (_operation(entry), *sizes)
-            rows.setdefault(shape, []).append(Row(_tokens(entry), _ranking(entry)))
+            rows.setdefault(_shape(entry), []).append(Row(_tokens(entry), _ranking(entry)))
         by_tokens = {shape: tuple(sorted(unsorted, key=lambda row: row.tokens)) for shape, unsorted in rows.items()}
-        return cls(name, by_tokens, _verification(document.get("verification")))
+        return cls(name, by_tokens, _verification(document.get("verification")), _configs(document.get("configs")))
 
     def nearest(self, problem: Problem) -> Row | None:
         """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
         if problem.weight_dtype not in (None, problem.dtype) or problem.tokens < 1:
             return None
-        sizes = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
-        rows = self.rows.get((problem.operation, *sizes), ())
+        rows = self.rows.get(_shape_of(problem), ())
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
+
+    def winner(self, problem: Problem, source_hash: str | None) -> Winner | None:
+        """The configuration that won at exactly this problem, of kernels with this source hash, or None."""
+        if self.configs is None or self.configs.source_hash != source_hash or problem.weight_layout != "experts_hidden":
+            return None
+        return self.configs.winners.get((_shape_of(problem), problem.spec, problem.tokens))
 
 
 # The same processor beside other memory: while one has no table, that of the other is nearer than a heuristic.
@@ -120,6 +149,40 @@ def _verification(found: Mapping[str, Any] | None) -> Verification | None:
         for name, each in of_operation.items()
     }
     return Verification(str(found["gpu"]), str(found["date"]), str(found["source_hash"]), launches)
+
+
+def _configs(found: Mapping[str, Any] | None) -> Configs | None:
+    if found is None:
+        return None
+    winners: dict[tuple[Shape, RoutingSpec | None, int], Winner] = {}
+    disputed = set()
+    for entry in found["entries"]:
+        winner, pick = str(entry["winner"]), str(entry["pick"])
+        if winner != pick and entry["configs"][winner]["verified"] is not True:
+            raise ValueError(f"configuration {winner!r} won without being verified")
+        place = (_shape(entry), _spec(entry.get("rule")), _tokens(entry))
+        if place in winners and winners[place].config != winner:
+            disputed.add(place)
+        winners[place] = Winner(winner, pick, float(entry["gain"]))
+    # Two rules of one spec differ in the correction bias, of which a problem says nothing.
+    better = {place: won for place, won in winners.items() if won.config != won.pick and place not in disputed}
+    return Configs(str(found["source_hash"]), better)
+
+
+def _spec(rule: Mapping[str, Any] | None) -> RoutingSpec | None:
+    if rule is None:
+        return None
+    return RoutingSpec(**{name: value for name, value in rule.items() if name != "correction_bias"})
+
+
+def _shape(entry: Mapping[str, Any]) -> Shape:
+    sizes = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
+    return (_operation(entry), *sizes)
+
+
+def _shape_of(problem: Problem) -> Shape:
+    sizes = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
+    return (problem.operation, *sizes)
 
 
 def _operation(entry: Mapping[str, Any]) -> str:
