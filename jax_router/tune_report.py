@@ -62,7 +62,7 @@ def summary(rows: Sequence[Row]) -> str:
     worst = max(found, key=lambda label: found[label])
     better = sum(row["winner"] != row["pick"] for row in measured(rows))
     return (
-        f"The launcher's pick takes {geometric_mean(found.values()):.4f} of the time of the fastest configuration "
+        f"The launcher's pick takes {geometric_mean(found.values()):.4f} times as long as the fastest configuration "
         f"(geometric mean of {len(found)} points), at worst {found[worst]:.3f} ({worst}). At {better} of them another "
         "configuration is faster by more than the noise."
     )

@@ -93,7 +93,7 @@ def test_every_configuration_that_fits_is_compared_and_timed_in_every_round(on_a
     rounds = [tuple(each[1] for each in measurements[start : start + 6 : 2]) for start in (0, 6, 12)]
     assert all(set(each) == {"one", "few", "many"} for each in rounds)
     assert len(set(rounds)) > 1, "the order is shuffled"
-    assert "takes 1.2500 of the time of the fastest configuration" in result.output
+    assert "takes 1.2500 times as long as the fastest configuration" in result.output
 
 
 def test_long_kernels_are_replayed_less_often_and_hopeless_ones_only_in_one_round(

@@ -79,7 +79,7 @@ def test_only_a_verified_configuration_wins_and_only_over_a_verified_pick() -> N
 def test_the_regret_of_a_run_is_the_geometric_mean_of_the_pick_over_the_fastest() -> None:
     rows = [tuned({"pick": (10, 10), "other": (5, 5)}), tuned({"pick": (10, 10), "other": (11, 11)}, tokens=16)]
     assert tune_report.summary(rows) == (
-        "The launcher's pick takes 1.4142 of the time of the fastest configuration (geometric mean of 2 points), at "
+        "The launcher's pick takes 1.4142 times as long as the fastest configuration (geometric mean of 2 points), at "
         "worst 2.000 (2880x128 +bias T=8). At 1 of them another configuration is faster by more than the noise."
     )
     us = "7.07 / 14.1"
