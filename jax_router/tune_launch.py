@@ -20,12 +20,10 @@ from jax_router.implementations import cuda
 from jax_router.sweep_data import BFLOAT16
 from jax_router.sweep_points import DTYPE, OUT_DTYPE, Shape
 from jax_router.sweep_route import correction_bias
-from jax_router.tables import OPERATIONS
 
 LAUNCHES = 16  # compared per configuration, enqueued one behind the other, each into an output of its own
 COMPARED_WEIGHTS = 4  # of the pool, in turn
 ROUTE_REFERENCE = "two_launches"
-ROUTE_TIMER = "jr_time_route_graph"
 
 Outputs = tuple[jax.Array, ...]  # logits [T, E]; of route weights [T, k], experts [T, k] and logits
 
@@ -210,15 +208,8 @@ class Operands:
         if self.problem.spec is None:
             cuda.call("jr_time_graph", cuda.OPERATIONS["router_gemm"], *timed)
         else:
-            cuda.call(ROUTE_TIMER, *timed)
+            cuda.call("jr_time_route_graph", *timed)
         return list(samples)
-
-
-def why_not_timed(operation: str) -> str | None:
-    """Why the library cannot time an operation, or None."""
-    if operation == OPERATIONS[0] or hasattr(cuda.shared_library(), ROUTE_TIMER):
-        return None
-    return f"the kernels' library has no {ROUTE_TIMER}, which times {operation}"
 
 
 def _returns_logits(launch: int, weights: int) -> bool:

@@ -14,7 +14,7 @@ from jax_router import sweep_points, timing, tune_choice
 from jax_router.sweep_points import BOTH, DTYPE, HEADLINE_MODELS, OUT_DTYPE, Point
 from jax_router.sweep_rows import Row, RowsWriter
 from jax_router.sweep_run import DeviceLost, assert_computes
-from jax_router.tune_launch import LAUNCHES, Operands, Outputs, ShapePool, why_not_timed
+from jax_router.tune_launch import LAUNCHES, Operands, Outputs, ShapePool
 
 MEASUREMENT = ("tune", "warm and cold")  # method and weights of a row
 ROUNDS = (
@@ -75,14 +75,10 @@ class Tuner:
         """
         for shape, of_shape in itertools.groupby(self.missing(points), lambda point: point.shape):
             todo = list(of_shape)
-            refused = why_not_timed(shape.operation)
             self.advance(0, f"{shape.label}: data")
-            pool = None if refused else ShapePool(shape, max(point.tokens or 1 for point in todo), self.device)
+            pool = ShapePool(shape, max(point.tokens or 1 for point in todo), self.device)
             for point in todo:
-                if pool is None:
-                    self._write(point, status="skipped", reason=refused)
-                else:
-                    self._run_point(point, pool)
+                self._run_point(point, pool)
                 self.advance(1, point.label)
 
     def _run_point(self, point: Point, pool: ShapePool) -> None:

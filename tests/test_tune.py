@@ -118,16 +118,6 @@ def test_route_is_compared_with_two_launches_and_timed_without_logits(on_a_gpu: 
     assert set(on_a_gpu.returned_logits) == {0, 1}
 
 
-def test_route_is_skipped_where_the_library_cannot_time_it(
-    on_a_gpu: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(Kernels, "jr_time_route_graph")
-    result = run_tune(*ONE)
-    assert result.exit_code == 0, result.output
-    assert {row["operation"]: row["status"] for row in rows_of(tmp_path)} == {"router_gemm": "ok", "route": "skipped"}
-    assert "skipped route 2048x64 of OLMoE-1B-7B T=3: the kernels' library has no jr_time_route_graph" in result.output
-
-
 # What fails ------------------------------------------------------------------------------------------------------
 
 
