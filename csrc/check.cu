@@ -37,7 +37,7 @@ const std::vector<int> kTokens = {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 48, 63, 64, 
 const std::vector<int> kFewTokens = {17, 1};  // of kTiny
 
 struct Case {
-  int experts, hidden, dtype, bias_dtype, out_dtype;
+  int experts, hidden, dtype, weight_dtype, bias_dtype, out_dtype;
   double mean, scale;  // of x; products of small ones do not reach the tensor core's normal range in float16
 };
 
@@ -52,8 +52,8 @@ struct Checker {
 
   void fail(const Case& c, const char* what, const char* kernel, int tokens, long index) {
     if (++failures <= 20)
-      printf("FAILED %s: %s experts=%d hidden=%d dtype=%d bias=%d out=%d tokens=%d element=%ld\n", what, kernel,
-             c.experts, c.hidden, c.dtype, c.bias_dtype, c.out_dtype, tokens, index);
+      printf("FAILED %s: %s experts=%d hidden=%d dtype=%d weight=%d bias=%d out=%d tokens=%d element=%ld\n", what,
+             kernel, c.experts, c.hidden, c.dtype, c.weight_dtype, c.bias_dtype, c.out_dtype, tokens, index);
   }
 
   // Poisons the output and the workspace, launches, checks the canaries and returns the output bytes. config -2 is the
@@ -84,7 +84,7 @@ struct Checker {
   void check(const Case& c, std::mt19937& random) {
     const double weight_scale = c.scale / sqrt(double(c.hidden));
     const HostArray x(size_t(max_tokens) * c.hidden, c.dtype, c.scale, c.scale * c.mean, random);
-    const HostArray weight(size_t(c.experts) * c.hidden, c.dtype, weight_scale, weight_scale * c.mean, random);
+    const HostArray weight(size_t(c.experts) * c.hidden, c.weight_dtype, weight_scale, weight_scale * c.mean, random);
     const HostArray bias(size_t(c.experts), c.bias_dtype == JR_NONE ? JR_FLOAT32 : c.bias_dtype, 1.0, 0.0, random);
     const size_t row_bytes = c.experts * bytes_of(c.out_dtype);
     DeviceBuffer device_x(x.bytes.size()), device_weight(weight.bytes.size()), device_bias(bias.bytes.size()),
@@ -101,6 +101,7 @@ struct Checker {
     args.hidden = c.hidden;
     args.experts = c.experts;
     args.dtype = c.dtype;
+    args.weight_dtype = c.weight_dtype;
     args.bias_dtype = c.bias_dtype;
     args.out_dtype = c.out_dtype;
     args.workspace = workspace.data;
@@ -111,9 +112,10 @@ struct Checker {
     check_configs(c, args, JR_EXPERTS_HIDDEN, out, expected);
     if (c.experts % 8 != 0) return;
     std::vector<uint8_t> stored(weight.bytes.size());
-    for (size_t i = 0; i < stored.size() / 2; ++i) {
+    const size_t bytes = bytes_of(c.weight_dtype);
+    for (size_t i = 0; i < stored.size() / bytes; ++i) {
       const size_t k = i / size_t(c.experts), expert = i % size_t(c.experts);
-      memcpy(&stored[i * 2], &weight.bytes[(expert * size_t(c.hidden) + k) * 2], 2);
+      memcpy(&stored[i * bytes], &weight.bytes[(expert * size_t(c.hidden) + k) * bytes], bytes);
     }
     device_weight.write(stored.data(), stored.size());
     check_configs(c, args, JR_HIDDEN_EXPERTS, out, expected);
@@ -136,7 +138,7 @@ struct Checker {
         part.tokens = tokens;
         if (config >= 0 && !jr_router_gemm_config_fits(config, &part)) continue;
         if (config >= 0) checked[layout][config] = true;
-        part.x = static_cast<const uint8_t*>(args.x) + size_t(start) * c.hidden * 2;
+        part.x = static_cast<const uint8_t*>(args.x) + size_t(start) * c.hidden * bytes_of(c.dtype);
         // A row of hidden % 8 == 0 two-byte elements keeps the alignment.
         const std::vector<uint8_t> got = run(c, part, config, out, tokens * row_bytes);
         const auto difference = std::mismatch(got.begin(), got.end(), expected.begin() + start * row_bytes).first;
@@ -151,10 +153,13 @@ struct Checker {
 
   // |error| <= depth * 2^-23 * sum |x w| + half an ulp of the output: the tree's longest path is `depth` additions (MMA
   // steps of a slice and four levels inside a step, slices of a group, four levels of groups, the bias), each of which
-  // truncates by at most one ulp (2^-23) of a partial sum that sum |x w| bounds.
+  // truncates by at most one ulp (2^-23) of a partial sum that sum |x w| bounds. With float32 weights a slice is one
+  // unit; its two chains are added up, and what they leave out is a last ulp.
   void check_accuracy(const Case& c, const HostArray& x, const HostArray& weight, const HostArray& bias,
                       const std::vector<uint8_t>& got) {
-    const int depth = kUnitsPerSlice * kUnit / 16 + 4 + slices_per_group(c.hidden) + 4 + 1;
+    const int depth = c.weight_dtype == JR_FLOAT32
+                          ? kUnit / 16 + 4 + 1 + ceil_div(units_of(c.hidden), kGroups) + 4 + 1 + 1
+                          : kUnitsPerSlice * kUnit / 16 + 4 + slices_per_group(c.hidden) + 4 + 1;
     const double half_ulp = c.out_dtype == JR_FLOAT32    ? ldexp(1, -24)
                             : c.out_dtype == JR_BFLOAT16 ? ldexp(1, -8)
                                                          : ldexp(1, -11);
@@ -204,14 +209,21 @@ int check_all(Extent extent) {
   for (const auto& [experts, hidden] : shapes) {
     for (const int dtype : {int(JR_BFLOAT16), int(JR_FLOAT16)}) {
       const int biases[] = {JR_NONE, JR_FLOAT32, dtype}, outs[] = {JR_FLOAT32, dtype};
-      checker.check({experts, hidden, dtype, biases[variant % 3], outs[variant / 3 % 2], variant % 2 ? 0.5 : 0.0, 1.0},
+      checker.check(
+          {experts, hidden, dtype, dtype, biases[variant % 3], outs[variant / 3 % 2], variant % 2 ? 0.5 : 0.0, 1.0},
+          random);
+      ++variant;
+    }
+    for (const int dtype : {int(JR_BFLOAT16), int(JR_FLOAT32)}) {
+      checker.check({experts, hidden, dtype, JR_FLOAT32, variant % 3 ? int(JR_FLOAT32) : int(JR_NONE),
+                     variant % 4 ? int(JR_FLOAT32) : dtype, variant % 2 ? 0.5 : 0.0, 1.0},
                     random);
       ++variant;
     }
   }
   for (const double scale : {ldexp(1, -12), ldexp(1, -14)}) {
     if (tiny) break;
-    checker.check({31, 2688, JR_FLOAT16, JR_NONE, JR_FLOAT32, 0.0, scale}, random);
+    checker.check({31, 2688, JR_FLOAT16, JR_FLOAT16, JR_NONE, JR_FLOAT32, 0.0, scale}, random);
     ++variant;
   }
   for (int layout = 0; layout < 2; ++layout) {
@@ -223,8 +235,11 @@ int check_all(Extent extent) {
     any.out_dtype = JR_FLOAT32;
     any.weight_layout = layout;
     any.workspace_bytes = kWorkspaceBytes;
+    jr_router_gemm_args other = any;
+    other.weight_dtype = JR_FLOAT32;
     for (int config = 0; config < jr_router_gemm_num_configs(); ++config) {
-      if (!jr_router_gemm_config_fits(config, &any) || checker.checked[layout][config]) continue;
+      const bool fits = jr_router_gemm_config_fits(config, &any) || jr_router_gemm_config_fits(config, &other);
+      if (!fits || checker.checked[layout][config]) continue;
       printf("FAILED: no case fits %s, layout %d\n", jr_router_gemm_config_name(config), layout);
       ++checker.failures;
     }

@@ -15,17 +15,36 @@ int check_overlap(int launches_per_case) {
   const DeviceBuffer workspace(kWorkspaceBytes);
   char message[512] = "";
   long launches = 0, bad_cases = 0;
+  const struct {
+    int layout, dtype, weight_dtype;
+  } kinds[] = {{JR_EXPERTS_HIDDEN, JR_BFLOAT16, JR_BFLOAT16},
+               {JR_HIDDEN_EXPERTS, JR_BFLOAT16, JR_BFLOAT16},
+               {JR_EXPERTS_HIDDEN, JR_BFLOAT16, JR_FLOAT32},
+               {JR_HIDDEN_EXPERTS, JR_FLOAT32, JR_FLOAT32}};
   for (const auto& [experts, hidden] : shapes) {
-    const size_t row_bytes = size_t(hidden) * 2, x_bytes = kMaxTokens * row_bytes, weight_bytes = experts * row_bytes;
-    const size_t out_bytes = size_t(kMaxTokens) * experts * 4;
-    const DeviceBuffer x(x_bytes), weight(weight_bytes), xs(kVariants * x_bytes), weights(kVariants * weight_bytes);
-    const DeviceBuffer out(out_bytes), expected(kVariants * out_bytes);
-    fill_bfloat16(xs.data, kVariants * x_bytes / 2, 1u);
-    fill_bfloat16(weights.data, kVariants * weight_bytes / 2, 2u);
-    for (const int layout : {int(JR_EXPERTS_HIDDEN), int(JR_HIDDEN_EXPERTS)}) {
-      jr_router_gemm_args args = {x.data,          weight.data, nullptr, out.data, workspace.data,
-                                  kWorkspaceBytes, kMaxTokens,  hidden,  experts,  JR_BFLOAT16,
-                                  JR_NONE,         JR_FLOAT32,  -1,      layout};
+    for (const auto& kind : kinds) {
+      const size_t row_bytes = size_t(hidden) * bytes_of(kind.dtype), x_bytes = kMaxTokens * row_bytes;
+      const size_t weight_bytes = size_t(experts) * hidden * bytes_of(kind.weight_dtype);
+      const size_t out_bytes = size_t(kMaxTokens) * experts * 4;
+      const DeviceBuffer x(x_bytes), weight(weight_bytes), xs(kVariants * x_bytes), weights(kVariants * weight_bytes);
+      const DeviceBuffer out(out_bytes), expected(kVariants * out_bytes);
+      // A pair of them is a float32 too, the second of them and more digits.
+      fill_bfloat16(xs.data, kVariants * x_bytes / 2, 1u);
+      fill_bfloat16(weights.data, kVariants * weight_bytes / 2, 2u);
+      jr_router_gemm_args args = {};
+      args.x = x.data;
+      args.weight = weight.data;
+      args.out = out.data;
+      args.workspace = workspace.data;
+      args.workspace_bytes = kWorkspaceBytes;
+      args.tokens = kMaxTokens;
+      args.hidden = hidden;
+      args.experts = experts;
+      args.dtype = kind.dtype;
+      args.weight_dtype = kind.weight_dtype;
+      args.bias_dtype = JR_NONE;
+      args.out_dtype = JR_FLOAT32;
+      args.weight_layout = kind.layout;
       for (int variant = 0; variant < kVariants; ++variant) {
         jr_router_gemm_args reference = args;
         reference.x = xs.at(variant * x_bytes);
@@ -49,8 +68,9 @@ int check_overlap(int launches_per_case) {
           launches += launches_per_case;
           if (wrong.empty()) continue;
           ++bad_cases;
-          printf("FAILED overlap: %s experts=%d hidden=%d layout=%d tokens=%d: %s\n",
-                 jr_router_gemm_config_name(args.config), experts, hidden, layout, tokens, wrong.c_str());
+          printf("FAILED overlap: %s experts=%d hidden=%d layout=%d dtypes=%d,%d tokens=%d: %s\n",
+                 jr_router_gemm_config_name(args.config), experts, hidden, kind.layout, kind.dtype, kind.weight_dtype,
+                 tokens, wrong.c_str());
         }
       }
     }

@@ -66,7 +66,7 @@ bool fits(int index, const jr_route_args& a) {
   if (index == kTwoLaunches) return true;
   const FusedConfig& config = fused_configs[index];
   // Another width would add up scores in another order.
-  return a.gemm.weight_layout == JR_EXPERTS_HIDDEN &&
+  return a.gemm.weight_layout == JR_EXPERTS_HIDDEN && a.gemm.weight_dtype != JR_FLOAT32 &&
          logits_per_lane(int(a.gemm.experts)) == config.block_experts / 32 &&
          config.shared_bytes(int(a.gemm.hidden)) <= kMaxSharedBytes && token_tiles(config, a) < (1 << 27);
 }

@@ -5,21 +5,26 @@
 namespace jax_router {
 namespace {
 
-constexpr int kConfigs = kOneTokenConfigs + kFewTokensConfigs + kManyTokensConfigs;
+constexpr int kConfigs = kOneTokenConfigs + kFewTokensConfigs + kManyTokensConfigs + kFloat32Configs;
 
 const Config& config_at(int index) {
   if (index < kOneTokenConfigs) return one_token_configs[index];
   if (index < kOneTokenConfigs + kFewTokensConfigs) return few_tokens_configs[index - kOneTokenConfigs];
-  return many_tokens_configs[index - kOneTokenConfigs - kFewTokensConfigs];
+  if (index < kConfigs - kFloat32Configs) return many_tokens_configs[index - kOneTokenConfigs - kFewTokensConfigs];
+  return float32_configs[index - (kConfigs - kFloat32Configs)];
 }
 
 // ---- What is taken -------------------------------------------------------------------------------------------------
 
 // Why the kernels do not take this problem, or JR_OK. The only statement of their limits besides the Python predicate.
 int check_problem(const jr_router_gemm_args& a, const Report& report) {
-  if (a.dtype != JR_BFLOAT16 && a.dtype != JR_FLOAT16)
-    return report.fail(JR_UNSUPPORTED, "dtype is %d; x and weight must both be bfloat16 (0) or both float16 (1)",
-                       a.dtype);
+  if (a.dtype < JR_BFLOAT16 || a.dtype > JR_FLOAT32 ||
+      (a.weight_dtype != a.dtype && (a.dtype != JR_BFLOAT16 || a.weight_dtype != JR_FLOAT32)))
+    return report.fail(
+        JR_UNSUPPORTED,
+        "dtype is %d and weight_dtype %d; expected both bfloat16 (0), both float16 (1), both float32 (2) "
+        "or bfloat16 and float32",
+        a.dtype, a.weight_dtype);
   if (a.bias_dtype != JR_NONE && a.bias_dtype != JR_FLOAT32 && a.bias_dtype != a.dtype)
     return report.fail(JR_UNSUPPORTED, "bias_dtype is %d; expected none (-1), float32 (2) or x's dtype (%d)",
                        a.bias_dtype, a.dtype);
@@ -61,6 +66,9 @@ int check_pointers(const jr_router_gemm_args& a, const Report& report) {
   return JR_OK;
 }
 
+int operands_of(const jr_router_gemm_args& a) { return a.weight_dtype == a.dtype ? a.dtype : kFloat32Weight; }
+int bytes_of(int dtype) { return dtype == JR_FLOAT32 ? 4 : 2; }
+
 int64_t token_tiles(const Config& config, const jr_router_gemm_args& a) {
   return (a.tokens + config.block_tokens - 1) / config.block_tokens;
 }
@@ -78,7 +86,7 @@ constexpr int kMaxGridY = 65535;
 // Whether a configuration takes this problem: its layout of the weight, its blocks fit a multiprocessor, its tiles a
 // grid, its partial sums the workspace.
 bool fits(const Config& config, const jr_router_gemm_args& a) {
-  return config.kernel[a.weight_layout][a.dtype] != nullptr && a.tokens <= config.max_tokens &&
+  return config.kernel[a.weight_layout][operands_of(a)] != nullptr && a.tokens <= config.max_tokens &&
          a.hidden >= config.min_hidden && a.hidden <= config.max_hidden &&
          config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
          (config.tiled || expert_tiles(config, a) <= kMaxGridY) && parts_bytes(config, a) <= a.workspace_bytes;
@@ -97,8 +105,8 @@ double estimate(const Config& config, const jr_router_gemm_args& a, bool routed)
   const int64_t clusters = token_tiles(config, a) * expert_tiles(config, a) * config.splits;
   const int64_t waves = (clusters + at_once * resident - 1) / (at_once * resident);
   const double tokens = a.tokens < config.block_tokens ? double(a.tokens) : config.block_tokens;
-  const double kilobytes =
-      (tokens + config.block_experts) * hidden / (config.cluster * config.splits) * 2e-3;  // of a block
+  const double of_tokens = tokens * bytes_of(a.dtype), of_experts = config.block_experts * bytes_of(a.weight_dtype);
+  const double kilobytes = (of_tokens + of_experts) * hidden / (config.cluster * config.splits) * 1e-3;  // of a block
   const Cost& cost = config.cost[a.weight_layout];
   const double saved = routed && waves == 1 ? config.summed_elsewhere : 0;
   return cost.first - saved + double(waves - 1) * cost.wave + double(waves) * kilobytes * cost.per_block_kilobyte +
@@ -193,7 +201,7 @@ int launch(const Config& config, const jr_router_gemm_args& a, Problem* routed, 
   void* const parameter = config.tiled ? static_cast<void*>(&tiled) : static_cast<void*>(&problem);
   const int status = enqueue(
       Launch(blocks, config.threads(problem.hidden), config.shared_bytes(problem.hidden), config.cluster, stream),
-      config.kernel[a.weight_layout][a.dtype], parameter, config.name, a, report);
+      config.kernel[a.weight_layout][operands_of(a)], parameter, config.name, a, report);
   if (routed != nullptr) *routed = problem;
   if (status != JR_OK || config.splits == 1 || routed != nullptr) return status;
   const int64_t quads = a.tokens * (problem.part_row / 4);
@@ -267,6 +275,6 @@ int jr_router_gemm_naive(const jr_router_gemm_args* args, void* stream, char* me
   if (const int status = check_gemm(*args, report); status != JR_OK) return status;
   if (args->tokens == 0) return JR_OK;
   const Problem problem = device_problem(*args, kTileExperts);
-  return report.check(launch_naive(args->dtype, args->weight_layout, problem, static_cast<cudaStream_t>(stream)),
+  return report.check(launch_naive(args->weight_layout, operands_of(*args), problem, static_cast<cudaStream_t>(stream)),
                       "launch of sm90_router_gemm_naive");
 }

@@ -204,6 +204,24 @@ __device__ __forceinline__ void load_transposed_matrices(uint32_t (&d)[4], uint3
                : "memory");
 }
 
+__device__ __forceinline__ float load_shared_float(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+// Both rounded to the nearest bfloat16, x in the low half.
+__device__ __forceinline__ uint32_t pack_bfloat16(float2 v) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v.y), "f"(v.x));
+  return pair;
+}
+
 // ---- mma.sync m16n8k16: d = a[16, 16] @ b[8, 16].T + c in float32, e.g. 16 tokens x 8 experts -----------------------
 
 #define JR_MMA(ELEMENT, TYPE)                                                                                  \

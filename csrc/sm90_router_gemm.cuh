@@ -22,17 +22,20 @@ struct Cost {
   double per_megabyte;        // that all blocks read
 };
 
+// Which x and weight a kernel takes: a jr_dtype, of both, or this.
+constexpr int kFloat32Weight = 3;  // and x in bfloat16
+constexpr int kOperands = 4;
+
 // One compiled shape of a kernel. A block computes block_tokens x block_experts logits over 1 / (cluster * splits) of
 // K.
 struct Config {
   const char* name;
   int block_tokens, block_experts;
-  int cluster = 1;     // blocks that share one tile and add up through distributed shared memory
-  int splits = 1;      // blocks that share one tile and leave partial sums in the workspace
-  int registers;       // per thread, at launch
-  bool tiled = false;  // takes a TiledProblem instead of a Problem
-  // By jr_weight_layout, then jr_dtype: JR_BFLOAT16, JR_FLOAT16. Null where it does not take the layout.
-  const void* kernel[2][2];
+  int cluster = 1;                   // blocks that share one tile and add up through distributed shared memory
+  int splits = 1;                    // blocks that share one tile and leave partial sums in the workspace
+  int registers;                     // per thread, at launch
+  bool tiled = false;                // takes a TiledProblem instead of a Problem
+  const void* kernel[2][kOperands];  // by jr_weight_layout and operands; null where it does not take them
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
   int min_hidden = 0, max_hidden = kMaxHidden;
@@ -46,11 +49,13 @@ struct Config {
 constexpr int kOneTokenConfigs = 2;
 constexpr int kFewTokensConfigs = 4;
 constexpr int kManyTokensConfigs = 14;
+constexpr int kFloat32Configs = 2;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
+extern const Config float32_configs[kFloat32Configs];
 extern const void* const sum_parts_kernels[2];  // the second launch of a configuration with splits, by jr_dtype
 
-cudaError_t launch_naive(int dtype, int weight_layout, const Problem& p, cudaStream_t stream);
+cudaError_t launch_naive(int weight_layout, int operands, const Problem& p, cudaStream_t stream);
 
 }  // namespace jax_router

@@ -13,8 +13,8 @@
 // runs it without Python.
 #include <type_traits>
 
-#include "sm90_cluster_sum.cuh"
 #include "sm90_router_gemm.cuh"
+#include "sm90_slice_sums.cuh"
 
 namespace jax_router {
 
@@ -180,27 +180,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) sm90_router_gemm_few_tokens
   cluster_sum.wait_for_owners();
   __syncthreads();  // every slice sum of the block, and the bias, are in shared memory
 
-  // Groups: add up slices in ascending order, then the block's part of the tree, and send it to the owner.
-  for (int quad = threadIdx.x; quad < Sum::quads(log2_tiles); quad += blockDim.x) {
-    float4 groups[F::kGroupsPerBlock] = {};
-#pragma unroll 1
-    for (unsigned first = 0; first < slices; first += 4) {
-      float4 four[F::kGroupsPerBlock][4] = {};  // loaded together, added in order
-#pragma unroll
-      for (int group = 0; group < F::kGroupsPerBlock; ++group) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (first + i < slices) four[group][i] = slice_sums[(group * slices + first + i) * Sum::kQuads + quad];
-        }
-      }
-#pragma unroll
-      for (int group = 0; group < F::kGroupsPerBlock; ++group) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) groups[group] = groups[group] + four[group][i];
-      }
-    }
-    cluster_sum.push(rank, log2_tiles, quad, groups[0] + groups[1]);
-  }
+  push_groups(cluster_sum, slice_sums, slices, rank, log2_tiles);
   cluster_sum.store_owned(p, rank, block_token, block_expert, blockDim.x, log2_tiles, nullptr);
 }
 

@@ -42,8 +42,13 @@ constexpr int kSwizzleAlignment = 1024;
 
 __device__ __forceinline__ float to_float(bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(float16 v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(float v) { return v; }
 template <typename Element>
 __device__ __forceinline__ Element from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) {
+  return v;
+}
 template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float v) {
   return __float2bfloat16_rn(v);

@@ -26,6 +26,8 @@ PROBLEMS = (
     (33, 720, 18), (48, 720, 9), (65, 4096, 34), (1, 16384, 1), (4, 17408, 2),
     (3, 2048, 5), (3, 4096, 5), (2, 7168, 6), (2, 8192, 6), (2, 8200, 3),
     (19, 1096, 136), (66, 2824, 24),
+    # float32 weights, and the dtype of x
+    (33, 1096, 40, "float32"), (18, 2824, 24, "bfloat16"), (3, 200, 5, "float32"), (1, 17416, 3, "bfloat16"),
 )  # fmt: skip
 
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
@@ -113,7 +115,7 @@ def call(
     out = aligned(np.full((len(x), len(weight)), np.nan, out_dtype))
     workspace = aligned(np.full(WORKSPACE_BYTES // 4, np.nan, np.float32))
     bias_dtype = None if bias is None else bias.dtype.name
-    problem = Problem(*x.shape, len(weight), x.dtype.name, None, bias_dtype, out.dtype.name)
+    problem = Problem(*x.shape, len(weight), x.dtype.name, weight.dtype.name, bias_dtype, out.dtype.name)
     arguments = RouterGemmArgs.of(
         problem,
         x=x.ctypes.data,
@@ -134,23 +136,28 @@ def call(
     return out
 
 
-def examine(path: str, tokens: int, hidden: int, experts: int) -> dict[str, str]:
+def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str | None = None) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
     library.jr_router_gemm_config_name.restype = ctypes.c_char_p
-    dtype = (ml_dtypes.bfloat16, np.float16)[experts % 2]
+    dtype = (ml_dtypes.bfloat16, np.float16)[experts % 2] if with_float32 is None else np.dtype(with_float32).type
     kinds = ((np.float32, np.float32), (np.float32, dtype), (np.float32, None), (dtype, np.float32))
     out_dtype, bias_dtype = kinds[tokens % 4]
     random = np.random.default_rng(0)
-    x, weight = (aligned(random.standard_normal((rows, hidden)).astype(dtype)) for rows in (tokens, experts))
+    x = aligned(random.standard_normal((tokens, hidden)).astype(dtype))
+    weight = aligned(random.standard_normal((experts, hidden)).astype(np.float32 if with_float32 else dtype))
     bias = None if bias_dtype is None else aligned(random.standard_normal(experts).astype(bias_dtype))
     naive = call(library, x, weight, bias, out_dtype, None)
     truth = x.astype(np.float64) @ weight.astype(np.float64).T + (0 if bias is None else bias.astype(np.float64))
     # Each operation of the tree rounds once, here also those of the tensor core; then one rounding to out_dtype.
     magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
     magnitude += 0 if bias is None else np.abs(bias.astype(np.float64))
-    tree = parity.slice_tree(hidden)
-    bound = (tree.rounded + tree.truncated) * 2.0**-24 * magnitude
+    if with_float32:  # four steps, both chains, a group's units, four levels, the bias; what is left out; low chains
+        roundings = 4 + 1 + -(-hidden // 64 // 16) + 1 + 4 + 1 + 2 + 1
+    else:
+        tree = parity.slice_tree(hidden)
+        roundings = tree.rounded + tree.truncated
+    bound = roundings * 2.0**-24 * magnitude
     bound += np.abs(truth) * float(ml_dtypes.finfo(out_dtype).eps) / 2
     found = {"naive": "" if np.all(np.abs(naive.astype(np.float64) - truth) <= bound) else "wrong logits"}
     for layout in ("experts_hidden", "hidden_experts")[: 1 + (experts % 8 == 0)]:
@@ -175,7 +182,9 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
     examined = {name for each in found for name in each if name.endswith("experts_hidden")}
     assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
     either = [name.split()[0] for name in examined]
-    takes_both = {name for name in either if name.startswith(("naive", "few_16x16", "many")) and "x80_" not in name}
+    takes_both = {
+        name for name in either if name.startswith(("naive", "few_16x16", "many", "float32")) and "x80_" not in name
+    }
     assert {name.split()[0] for each in found for name in each if name.endswith("hidden_experts")} == takes_both
 
 

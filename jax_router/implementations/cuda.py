@@ -52,6 +52,7 @@ class RouterGemmArgs(ctypes.Structure):
         ("out_dtype", ctypes.c_int32),
         ("config", ctypes.c_int32),
         ("weight_layout", ctypes.c_int32),
+        ("weight_dtype", ctypes.c_int32),
     ]
 
     @classmethod
@@ -72,7 +73,7 @@ class RouterGemmArgs(ctypes.Structure):
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
         sizes = (problem.tokens, problem.hidden, problem.experts)
         layout = WEIGHT_LAYOUTS[problem.weight_layout]
-        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, layout)
+        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, layout, DTYPES[problem.weight_dtype or problem.dtype])
 
 
 class RouteArgs(ctypes.Structure):

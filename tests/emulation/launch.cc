@@ -31,8 +31,14 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   const auto is = [=](const auto& c) { return is_one_of(c.kernel[0]) || is_one_of(c.kernel[1]); };
   const auto routes = [=](const SelectKernel& c) { return is_one_of(c.kernel); };
   const auto run_with = [&]<typename Parameter>(const Parameter& parameter, const Problem& p) {
-    grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * 2};
-    grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * 2};
+    const auto of_kind = [=](int operands) {
+      return std::any_of(std::begin(float32_configs), std::end(float32_configs), [=](const Config& c) {
+        return c.kernel[0][operands] == kernel || c.kernel[1][operands] == kernel;
+      });
+    };
+    const int of_x = of_kind(JR_FLOAT32) ? 4 : 2, of_weight = of_x == 4 || of_kind(kFloat32Weight) ? 4 : 2;
+    grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * of_x};
+    grid.weight = {static_cast<const uint8_t*>(p.weight), int64_t(p.experts) * p.hidden * of_weight};
     const auto run = reinterpret_cast<void (*)(Parameter)>(const_cast<void*>(kernel));
     grid.kernel = [=] { run(parameter); };
   };

@@ -199,6 +199,20 @@ inline void load_transposed_matrices(uint32_t (&d)[4], uint32_t row_address) {
   });
 }
 
+inline float load_shared_float(uint32_t address) {
+  float v;
+  memcpy(&v, memory_at(address, 4), 4);
+  return v;
+}
+inline float2 load_shared_float2(uint32_t address) {
+  float2 v;
+  memcpy(&v, memory_at(address, 8), 8);
+  return v;
+}
+inline uint32_t pack_bfloat16(float2 v) {
+  return __float2bfloat16_rn(v.x).bits | uint32_t(__float2bfloat16_rn(v.y).bits) << 16;
+}
+
 template <typename Element>
 inline void mma_m16n8k16(float4& d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float4& c,
                          Element element) {
