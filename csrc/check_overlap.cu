@@ -22,9 +22,9 @@ int check_overlap(int launches_per_case) {
     const DeviceBuffer out(out_bytes), expected(kVariants * out_bytes);
     fill_bfloat16(xs.data, kVariants * x_bytes / 2, 1u);
     fill_bfloat16(weights.data, kVariants * weight_bytes / 2, 2u);
-    jr_router_gemm_args args = {x.data,          weight.data, nullptr, out.data, workspace.data,
-                                kWorkspaceBytes, kMaxTokens,  hidden,  experts,  JR_BFLOAT16,
-                                JR_NONE,         JR_FLOAT32,  -1};
+    jr_router_gemm_args args = {x.data,          weight.data, nullptr, out.data,         workspace.data,
+                                kWorkspaceBytes, kMaxTokens,  hidden,  experts,          JR_BFLOAT16,
+                                JR_NONE,         JR_FLOAT32,  -1,      JR_EXPERTS_HIDDEN};
     for (int variant = 0; variant < kVariants; ++variant) {
       jr_router_gemm_args reference = args;
       reference.x = xs.at(variant * x_bytes);
