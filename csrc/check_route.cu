@@ -217,7 +217,8 @@ struct RouteChecker {
                  c.dtype,
                  c.bias_dtype,
                  JR_FLOAT32,
-                 -1};
+                 -1,
+                 JR_EXPERTS_HIDDEN};
     args.spec = c.spec;
     args.correction_bias = c.correction_dtype == JR_NONE ? nullptr : device_correction.data;
     args.correction_bias_dtype = c.correction_dtype;
