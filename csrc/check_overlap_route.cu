@@ -82,9 +82,9 @@ struct Buffers {
 
   jr_route_args args() const {
     jr_route_args a = {};
-    a.gemm = {x.data,     weight.data,  nullptr,       logits.data, workspace.data, kWorkspaceBytes,
-              kMaxTokens, model.hidden, model.experts, JR_BFLOAT16, JR_NONE,        JR_FLOAT32,
-              -1};
+    a.gemm = {x.data,          weight.data, nullptr,      logits.data,       workspace.data,
+              kWorkspaceBytes, kMaxTokens,  model.hidden, model.experts,     JR_BFLOAT16,
+              JR_NONE,         JR_FLOAT32,  -1,           JR_EXPERTS_HIDDEN, JR_BFLOAT16};
     a.spec = model.spec;
     a.correction_bias = model.corrected ? correction.data : nullptr;
     a.correction_bias_dtype = model.corrected ? JR_FLOAT32 : JR_NONE;
