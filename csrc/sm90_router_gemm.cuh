@@ -50,7 +50,7 @@ struct Config {
 constexpr int kOneTokenConfigs = 2;
 constexpr int kFewTokensConfigs = 4;
 constexpr int kManyTokensConfigs = 14;
-constexpr int kFloat32Configs = 2;
+constexpr int kFloat32Configs = 4;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];

@@ -29,16 +29,18 @@ struct Float32 {
   static constexpr int kTokens = kTokenTiles * kTileTokens, kExperts = kExpertTiles * kTileExperts;
   static constexpr int kXRowBytes = kUnit * int(sizeof(X)), kWeightBytes = kExperts * kFloatRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kXRowBytes;
-  static constexpr int kMaxWarps = kTokenTiles * kExpertTiles <= 2 ? 12 : 8;
+  static constexpr int kMaxWarps = kTokenTiles * kExpertTiles <= 2 ? 16 : 8;
   static constexpr int kGroupsPerBlock = kGroups / kCluster;
   using Sum = ClusterSum<X, kTokens, kExperts, kCluster>;
 
   // A slot is one unit of one of the block's groups.
   static constexpr int slots(int hidden) { return kGroupsPerBlock * units_per_group(hidden); }
-  static constexpr int stages(int hidden) { return slots(hidden) < kMaxWarps ? slots(hidden) : kMaxWarps; }
-  static int shared_bytes(int hidden) {
-    return stages(hidden) * kStageBytes + slots(hidden) * Sum::kQuads * 16 + static_cast<int>(sizeof(Sum));
+  static constexpr int sum_bytes(int hidden) { return slots(hidden) * Sum::kQuads * 16 + int(sizeof(Sum)); }
+  static constexpr int stages(int hidden) {
+    const int room = (kMaxSharedBytes - sum_bytes(hidden)) / kStageBytes;
+    return max(1, min_of(min_of(slots(hidden), kMaxWarps), room));
   }
+  static int shared_bytes(int hidden) { return stages(hidden) * kStageBytes + sum_bytes(hidden); }
 };
 
 // Copies `kRows` rows of one unit of a row-major float32 matrix: a lane chunk lane % 16 of every other row. `source` is
@@ -201,34 +203,33 @@ __global__ void __launch_bounds__(32 * Float32<X, kTokenTiles, kExpertTiles>::kM
 
 namespace {
 
-template <int kTokenTiles, int kExpertTiles>
+template <typename X, int kTokenTiles, int kExpertTiles>
 constexpr Config config(const char* name, Cost cost, Cost hidden_experts) {
-  using F = Float32<float, kTokenTiles, kExpertTiles>;  // takes more than x in bfloat16
+  using F = Float32<X, kTokenTiles, kExpertTiles>;
+  constexpr int kOperands = std::is_same_v<X, float> ? int(JR_FLOAT32) : kFloat32Weight;
   Config float32 = {.name = name,
                     .block_tokens = F::kTokens,
                     .block_experts = F::kExperts,
                     .cluster = kCluster,
-                    .registers = kRegisters / (32 * F::kMaxWarps) / 8 * 8,
+                    .registers = kRegisters / (32 * F::kMaxWarps),
                     .kernel = {},
                     .threads = [](int hidden) { return 32 * F::stages(hidden); },
                     .shared_bytes = &F::shared_bytes,
                     .cost = {cost, hidden_experts}};
-  const auto add = [&]<typename X>(X, int operands) {
-    float32.kernel[JR_EXPERTS_HIDDEN][operands] =
-        reinterpret_cast<const void*>(&sm90_router_gemm_float32<X, kTokenTiles, kExpertTiles, false>);
-    float32.kernel[JR_HIDDEN_EXPERTS][operands] =
-        reinterpret_cast<const void*>(&sm90_router_gemm_float32<X, kTokenTiles, kExpertTiles, true>);
-  };
-  add(bfloat16{}, kFloat32Weight);
-  add(float{}, JR_FLOAT32);
+  float32.kernel[JR_EXPERTS_HIDDEN][kOperands] =
+      reinterpret_cast<const void*>(&sm90_router_gemm_float32<X, kTokenTiles, kExpertTiles, false>);
+  float32.kernel[JR_HIDDEN_EXPERTS][kOperands] =
+      reinterpret_cast<const void*>(&sm90_router_gemm_float32<X, kTokenTiles, kExpertTiles, true>);
   return float32;
 }
 
 }  // namespace
 
 const Config float32_configs[kFloat32Configs] = {
-    config<1, 2>("float32_16x16_c8", {2.3, 0, 0.00732, 0.147}, {2.16, 0, 0.00919, 0.191}),
-    config<2, 4>("float32_32x32_c8", {2.28, 0.958, 0.0242, 0.0689}, {2.23, 1.22, 0.0215, 0.0528}),
+    config<bfloat16, 1, 2>("float32_weight_16x16_c8", {2.3, 0, 0.00732, 0.147}, {2.16, 0, 0.00919, 0.191}),
+    config<bfloat16, 2, 4>("float32_weight_32x32_c8", {2.28, 0.958, 0.0242, 0.0689}, {2.23, 1.22, 0.0215, 0.0528}),
+    config<float, 1, 2>("float32_16x16_c8", {2.3, 0, 0.00732, 0.147}, {2.16, 0, 0.00919, 0.191}),
+    config<float, 2, 4>("float32_32x32_c8", {2.28, 0.958, 0.0242, 0.0689}, {2.23, 1.22, 0.0215, 0.0528}),
 };
 
 }  // namespace jax_router
