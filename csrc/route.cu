@@ -189,9 +189,11 @@ int jr_route(const jr_route_args* args, void* stream, char* message, size_t mess
   const int config = args->config != -1 ? args->config : runs_fused ? pick(*args) : kTwoLaunches;
   if (config < 0 || config >= kConfigs || !fits(config, *args))
     return report.fail(JR_UNSUPPORTED,
-                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld",
+                       "config is %d; expected -1 or one of 0 to %d that fits tokens=%lld hidden=%lld experts=%lld and "
+                       "weight_layout=%d",
                        config, kConfigs - 1, static_cast<long long>(args->gemm.tokens),
-                       static_cast<long long>(args->gemm.hidden), static_cast<long long>(args->gemm.experts));
+                       static_cast<long long>(args->gemm.hidden), static_cast<long long>(args->gemm.experts),
+                       args->gemm.weight_layout);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   return config == kTwoLaunches ? launch_two(*args, on, report)
                                 : launch_fused(fused_configs[config], *args, on, report);

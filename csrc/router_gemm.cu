@@ -87,7 +87,7 @@ constexpr int kMaxGridY = 65535;
 // grid, its partial sums the workspace.
 bool fits(const Config& config, const jr_router_gemm_args& a) {
   return config.kernel[a.weight_layout][operands_of(a)] != nullptr && a.tokens <= config.max_tokens &&
-         a.hidden >= config.min_hidden && a.hidden <= config.max_hidden &&
+         units_of(int(a.hidden)) >= config.min_units && a.hidden <= config.max_hidden &&
          config.shared_bytes(int(a.hidden)) <= kMaxSharedBytes &&
          (config.tiled || expert_tiles(config, a) <= kMaxGridY) && parts_bytes(config, a) <= a.workspace_bytes;
 }

@@ -86,14 +86,12 @@ struct ClusterSum {
   // Large tiles: sends block `rank`'s sums, `sums` by quad, to all other owners. All threads that store_owned, after a
   // barrier that follows the writers' fence_for_copies(). The block must not end before finish().
   __device__ __forceinline__ void send(int rank, const float4* sums) {
-    static_assert(!kPushed, "small tiles use push");
-    if constexpr (kCluster > 1) {  // outside of a cluster even forming a remote address is an illegal instruction
-      const int owner = threadIdx.x;
-      if (owner >= kCluster || owner == rank) return;
-      copy_to_remote(remote_address(shared_address(received[slot_of(rank, owner)]), owner),
-                     shared_address(sums + owner * kOwnedQuads), kOwnedQuads * 16,
-                     remote_address(shared_address(&barrier), owner));
-    }
+    static_assert(!kPushed && kCluster > 1, "small tiles use push, and a block alone stores its own sums");
+    const int owner = threadIdx.x;
+    if (owner >= kCluster || owner == rank) return;
+    copy_to_remote(remote_address(shared_address(received[slot_of(rank, owner)]), owner),
+                   shared_address(sums + owner * kOwnedQuads), kOwnedQuads * 16,
+                   remote_address(shared_address(&barrier), owner));
   }
 
   // Adds up the quads this block owns, in the order of the tree, and stores their logits. Threads [0, threads). `sums`

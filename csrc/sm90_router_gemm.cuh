@@ -39,7 +39,7 @@ struct Config {
   const void* kernel[2][kOperands];  // by jr_weight_layout and operands; null where it does not take them
   int (*threads)(int hidden);
   int (*shared_bytes)(int hidden);  // dynamic; none of these kernels has static shared memory
-  int min_hidden = 0, max_hidden = kMaxHidden;
+  int min_units = 1, max_hidden = kMaxHidden;
   int max_tokens = 1 << 27;
   Cost cost[2];  // by jr_weight_layout
   // Microseconds that it takes less in one wave when a launch that routes adds up its parts. No fit, unlike the cost:
@@ -48,7 +48,7 @@ struct Config {
 };
 
 constexpr int kOneTokenConfigs = 2;
-constexpr int kFewTokensConfigs = 4;
+constexpr int kFewTokensConfigs = 3;
 constexpr int kManyTokensConfigs = 14;
 constexpr int kFloat32Configs = 4;
 extern const Config one_token_configs[kOneTokenConfigs];

@@ -215,7 +215,6 @@ constexpr Config config(const char* name, Cost cost, Cost hidden_experts = {}) {
 
 const Config few_tokens_configs[kFewTokensConfigs] = {
     config<1, 2>("few_16x16_c8", {1.56, 0.0729, 0.000881, 0.194}, {1.95, 0.104, 0.00249, 0.216}),
-    config<1, 3>("few_16x24_c8", {1.89, 0.397, 0.00244, 0.144}),
     config<1, 4>("few_16x32_c8", {1.81, 0.963, 0.000676, 0.162}),
     config<2, 3>("few_32x24_c8", {1.98, 1.42, 0.00115, 0.146}),
 };

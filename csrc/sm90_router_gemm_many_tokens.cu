@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(
     for (int j = 0; j < kTilesPerRow; ++j) {
       if (!keeps(j)) continue;
       const int quad = quad_of(j);
-      const float4 total = M::kRings == 1 ? sum_of(j) : sum_of(j) + shared.sums[quad];
+      // A group begins with its first slice and the other kernels' with +0, which a sum of -0 would show.
+      const float4 total = (M::kRings == 1 ? sum_of(j) : sum_of(j) + shared.sums[quad]) + float4{};
       if constexpr (kSplit) {
         leave_part(p, rank, block_token + token_tile * kTileTokens, block_expert + j * kTileExperts, lane, total);
       } else if constexpr (kParts == 1) {
@@ -346,7 +347,7 @@ constexpr Config config(const char* name, Cost cost) {
                  .kernel = {},
                  .threads = [](int) { return kThreads; },
                  .shared_bytes = [](int) { return static_cast<int>(sizeof(typename M::Shared)); },
-                 .min_hidden = kGroups * kUnit,  // every group has a unit
+                 .min_units = kGroups,  // no group is empty
                  .cost = {cost, cost}};
   const auto add = [&]<typename Element>(Element) {
     constexpr int kDtype = std::is_same_v<Element, bfloat16> ? JR_BFLOAT16 : JR_FLOAT16;

@@ -177,7 +177,7 @@ def choose(
         raise NotImplementedError(_all_refuse(rejected))
     rejected |= {name: "is not named by the argument implementation" for name in IMPLEMENTATIONS if name not in ranking}
     reason, config_name = ranking[chosen][0], None
-    winner = table.winner(problem, source_hash) if table is not None and chosen == "cuda" else None
+    winner = table.winner(problem, device.kind, source_hash) if table is not None and chosen == "cuda" else None
     if table is not None and winner is not None:
         reason += f"; configuration {winner} at tokens={problem.tokens} in {table.name}"
         config_name = winner.config
@@ -351,14 +351,16 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
     ranking = {}
     fewest_tokens = 2 if problem.bias_dtype is None else 1
+    # The kernels with large tiles are for 16 units of 64 elements of K and more.
+    most_tokens = 4096 if problem.hidden > 960 else 256
     if problem.spec is not None:
         if problem.tokens > 0:
             fused = "kernel, where XLA needs four to eight and a sort"
             ranking = {"cuda": (f"{guess}the CUDA {fused}", slower), "pallas": (f"{guess}the Pallas {fused}", slower)}
     # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
     # about 2^20 logits on cuBLAS fills the GPU.
-    elif fewest_tokens <= problem.tokens <= 4096 and problem.tokens * problem.experts <= 2**19:
-        ranking["cuda"] = (f"{guess}the CUDA kernel up to 4096 tokens and 2^19 logits", slower)
+    elif fewest_tokens <= problem.tokens <= most_tokens and problem.tokens * problem.experts <= 2**19:
+        ranking["cuda"] = (f"{guess}the CUDA kernel up to {most_tokens} tokens and 2^19 logits", slower)
         if 16 <= problem.tokens <= 256:
             ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
     ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)

@@ -43,10 +43,11 @@ def tune(
 ) -> None:
     """Find the fastest configuration of the CUDA kernels at each point; all of them give the same bits.
 
-    Every configuration is compared with the naive kernel bit for bit, then timed in graph replay, warm and cold, in
-    rounds. Rows with all raw times are appended to a JSON-lines file as they come. Exit status: 0; 1 if a configuration
-    or a point failed, or with --compare if a winner changed by more than noise; 2 for bad input; 130 when interrupted,
-    with everything measured so far kept.
+    Every configuration is compared bit for bit, of logits with the naive kernel and of routing with its two launches,
+    then timed in graph replay, warm and cold, in rounds. Rows with all raw times are appended to a JSON-lines file as
+    they come. Exit status: 0; 1 if a configuration or a point failed, or with --compare if a winner changed by more
+    than noise or a point was measured in one run only; 2 for bad input; 130 when interrupted, with everything measured
+    so far kept.
     """
     console = wide_console()
     try:

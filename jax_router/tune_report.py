@@ -110,21 +110,32 @@ class Comparison:
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> list[Comparison]:
-    """The points that both runs measured.
+    """The points that the runs measured; one that only one of them has counts as a change.
 
     Raises:
-      ValueError: there is none, or the runs are of other sources, GPUs or versions.
+      ValueError: they have none in common, or the runs are of other sources, GPUs or versions.
     """
     if identity(first[-1]["provenance"]) != identity(second[-1]["provenance"]):
         raise ValueError(
             "--compare names runs of different sources, GPUs or versions. Expected two runs of the same; measure one "
             "of them again."
         )
-    others = {key(row): row for row in measured(second)}
-    found = [_compared(row, others[key(row)]) for row in measured(first) if key(row) in others]
-    if not found:
-        raise ValueError("--compare names runs without a point in common. Expected two runs of the same points.")
-    return found
+    a, b = ({key(row): row for row in measured(rows)} for rows in (first, second))
+    if not a.keys() & b.keys():
+        raise ValueError(
+            "--compare names runs without a measured point in common. Expected two runs of the same points."
+        )
+    return [
+        _compared(a[each], b[each]) if each in a and each in b else _lone(a.get(each), b.get(each)) for each in a | b
+    ]
+
+
+def _lone(a: Row | None, b: Row | None) -> Comparison:
+    """A point that only one run has."""
+    row, name = (a, "B") if a is not None else (b, "A")
+    assert row is not None
+    winners = tuple("none" if each is None else each["winner"] for each in (a, b))
+    return Comparison(shape_of(row).label, row["tokens"], (winners[0], winners[1]), missing=f"not measured in {name}")
 
 
 def _compared(a: Row, b: Row) -> Comparison:

@@ -119,8 +119,14 @@ class Tuner:
             names = [name for name in found if found[name]["verified"] and not hopeless(row, name, number)]
             for name in order.sample(names, len(names)):
                 self.advance(0, f"{point.label}: {name}, round {number + 1} of {ROUNDS}")
-                for weights in BOTH:
-                    samples = operands.time(numbers[name], weights, launches, repeats)
+                try:
+                    times = {weights: operands.time(numbers[name], weights, launches, repeats) for weights in BOTH}
+                except RuntimeError as error:
+                    if name == pick:
+                        raise
+                    found[name] |= {"verified": False, "reason": f"round {number + 1}: {error}"}
+                    continue
+                for weights, samples in times.items():
                     found[name].setdefault(f"{weights}_us", []).append([round(sample, 4) for sample in samples])
         winner = tune_choice.winner(row)
         gain = round(tune_choice.gain(row, winner), 4)

@@ -46,6 +46,7 @@ DOCUMENT = {
         {**entry(8, "cuda", cuda=times(4, 4), xla=times(6, 6)), "operation": "route", "rule": RULE},
     ],
     "configs": {
+        "provenance": {"gpu": "NVIDIA H200"},
         "source_hash": HERE,
         "entries": [
             tuned(8, "few"),
@@ -89,6 +90,12 @@ def test_everything_else_is_left_to_the_launcher(other: Problem) -> None:
     choice = chosen(other, implementation="cuda")
     assert (choice.implementation, choice.config_name) == ("cuda", None)
     assert "configuration" not in choice.reason
+
+
+def test_configurations_of_a_twin_are_left_alone() -> None:
+    twin = dataclasses.replace(H200, kind="NVIDIA H100 80GB HBM3")
+    choice = choose(PROBLEM, twin, environment={}, table=TABLE, source_hash=HERE)
+    assert (choice.implementation, choice.config_name) == ("cuda", None)
 
 
 def test_a_configuration_is_for_the_kernel_that_has_it() -> None:
@@ -136,7 +143,9 @@ def installed(cuda_module: ModuleType, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(gate, "present_hash", lambda: HERE)
     monkeypatch.delenv(build.LIBRARY_VARIABLE, raising=False)
     path = tmp_path / "nvidia_h200_of_a_test.json"
-    path.write_text(json.dumps(DOCUMENT))
+    document = copy.deepcopy(DOCUMENT) | {"gpu": "NVIDIA H200 of a test"}
+    document["configs"]["provenance"]["gpu"] = "NVIDIA H200 of a test"
+    path.write_text(json.dumps(document))
     tables.load_table.cache_clear()
     yield path
     tables.load_table.cache_clear()

@@ -98,6 +98,12 @@ FAULTS = {
         "const unsigned units = p.hidden / kUnit",
         (17, 2824, 18),
     ),
+    "deals a column out as if it lay straight": (
+        "sm90_router_gemm_few_tokens.cu",
+        "(weight_chunk ^ n * kTurn * 16)",
+        "weight_chunk",
+        (66, 2824, 24),
+    ),
     "a barrier that one warp does not reach": (
         "sm90_router_gemm_few_tokens.cu",
         "  __syncthreads();  // every slice sum",
@@ -186,6 +192,13 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
         name for name in either if name.startswith(("naive", "few_16x16", "many", "float32")) and "x80_" not in name
     }
     assert {name.split()[0] for each in found for name in each if name.endswith("hidden_experts")} == takes_both
+
+
+def test_token_tiles_beyond_one_row_of_the_grid_are_computed_once(sources) -> None:
+    library = sources.faulty("router_gemm.cu", "constexpr int kMaxGridY = 65535;", "constexpr int kMaxGridY = 2;")
+    (found,), said = in_a_process(__file__, library, (140, 968, 8))
+    assert not any(found.values()), f"{found}: {said}"
+    assert any(name.startswith("many_") for name in found)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

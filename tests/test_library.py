@@ -119,17 +119,18 @@ def test_c_interface_answers_without_a_gpu(library):
 
 LIMITS = {
     "tokens": (0, 1, 64, 2**20, 2**27, 2**27 + 1),
-    "hidden": (8, 12, 2880, 65536, 65544),
+    "hidden": (8, 12, 960, 968, 2880, 65536, 65544),
     "experts": (1, 120, 121, 65536, 65537),
     "dtype": ("bfloat16", "float32"),
+    "weight_layout": ("experts_hidden", "hidden_experts"),
 }
 
 
 def test_the_launcher_and_the_predicate_take_the_same_problems(library):
     hopper = dispatch.Device("gpu", "NVIDIA H200", "9.0")
     answers = set()
-    for tokens, hidden, experts, dtype in itertools.product(*LIMITS.values()):
-        problem = dispatch.Problem(tokens, hidden, experts, dtype)
+    for tokens, hidden, experts, dtype, layout in itertools.product(*LIMITS.values()):
+        problem = dispatch.Problem(tokens, hidden, experts, dtype, weight_layout=layout)
         args = cuda.RouterGemmArgs.of(problem, x=16, weight=16, bias=None, out=16)
         takes = library.jr_router_gemm_pick_config(ctypes.byref(args)) >= 0
         assert takes == (cuda.why_unsupported(problem, hopper) is None), problem

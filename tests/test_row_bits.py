@@ -30,6 +30,7 @@ SHAPES = (
     (2880, 128, "bfloat16", "bfloat16", "float32"),
     (7168, 256, "bfloat16", None, "float32"),
     (2688, 384, "float16", "float32", "float16"),
+    (2824, 136, "bfloat16", "float32", "float32"),
     (720, 33, "bfloat16", "float32", "bfloat16"),
     (16384, 31, "float16", None, "float32"),
     (72, 3, "bfloat16", None, "float32"),
@@ -136,6 +137,23 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel() -> None:
                     compared.add(name)
     assert not differing, "\n".join(differing)
     assert compared == set(names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_underflows_has_the_sign_that_the_naive_kernel_gives(dtype: str) -> None:
+    assert cuda.unavailable() is None
+    tiny = float(ml_dtypes.finfo(dtype_of(dtype)).smallest_subnormal)
+    values = np.array([0.0, -0.0, tiny, -tiny, 1e-30, -1e-30], dtype_of(dtype))
+    x = jax.device_put(np.repeat(values, 50)[:, None].repeat(2880, axis=1))
+    weight = jax.device_put(np.full((128, 2880), -1e-30 if dtype == "bfloat16" else -tiny, dtype_of(dtype)))
+    problem = dispatch.Problem(len(x), 2880, 128, dtype)
+    expected = launch("jr_router_gemm_naive", problem, (x, weight, None))
+    for config in range(cuda.shared_library().jr_router_gemm_num_configs()):
+        arguments = launch_args(problem, (x, weight, None), config)
+        if cuda.shared_library().jr_router_gemm_config_fits(config, ctypes.byref(arguments)):
+            got = launch("jr_router_gemm", problem, (x, weight, None), config)
+            assert not len(parity.differing_rows(got, expected)), config
 
 
 STORED_SHAPES = (

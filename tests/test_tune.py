@@ -186,6 +186,21 @@ def test_a_refused_launch_disqualifies_a_configuration(on_a_gpu: Kernels, tmp_pa
     assert (row["status"], row["winner"]) == ("failed", "few")
 
 
+def test_a_configuration_that_cannot_be_timed_is_disqualified_alone(on_a_gpu: Kernels, tmp_path: Path) -> None:
+    def microseconds(name: str, before: int) -> float:
+        if name == "one":
+            raise RuntimeError("no cluster of this size")
+        return 3.0
+
+    on_a_gpu.microseconds = microseconds
+    assert run_tune(*GEMM).exit_code == 1
+    (row,) = rows_of(tmp_path)
+    one = row["configs"]["one"]
+    assert (one["verified"], one["reason"]) == (False, "round 1: no cluster of this size")
+    assert len(row["configs"]["few"]["warm_us"]) == ROUNDS
+    assert (row["status"], row["winner"]) == ("failed", "few")
+
+
 def test_nothing_is_timed_beside_a_pick_that_is_wrong(on_a_gpu: Kernels, tmp_path: Path) -> None:
     on_a_gpu.refused = {"few"}
     result = run_tune(*GEMM)

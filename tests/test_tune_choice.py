@@ -192,6 +192,14 @@ def test_a_changed_winner_shows_how_far_apart_the_two_are_in_each_run(tmp_path: 
     assert cells[1:] == ["8", "other", "pick", "+25.0%", "-20.0%", "2.0%", "changed by more than noise"]
 
 
+def test_a_point_that_one_run_lacks_is_a_change(tmp_path: Path) -> None:
+    both, more = tuned({"pick": (10, 10)}), tuned({"pick": (10, 10)}, 16)
+    for runs, missing in (([both, more], [both]), "B"), (([both], [both, more]), "A"):
+        result = run_compare(tmp_path, *runs)
+        assert result.exit_code == 1
+        assert f"not measured in {missing}" in result.output
+
+
 def test_a_winner_that_the_other_run_did_not_measure_to_the_end_is_a_change(tmp_path: Path) -> None:
     first, second = tuned({"pick": (10, 10), "other": (9, 9)}), tuned({"pick": (10, 10), "other": (16,)})
     result = run_compare(tmp_path, [first], [second])
@@ -201,15 +209,15 @@ def test_a_winner_that_the_other_run_did_not_measure_to_the_end_is_a_change(tmp_
 
 def test_the_page_has_both_runs_and_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     rows = [tuned({"pick": (10, 10), "other": (9, 9)}), tuned({"pick": (10, 10)}, tokens=16)]
-    assert run_compare(tmp_path, rows, rows[:1]).exit_code == 0
+    assert run_compare(tmp_path, rows, rows).exit_code == 0
     assert not list(tmp_path.rglob("*.md"))
     result = run_compare(tmp_path, rows, rows[:1], "--results", str(tmp_path / "results"))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     text = (tmp_path / "results" / "tune-h200.md").read_text()
     assert "`a.jsonl`" in text
     assert "`b.jsonl`" in text
     assert text.count("| 2880x128 +bias | 8 | pick | 7.07 / 14.1 | other | 6.36 / 12.7 | 10.0% |") == 2
-    assert "Of 1 points 0 have another winner in the second run, 0 by more than noise." in text
+    assert "Of 2 points 1 have another winner in the second run, 1 by more than noise." in text
     assert read_rows(tmp_path / "a.jsonl") == json.loads(json.dumps(rows))
 
 
@@ -218,7 +226,7 @@ def test_runs_of_other_kernels_or_points_are_not_compared(tmp_path: Path) -> Non
     other = [{**rows[0], "provenance": {**synthetic_rows.PROVENANCE, "driver": "9"}}]
     for second, message in (
         (other, "different sources, GPUs"),
-        ([tuned({"pick": (10, 10)}, 16)], "without a point in"),
+        ([tuned({"pick": (10, 10)}, 16)], "without a measured point"),
     ):
         result = run_compare(tmp_path, rows, second)
         assert result.exit_code == 2

@@ -42,12 +42,13 @@ def names(shapes) -> list[tuple[str, str]]:
 def test_some_models_and_awkward_sizes_are_verified_unless_told():
     found = names(all_shapes(Options()))
     assert {operation: sum(each == operation for each, _ in found) for operation in ("router_gemm", "route")} == {
-        "router_gemm": 1 + len(ROUTE_HEADLINE_MODELS), "route": 1 + len(ROUTE_HEADLINE_MODELS)
+        "router_gemm": 2 + len(ROUTE_HEADLINE_MODELS), "route": 1 + len(ROUTE_HEADLINE_MODELS)
     }  # fmt: skip
-    for name in (AWKWARD, *ROUTE_HEADLINE_MODELS):
+    for name in ROUTE_HEADLINE_MODELS:
         assert sum(name in shape.models for shape in all_shapes(Options())) == 2
+    assert sum(AWKWARD in shape.models for shape in all_shapes(Options())) == 3
     assert names(all_shapes(Options(quick=True))) == [
-        ("router_gemm", AWKWARD), ("router_gemm", "gpt-oss-120b"), ("route", AWKWARD), ("route", "gpt-oss-120b")
+        *[("router_gemm", AWKWARD)] * 2, ("router_gemm", "gpt-oss-120b"), ("route", AWKWARD), ("route", "gpt-oss-120b")
     ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_all_is_every_preset_and_names_are_those_alone():
     everything = all_shapes(Options(models=("all",)))
     for operation in ("router_gemm", "route"):
         covered = [model for shape in everything if shape.operation == operation for model in shape.models]
-        assert sorted(covered) == sorted([*models, AWKWARD])
+        assert sorted(covered) == sorted([*models, *[AWKWARD] * (2 if operation == "router_gemm" else 1)])
     assert names(all_shapes(Options(models=("awkward",), operations=("route",)))) == [("route", AWKWARD)]
     for name in models:
         found = all_shapes(Options(models=(name,)))
@@ -66,8 +67,11 @@ def test_awkward_sizes_are_multiples_of_no_tile():
     for shape in plan.AWKWARD_SHAPES:
         assert shape.hidden % 8 == 0
         assert shape.hidden % 16
-        assert shape.experts % 4
+        assert shape.experts % 16
         assert shape.bias
+    assert any(shape.experts % 4 for shape in plan.AWKWARD_SHAPES)
+    # The kernels with large tiles want 16 units of K, weights [hidden, experts] experts in eights.
+    assert any(shape.hidden > 960 and shape.hidden % 64 and shape.experts % 8 == 0 for shape in plan.AWKWARD_SHAPES)
 
 
 def test_every_implementation_runs_on_a_gpu_and_xla_alone_without(on_hopper, monkeypatch):

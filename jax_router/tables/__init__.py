@@ -68,6 +68,7 @@ class Winner:
 class Configs:
     """The winning configurations of a table, of kernels built from the sources with this hash."""
 
+    gpu: str  # the kind of device, and not its twin: what they gain depends on the memory
     source_hash: str
     winners: Mapping[tuple[Shape, RoutingSpec | None, int], Winner]  # by shape, rule and tokens
 
@@ -101,9 +102,11 @@ class Table:
         rows = self.rows.get(_shape_of(problem), ())
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
 
-    def winner(self, problem: Problem, source_hash: str | None) -> Winner | None:
-        """The configuration that won at exactly this problem, of kernels with this source hash, or None."""
-        if self.configs is None or self.configs.source_hash != source_hash or problem.weight_layout != "experts_hidden":
+    def winner(self, problem: Problem, kind: str, source_hash: str | None) -> Winner | None:
+        """What won at exactly this problem on this kind of device, of kernels with this source hash, or None."""
+        if self.configs is None or (self.configs.gpu, self.configs.source_hash) != (kind, source_hash):
+            return None
+        if problem.weight_layout != "experts_hidden":
             return None
         return self.configs.winners.get((_shape_of(problem), problem.spec, problem.tokens))
 
@@ -166,7 +169,7 @@ def _configs(found: Mapping[str, Any] | None) -> Configs | None:
         winners[place] = Winner(winner, pick, float(entry["gain"]))
     # Two rules of one spec differ in the correction bias, of which a problem says nothing.
     better = {place: won for place, won in winners.items() if won.config != won.pick and place not in disputed}
-    return Configs(str(found["source_hash"]), better)
+    return Configs(str(found["provenance"]["gpu"]), str(found["source_hash"]), better)
 
 
 def _spec(rule: Mapping[str, Any] | None) -> RoutingSpec | None:

@@ -28,7 +28,7 @@ from jax_router.verification.data import (
 )
 from jax_router.verification.result import Context, Failure, Programs, Result
 
-# Each a chain of its own. From 127 tokens on every model's kernels have a ring of barriers.
+# Each a chain of its own. From 127 tokens on every preset's kernels have a ring of barriers.
 TOKENS = (1, 8, 64, 128, 512)
 QUICK_TOKENS = (1, 64, 128)
 # Of one executable, each with a weight of its own. The copies of the load keep the weights out of L2 in any case.

@@ -25,11 +25,12 @@ from jax_router.verification.result import Context, Programs, Result
 
 ALL = "all"  # as a model: every preset
 QUICK_MODEL = "gpt-oss-120b"
-# hidden is no multiple of a tile of K, the experts are none of a tile of experts, nor of four.
+# hidden is no multiple of a tile of K, the experts are none of a tile of experts, nor, of the first, of four.
 AWKWARD = "awkward"
 _AWKWARD_SPEC = RoutingSpec(top_k=6, score_function="sigmoid", renormalize=True, num_groups=2, group_topk=1)
 AWKWARD_SHAPES = (
     Shape(1000, 46, True, (AWKWARD,)),
+    Shape(2824, 136, True, (AWKWARD,)),  # kernels with large tiles from 128 tokens on, and weights [hidden, experts]
     Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
 )
 
@@ -106,8 +107,9 @@ def _names() -> list[str]:
 
 
 def all_shapes(options: Options) -> list[Shape]:
-    """The shapes of the presets that are asked for: router GEMMs, then routing, and an awkward one of each."""
-    known = [*AWKWARD_SHAPES[:1], *shapes(models), *AWKWARD_SHAPES[1:], *route_shapes(models)]
+    """The shapes of the presets that are asked for: router GEMMs, then routing, and awkward ones of each."""
+    gemms, routes = ([shape for shape in AWKWARD_SHAPES if (shape.spec is None) == bare] for bare in (True, False))
+    known = [*gemms, *shapes(models), *routes, *route_shapes(models)]
     wanted = set(options.models) or {AWKWARD, *((QUICK_MODEL,) if options.quick else ROUTE_HEADLINE_MODELS)}
     found = [shape for shape in known if ALL in wanted or wanted.intersection(shape.models)]
     return [shape for shape in found if not options.operations or shape.operation in options.operations]
