@@ -351,7 +351,10 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
         return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
     ranking = {}
     fewest_tokens = 2 if problem.bias_dtype is None else 1
-    if problem.spec is not None:
+    if (problem.weight_dtype or problem.dtype) == "float32":
+        if 0 < problem.tokens <= 512:
+            ranking["cuda"] = (f"{guess}a guess: the CUDA kernel for float32 weights up to 512 tokens", slower)
+    elif problem.spec is not None:
         if problem.tokens > 0:
             fused = "kernel, where XLA needs four to eight and a sort"
             ranking = {"cuda": (f"{guess}the CUDA {fused}", slower), "pallas": (f"{guess}the Pallas {fused}", slower)}
