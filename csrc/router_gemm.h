@@ -27,12 +27,12 @@ typedef struct jr_router_gemm_args {
   void* workspace;     // scratch on the device, 16-byte aligned, or NULL: some configurations need it
   int64_t workspace_bytes;
   int64_t tokens, hidden, experts;
-  int32_t dtype;          // of x
+  int32_t dtype;          // of x: JR_BFLOAT16, JR_FLOAT16 or JR_FLOAT32
   int32_t bias_dtype;     // JR_NONE, JR_FLOAT32 or dtype
   int32_t out_dtype;      // JR_FLOAT32 or dtype
   int32_t config;         // -1: the launcher picks. Every configuration gives the same bits.
   int32_t weight_layout;  // jr_weight_layout: JR_EXPERTS_HIDDEN (0) or JR_HIDDEN_EXPERTS (1). Both give the same bits.
-  int32_t weight_dtype;   // dtype, or JR_FLOAT32 beside JR_BFLOAT16. dtype may be JR_FLOAT32 too.
+  int32_t weight_dtype;   // dtype, or JR_FLOAT32 with x in JR_BFLOAT16
 } jr_router_gemm_args;
 
 JR_EXPORT int jr_router_gemm(const jr_router_gemm_args* args, void* stream, char* message, size_t message_bytes);

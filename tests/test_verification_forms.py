@@ -43,6 +43,16 @@ def test_the_smallest_term_of_a_float32_weight_is_missed_in_a_single_product(dty
     assert data.ONE_PRODUCT not in Subject("cuda", GEMM).kinds
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_is_shown_beside_a_float32_product_of_pytorch(monkeypatch, bias):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(data, "KINDS", ("normal",))
+    subject = Subject("xla", dataclasses.replace(GEMM, bias=bias), weight_dtype="float32", function=function(None))
+    [accuracy] = check_numerics(subject, context(torch=torch))
+    assert accuracy.passed
+    assert 0 < accuracy.figures["cuBLAS"]["worst"] < 0.1, "16-bit products would be off by far more"
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_routing_without_logits_must_be_that_with_them(monkeypatch, part):
     def call(operands, *, return_logits=False):

@@ -122,6 +122,7 @@ def test_subjects_with_float32_weights_have_both_layouts_and_their_dtypes(on_hop
         other = data.in_other_layout(subject, on_hopper)
         assert draw(other, "normal", 4, 0).weight.shape == (subject.shape.hidden, subject.shape.experts)
         assert judge.accumulation(subject, "normal", "gpu") == parity.split_tree(subject.shape.hidden)
+        assert judge.accumulation(subject, data.ONE_PRODUCT, "gpu") == parity.split_tree(1)
         dtypes = (subject.dtype, None if subject.dtype == "float32" else "float32")
         assert (describe(subject)["dtype"], describe(subject)["weight_dtype"]) == dtypes
         near = draw(subject, "near ties", 4, 0).weight
