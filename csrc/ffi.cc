@@ -2,7 +2,7 @@
 // host compiler against the headers of the jaxlib that loads it (jax.ffi.include_dir()).
 //
 // Custom call "jax_router_sm90_router_gemm", platform CUDA:
-//   operands   x [T, H], weight [E, H] or [H, E] and, if there is one, bias [E]
+//   operands   x [T, H], weight [E, H] or [H, E] in x's dtype, or f32 beside bf16, and, if there is one, bias [E]
 //   results    out [T, E] and, if there is one, a workspace of any dtype and shape: scratch, its contents mean nothing
 //   attributes config (int32), -1: the launcher picks; weight_layout (int32), of jr_weight_layout
 // Custom call "jax_router_sm90_route", platform CUDA:
@@ -113,9 +113,14 @@ ffi::Error describe_gemm(const ffi::AnyBuffer& x, const ffi::AnyBuffer& weight, 
   args.out_dtype = dtype_of(out);
   args.config = -1;
   args.weight_layout = weight_layout;
+  args.weight_dtype = dtype_of(weight);
 
-  if (args.dtype != JR_BFLOAT16 && args.dtype != JR_FLOAT16) return invalid("x", x, "bf16 or f16");
-  if (dtype_of(weight) != args.dtype) return invalid("weight", weight, "the dtype of x, which is " + describe(x));
+  if (args.dtype == JR_NONE) return invalid("x", x, "bf16, f16 or f32");
+  const bool widened = args.dtype == JR_BFLOAT16 && args.weight_dtype == JR_FLOAT32;
+  if (args.weight_dtype != args.dtype && !widened) {
+    return invalid("weight", weight,
+                   "the dtype of x, which is " + describe(x) + (args.dtype == JR_BFLOAT16 ? ", or f32" : ""));
+  }
   if (weight.dimensions()[1 - experts_axis] != args.hidden) {
     return invalid("weight", weight, shape_of_weight(std::to_string(args.hidden)) + " to go with x " + describe(x));
   }

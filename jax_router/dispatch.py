@@ -353,7 +353,11 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     fewest_tokens = 2 if problem.bias_dtype is None else 1
     # The kernels with large tiles are for 16 units of 64 elements of K and more.
     most_tokens = 4096 if problem.hidden > 960 else 256
-    if problem.spec is not None:
+    if (problem.weight_dtype or problem.dtype) == "float32":
+        most_tokens = 512 if problem.dtype == "bfloat16" else 256  # where cuBLAS comes to be faster on an H200
+        if 0 < problem.tokens <= most_tokens:
+            ranking["cuda"] = (f"{guess}the CUDA kernel for float32 weights up to {most_tokens} tokens", slower)
+    elif problem.spec is not None:
         if problem.tokens > 0:
             fused = "kernel, where XLA needs four to eight and a sort"
             ranking = {"cuda": (f"{guess}the CUDA {fused}", slower), "pallas": (f"{guess}the Pallas {fused}", slower)}

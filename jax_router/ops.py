@@ -50,8 +50,9 @@ def router_gemm(
         falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
 
     Returns:
-      Logits `[..., E]` in `out_dtype`. float32 inputs are computed to float32 accuracy. With mixed dtypes the 16-bit
-      operand is widened first, which is exact. An inf or NaN stays in its row.
+      Logits `[..., E]` in `out_dtype`. float32 inputs are computed to float32 accuracy, and so are mixed dtypes, as if
+      the 16-bit operand were widened. An inf or NaN stays in its row; with a float32 weight `cuda` may answer NaN where
+      an infinity is right.
 
     Differentiable in reverse mode in x, weight and bias; the cotangents are computed in float32 and have the dtypes of
     their primals, that of weight its layout too.

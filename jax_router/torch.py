@@ -40,9 +40,10 @@ def router_gemm(
     """`logits[..., E] = x[..., H] @ weight[E, H].T + bias[E]`, bit for bit as `jr.router_gemm(implementation="cuda")`.
 
     Args:
-      x: hidden states `[..., H]`, bfloat16 or float16. Leading axes are tokens: any number of them, or none. If it is
-        not contiguous or not at a multiple of 16 bytes, it is copied on the GPU first.
-      weight: `[E, H]` in x's dtype, contiguous and at a multiple of 16 bytes: it is never copied.
+      x: hidden states `[..., H]`, bfloat16, float16 or float32. Leading axes are tokens: any number of them, or none.
+        If it is not contiguous or not at a multiple of 16 bytes, it is copied on the GPU first.
+      weight: `[E, H]` in x's dtype, or in float32 beside x in bfloat16; contiguous and at a multiple of 16 bytes,
+        because it is never copied.
       bias: `[E]` in x's dtype or float32, contiguous, or None.
       out_dtype: float32 or x's dtype.
       weight_layout: "experts_hidden" for a weight `[E, H]`, "hidden_experts" for one `[H, E]`, contiguous as such.
@@ -84,9 +85,10 @@ def route(
     """The experts of every token and their weights, bit for bit as `jr.route(implementation="cuda")`.
 
     Args:
-      x: hidden states `[..., H]`, bfloat16 or float16. Leading axes are tokens: any number of them, or none. If it is
-        not contiguous or not at a multiple of 16 bytes, it is copied on the GPU first.
-      weight: `[E, H]` in x's dtype, contiguous and at a multiple of 16 bytes: it is never copied.
+      x: hidden states `[..., H]`, bfloat16, float16 or float32. Leading axes are tokens: any number of them, or none.
+        If it is not contiguous or not at a multiple of 16 bytes, it is copied on the GPU first.
+      weight: `[E, H]` in x's dtype, or in float32 beside x in bfloat16; contiguous and at a multiple of 16 bytes,
+        because it is never copied.
       bias: `[E]` in x's dtype or float32, contiguous, or None. Part of the logits.
       spec: the rule.
       correction_bias: `[E]` in x's dtype or float32, contiguous, or None. Moves the selection and not the weights.

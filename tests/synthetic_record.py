@@ -27,6 +27,7 @@ def subject(operation: str = "router_gemm", implementation: str = "cuda", **more
         "experts": 128,
         "bias": True,
         "dtype": "bfloat16",
+        "weight_dtype": None,
         "out_dtype": "float32",
         "rule": {"top_k": 4, "correction_bias": False} if operation == "route" else None,
         "passed": True,

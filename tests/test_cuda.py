@@ -88,8 +88,25 @@ HOPPER = Device("gpu", "NVIDIA H200", "9.0")
         ({}, Device("gpu", "NVIDIA A100", "8.0"), "needs compute capability 9.0, this device is NVIDIA A100 (8.0)"),
         ({}, Device("gpu", "NVIDIA B200", "10.0"), "needs compute capability 9.0, this device is NVIDIA B200 (10.0)"),
         ({}, Device("cpu"), "needs an NVIDIA GPU of compute capability 9.0, this device is cpu"),
-        ({"dtype": "float32"}, HOPPER, "both bfloat16 or both float16, they are float32 and float32"),
-        ({"weight_dtype": "float32"}, HOPPER, "they are bfloat16 and float32"),
+        ({"dtype": "float32"}, HOPPER, None),
+        ({"weight_dtype": "float32"}, HOPPER, None),
+        ({"weight_dtype": "float32", "bias_dtype": "float32", "out_dtype": "bfloat16"}, HOPPER, None),
+        ({"dtype": "float32", "bias_dtype": "float32", "weight_layout": "hidden_experts"}, HOPPER, None),
+        (
+            {"dtype": "float16", "weight_dtype": "float32"},
+            HOPPER,
+            "needs x and weight both bfloat16, both float16 or both float32, or x in bfloat16 and weight in float32, "
+            "they are float16 and float32",
+        ),
+        ({"dtype": "float32", "weight_dtype": "bfloat16"}, HOPPER, "they are float32 and bfloat16"),
+        ({"weight_dtype": "float16"}, HOPPER, "they are bfloat16 and float16"),
+        ({"dtype": "float32", "bias_dtype": "bfloat16"}, HOPPER, "a bias in float32 or in x's dtype, it is bfloat16"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, HOPPER, "out_dtype float32 or x's dtype, it is bfloat16"),
+        (
+            {"weight_dtype": "float32", "experts": 13, "weight_layout": "hidden_experts"},
+            HOPPER,
+            "needs experts to be a multiple of 8 in weights [hidden, experts], they are 13",
+        ),
         ({"bias_dtype": "float16"}, HOPPER, "a bias in float32 or in x's dtype, it is float16"),
         ({"out_dtype": "float16"}, HOPPER, "out_dtype float32 or x's dtype, it is float16"),
         ({"hidden": 2884}, HOPPER, "hidden to be a multiple of 8 up to 65536, it is 2884"),
@@ -127,6 +144,19 @@ def test_lowering_for_cuda_needs_no_library(monkeypatch):
         assert "config = 3 : i32" in custom_call
         assert "-> tensor<8x128xf32>" in custom_call
         assert custom_call.count("bf16>") == len(operands)
+
+
+@pytest.mark.parametrize("of_x", ["bf16", "f32"])
+def test_a_float32_weight_reaches_the_custom_call_as_it_is(of_x):
+    dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[of_x]
+    x, weight = jax.ShapeDtypeStruct((8, 2880), dtype), jax.ShapeDtypeStruct((128, 2880), jnp.float32)
+
+    def call(x, weight):
+        return cuda.router_gemm(x, weight, None, out_dtype=jnp.float32)
+
+    text = jax.jit(call).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"(tensor<8x2880x{of_x}>, tensor<128x2880xf32>) -> tensor<8x128xf32>" in text
+    assert "stablehlo.convert" not in text
 
 
 def test_many_tokens_lend_the_kernel_a_workspace_and_few_do_not():

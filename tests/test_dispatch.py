@@ -183,6 +183,21 @@ def test_the_heuristic_takes_the_kernels_between_a_bare_product_and_many_logits(
     assert choose(problem, A100, environment={}).implementation == "xla"
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", None)])
+@pytest.mark.parametrize("spec", [None, jr.RoutingSpec(top_k=4)])
+@pytest.mark.parametrize(("tokens", "chosen"), [(0, "xla"), (1, "cuda"), (512, "cuda"), (513, "xla"), (4096, "xla")])
+def test_the_heuristic_guesses_that_float32_weights_are_for_the_kernel_up_to_512_tokens(
+    tokens, chosen, dtypes, spec
+) -> None:
+    problem = Problem(tokens, 3072, 256, *dtypes, spec=spec)
+    for table in (None, tables.Table.parse(DOCUMENT)):
+        choice = choose(problem, H200, environment={}, table=table, unavailable={"pallas": "is broken"})
+        assert choice.implementation == chosen
+        assert choice.reason.startswith("no measurements of this shape on NVIDIA H200 (9.0); ")
+        assert ("a guess: the CUDA kernel for float32 weights up to 512 tokens" in choice.reason) == (chosen == "cuda")
+    assert choose(problem, A100, environment={}).implementation == "xla"
+
+
 def test_elsewhere_than_on_a_gpu_xla_runs_even_if_a_kernel_could(monkeypatch) -> None:
     monkeypatch.setattr(implementations.load("pallas"), "why_unsupported", lambda problem, device: None)
     choice = choose(Problem(64, 2880, 128), CPU, environment={})

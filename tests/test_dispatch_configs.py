@@ -74,6 +74,8 @@ def test_the_winner_of_exactly_this_problem_runs_and_the_reason_says_so() -> Non
     "other",
     [
         dataclasses.replace(PROBLEM, tokens=7),
+        dataclasses.replace(PROBLEM, weight_dtype="float32"),
+        dataclasses.replace(PROBLEM, dtype="float32"),
         dataclasses.replace(PROBLEM, tokens=16),  # the pick won
         dataclasses.replace(PROBLEM, hidden=2888),
         dataclasses.replace(PROBLEM, experts=32),

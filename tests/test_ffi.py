@@ -46,9 +46,9 @@ extern "C" int jr_router_gemm(const jr_router_gemm_args* args, void*, char* mess
     return JR_OK;
   }
   if (args->config == 3) {
-    const int64_t facts[] = {args->tokens,     args->hidden,    args->experts,      args->dtype,
-                             args->bias_dtype, args->out_dtype, args->weight_layout};
-    for (int i = 0; i < 7; ++i) out[i] = float(facts[i]);
+    const int64_t facts[] = {args->tokens,     args->hidden,    args->experts,       args->dtype,
+                             args->bias_dtype, args->out_dtype, args->weight_layout, args->weight_dtype};
+    for (int i = 0; i < 8; ++i) out[i] = float(facts[i]);
     return JR_OK;
   }
   for (int64_t t = 0; t < args->tokens; ++t) {
@@ -201,16 +201,24 @@ def test_operands_become_the_arguments_of_the_kernel(call):
     np.testing.assert_array_equal(call(x, weight.T, bias, layout=1), call(x, weight, bias))
 
 
-@pytest.mark.parametrize(("dtype", "code"), [(jnp.bfloat16, 0), (jnp.float16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "codes"),
+    [
+        (jnp.bfloat16, jnp.bfloat16, (0, 0)),
+        (jnp.float16, jnp.float16, (1, 1)),
+        (jnp.bfloat16, jnp.float32, (0, 2)),
+        (jnp.float32, jnp.float32, (2, 2)),
+    ],
+)
 @pytest.mark.parametrize(("bias_dtype", "bias_code"), [(None, -1), (jnp.float32, 2), ("same", None)])
-def test_sizes_and_dtypes_reach_the_kernel(call, dtype, code, bias_dtype, bias_code):
-    operands = [array(4, 8, dtype=dtype), array(6, 8, dtype=dtype)]
+def test_sizes_and_dtypes_reach_the_kernel(call, dtype, weight_dtype, codes, bias_dtype, bias_code):
+    operands, (code, weight_code) = [array(4, 8, dtype=dtype), array(6, 8, dtype=weight_dtype)], codes
     if bias_dtype is not None:
         operands.append(array(6, dtype=dtype if bias_dtype == "same" else bias_dtype))
     expected = [4, 8, 6, code, code if bias_dtype == "same" else bias_code, 2]
-    assert call(*operands, config=3).ravel()[:7].tolist() == [*expected, 0]
+    assert call(*operands, config=3).ravel()[:8].tolist() == [*expected, 0, weight_code]
     operands[1] = operands[1].T
-    assert call(*operands, config=3, layout=1).ravel()[:7].tolist() == [*expected, 1]
+    assert call(*operands, config=3, layout=1).ravel()[:8].tolist() == [*expected, 1, weight_code]
 
 
 def test_second_result_is_the_workspace(call):
@@ -236,9 +244,37 @@ def test_second_result_is_the_workspace(call):
         ),
         ((array(4, 8), array(8)), {"layout": 1}, "weight is bf16[8]. Expected two axes, (hidden, experts)"),
         ((array(4, 8), array(6, 8)), {"layout": 2}, "weight_layout is 2. Expected 0 for (experts, hidden) or 1 for"),
-        ((array(4, 8, dtype=jnp.float32), array(6, 8)), {}, "x is f32[4,8]. Expected bf16 or f16"),
-        ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16 or f16"),
-        ((array(4, 8), array(6, 8, dtype=jnp.float16)), {}, "weight is f16[6,8]. Expected the dtype of x"),
+        ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16, f16 or f32"),
+        (
+            (array(4, 8), array(6, 8, dtype=jnp.float16)),
+            {},
+            "weight is f16[6,8]. Expected the dtype of x, which is bf16[4,8], or f32. Call",
+        ),
+        (
+            (array(4, 8), array(6, 8, dtype=jnp.int8)),
+            {},
+            "weight is dtype2[6,8]. Expected the dtype of x, which is bf16[4,8], or f32. Call",
+        ),
+        (
+            (array(4, 8, dtype=jnp.float32), array(6, 8)),
+            {},
+            "weight is bf16[6,8]. Expected the dtype of x, which is f32[4,8]. Call",
+        ),
+        (
+            (array(4, 8, dtype=jnp.float16), array(6, 8, dtype=jnp.float32)),
+            {},
+            "weight is f32[6,8]. Expected the dtype of x, which is f16[4,8]. Call",
+        ),
+        (
+            (array(4, 8, dtype=jnp.float32), array(6, 8, dtype=jnp.float32), array(6)),
+            {},
+            "bias is bf16[6]. Expected f32 or the dtype of x, which is f32[4,8]",
+        ),
+        (
+            (array(4, 8, dtype=jnp.float32), array(6, 8, dtype=jnp.float32)),
+            {"out_dtype": jnp.bfloat16},
+            "the result is bf16[4,6]. Expected f32 or the dtype of x, which is f32[4,8]",
+        ),
         ((array(4, 8), array(6, 8)), {"out": (4, 5)}, "the result is f32[4,5]. Expected shape (4, 6)"),
         ((array(4, 8), array(6, 8)), {"out": (24,)}, "the result is f32[24]. Expected shape (4, 6)"),
         (

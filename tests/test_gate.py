@@ -88,10 +88,30 @@ def test_a_subject_passed_if_all_it_needs_ran_and_something_did() -> None:
     assert gate.outcome({**whole, "checks": [{"check": "fence", "passed": None}]}) is None
 
 
-@pytest.mark.parametrize("field", ["hidden", "experts", "bias", "dtype", "out_dtype", "rule"])
+@pytest.mark.parametrize("field", ["hidden", "experts", "bias", "dtype", "weight_dtype", "out_dtype", "rule"])
 def test_another_shape_proves_nothing(field: str) -> None:
     other = {"bias": False, "rule": {"top_k": 8, "correction_bias": False}}.get(field, "other")
     assert why(record(ROUTE), {**ROUTE, field: other}) == "the record does not have this shape"
+
+
+def test_a_record_from_before_weights_had_a_dtype_proves_those_of_the_dtype_of_x(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record({name: value for name, value in GEMM.items() if name != "weight_dtype"})))
+    found = gate.read_record(path)
+    assert why(found) is None
+    assert why(found, {**GEMM, "weight_dtype": "float32"}) == "the record does not have this shape"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "words"),
+    [
+        ({}, "router_gemm of 2880x128 +bias"),
+        ({"weight_dtype": "float32"}, "router_gemm of 2880x128 +bias with a float32 weight"),
+        ({"dtype": "float32"}, "router_gemm of 2880x128 +bias in float32"),
+    ],
+)
+def test_a_label_says_what_is_float32(dtypes: dict[str, str], words: str) -> None:
+    assert gate.label({**GEMM, **dtypes}) == words
 
 
 @pytest.mark.parametrize("name", gate.REQUIRED)
@@ -277,7 +297,7 @@ def test_every_part_that_is_read_has_to_be_there(tmp_path: Path) -> None:
     whole = record(GEMM)
     paths = [("provenance",), ("library",), ("quick",), ("interrupted",), ("subjects",), ("sanitizers",)]
     paths += [("provenance", name) for name in ("gpu", "date", "source_hash")]
-    paths += [("subjects", 0, name) for name in (*gate.SUBJECT, "passed", "checks")]
+    paths += [("subjects", 0, name) for name in (*gate.SUBJECT, "passed", "checks") if name != "weight_dtype"]
     paths += [("subjects", 0, "checks", 0, name) for name in ("check", "passed")]
     paths += [("sanitizers", 0, name) for name in ("tool", "passed")]
     for *parents, name in paths:

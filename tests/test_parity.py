@@ -319,6 +319,64 @@ def test_the_check_sees_float32_multiplied_in_fewer_bits(kept_bits: int) -> None
     assert disagreement(exact(shortened(x), shortened(weight), bias), case, chain) is not None
 
 
+def bfloat16_terms(values: np.ndarray) -> list[np.ndarray]:
+    """v1, v2 and v3 of a float32, which add up to it."""
+    terms, rest = [], values.astype(np.float32)
+    for _ in range(3):
+        terms.append(rest.astype(ml_dtypes.bfloat16).astype(np.float32))
+        rest = rest - terms[-1]
+    assert not rest.any()
+    return terms
+
+
+def split_product(x: np.ndarray, weight: np.ndarray, smallest: int) -> np.ndarray:
+    """Slices of 64, high + low in float32, of products of terms i and j, from 0, up to i + j = `smallest`."""
+    logits = np.zeros((len(x), len(weight)), np.float32)
+    for start in range(0, x.shape[1], 64):
+        of_x, of_weight = (bfloat16_terms(values[:, start : start + 64]) for values in (x, weight))
+        low = np.zeros_like(logits)
+        for i, j in itertools.product(range(3), repeat=2):
+            if 0 < i + j <= smallest:
+                low += of_x[i] @ of_weight[j].T
+        logits += of_x[0] @ of_weight[0].T + low
+    return logits
+
+
+@pytest.mark.parametrize("data", ["random", "mean", "cancelling"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_check_sees_products_of_split_float32_left_out(dtype: str, data: str) -> None:
+    case = dataclasses.replace(HEADLINE[3], tokens=8, experts=64, hidden=2048, dtypes=(dtype, "float32"), data=data)
+    x, weight, _, _ = data_of(case)
+    assert disagreement(split_product(x, weight, 2), case, parity.split_tree(case.hidden)) is None
+    assert disagreement(split_product(x, weight, 0), case, parity.split_tree(case.hidden)) is not None
+    x[np.arange(case.hidden) != np.arange(case.tokens)[:, None]] = 0  # the smallest ones show in one product alone
+    truth, of_one = parity.reference(x, weight), parity.split_tree(1)
+    assert parity.compare(split_product(x, weight, 2), truth, of_one).ok
+    assert not parity.compare(split_product(x, weight, 1), truth, of_one).ok
+
+
+def test_the_tree_of_split_float32_counts_two_chains_of_64_products() -> None:
+    assert parity.accumulation_of("cuda", hidden=3072, dtype="float32", platform="gpu") == parity.split_tree(3072)
+    assert parity.split_tree(3072) == parity.Accumulation(rounded=15, truncated=5, infinities=False)
+    assert parity.split_tree(16) == parity.Accumulation(rounded=13, truncated=2, infinities=False)
+    for name, platform in (("xla", "gpu"), ("torch", "gpu"), ("cuda", "cpu")):
+        chain = parity.accumulation_of(name, hidden=3072, dtype="float32", platform=platform)
+        assert chain == parity.float32_chain(3072)
+
+
+def test_what_splits_float32_may_answer_infinity_with_nan_and_with_nothing_else() -> None:
+    x, weight = np.array([[1, 1], [np.inf, 1], [-np.inf, 1], [np.nan, 1]], np.float32), np.ones((2, 2), np.float32)
+    truth, tree = parity.reference(x, weight), parity.split_tree(2)
+    logits = exact(x, weight, None)
+    assert parity.compare(logits, truth, tree).ok
+    of_nan = np.where(np.isinf(logits), np.float32(np.nan), logits)
+    assert parity.compare(of_nan, truth, tree).ok
+    assert parity.compare(of_nan, truth, parity.float32_chain(2)).outside == 4
+    for wrong in (-logits, np.nan_to_num(logits), np.where(np.isnan(logits), np.float32(np.inf), logits)):
+        assert not parity.compare(wrong, truth, tree).ok
+    assert parity.compare(np.full_like(logits, np.nan), truth, tree).outside == 2
+
+
 def test_nan_is_not_zero_and_inf_has_a_sign() -> None:
     x = np.array([[1, np.nan], [1, 1], [np.inf, 1], [-np.inf, 1], [np.inf, -np.inf]], np.float32)
     weight, chain = np.ones((2, 2), np.float32), parity.float32_chain(2)

@@ -23,9 +23,10 @@ from jax_router.implementations import cuda, pallas, pallas_gemm
 
 Function = Callable[[np.ndarray], np.ndarray]  # x [T, H] -> logits [T, E]
 FEW = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33)
+MIXED = ("bfloat16", "float32")
 MANY = (63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1000)
 
-# (hidden, experts, dtype, bias, out_dtype): the models' shapes, and sizes that fill no tile.
+# (hidden, experts, dtype, bias, out_dtype): the models' shapes, and sizes that fill no tile. Of two dtypes one is of x.
 SHAPES = (
     (2880, 128, "bfloat16", "bfloat16", "float32"),
     (7168, 256, "bfloat16", None, "float32"),
@@ -35,15 +36,31 @@ SHAPES = (
     (16384, 31, "float16", None, "float32"),
     (72, 3, "bfloat16", None, "float32"),
     (8, 1, "float16", "float16", "float32"),
+    (3072, 256, MIXED, None, "float32"),
+    (1000, 40, "float32", "float32", "float32"),
+    (72, 3, MIXED, "bfloat16", "bfloat16"),
 )
 
 
-def arrays(tokens: int, hidden: int, experts: int, dtype: str, bias: str | None) -> tuple[np.ndarray, ...]:
+def problem_of(tokens: int, shape: tuple) -> dispatch.Problem:
+    hidden, experts, dtype, bias, out_dtype = shape
+    return dispatch.Problem(tokens, hidden, experts, *dtypes_of(dtype), bias, out_dtype)
+
+
+def dtypes_of(dtype: str | tuple[str, str]) -> tuple[str, str]:
+    """Of x and weight."""
+    return (dtype, dtype) if isinstance(dtype, str) else dtype
+
+
+def arrays(
+    tokens: int, hidden: int, experts: int, dtype: str | tuple[str, str], bias: str | None
+) -> tuple[np.ndarray, ...]:
     """x with rows of very different size, weight, and bias or None."""
     generator = np.random.default_rng([tokens, hidden, experts])
     scale = np.exp2(generator.integers(-6, 7, (tokens, 1)))
-    x = (generator.standard_normal((tokens, hidden)) * scale).astype(dtype_of(dtype))
-    weight = (generator.standard_normal((experts, hidden)) / np.sqrt(hidden)).astype(dtype_of(dtype))
+    of_x, of_weight = map(dtype_of, dtypes_of(dtype))
+    x = (generator.standard_normal((tokens, hidden)) * scale).astype(of_x)
+    weight = (generator.standard_normal((experts, hidden)) / np.sqrt(hidden)).astype(of_weight)
     return x, weight, None if bias is None else generator.standard_normal(experts).astype(dtype_of(bias))
 
 
@@ -97,19 +114,17 @@ def jitted(implementation: str, weight: np.ndarray, bias: np.ndarray | None, out
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_row_bits_of_cuda_do_not_depend_on_the_batch(shape: tuple) -> None:
-    hidden, experts, dtype, bias, out_dtype = shape
-    x, weight, bias = arrays(1031, hidden, experts, dtype, bias)
-    function = jitted("cuda", weight, bias, out_dtype)
+    x, weight, bias = arrays(1031, *shape[:4])
+    function = jitted("cuda", weight, bias, shape[4])
     assert list(violations(function, x, FEW + MANY + (4096,), alone=300)) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_row_bits_of_pallas_do_not_depend_on_the_batch(shape: tuple) -> None:
-    hidden, experts, dtype, bias, out_dtype = shape
-    problem = dispatch.Problem(257, hidden, experts, dtype, None, bias, out_dtype)
-    assert dispatch.why_unsupported(problem, dispatch.Device.default(), "pallas") is None
-    x, weight, bias = arrays(257, hidden, experts, dtype, bias)
+    out_dtype = shape[4]
+    assert dispatch.why_unsupported(problem_of(257, shape), dispatch.Device.default(), "pallas") is None
+    x, weight, bias = arrays(257, *shape[:4])
     function = jitted("pallas", weight, bias, out_dtype)
     assert list(violations(function, x, (1, 7, 8, 9, 17, 64, 65, 128, 1025), alone=40)) == []
     for config in range(len(pallas_gemm.CONFIGS)):
@@ -125,10 +140,10 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel() -> None:
         library.jr_router_gemm_config_name(config).decode() for config in range(library.jr_router_gemm_num_configs())
     ]
     compared, differing = set(), []
-    for hidden, experts, dtype, bias_dtype, out_dtype in SHAPES:
+    for shape in SHAPES:
         for tokens in (1, 7, 8, 9, 16, 17, 64, 65, 200, 1025):
-            problem = dispatch.Problem(tokens, hidden, experts, dtype, None, bias_dtype, out_dtype)
-            operands = tuple(map(jax.device_put, arrays(tokens, hidden, experts, dtype, bias_dtype)))
+            problem = problem_of(tokens, shape)
+            operands = tuple(map(jax.device_put, arrays(tokens, *shape[:4])))
             expected = launch("jr_router_gemm_naive", problem, operands)
             for config, name in enumerate(names):
                 if library.jr_router_gemm_config_fits(config, ctypes.byref(launch_args(problem, operands, config))):
@@ -167,12 +182,11 @@ STORED_SHAPES = (
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", STORED_SHAPES, ids=str)
 def test_a_weight_stored_hidden_by_experts_has_the_same_bits(shape: tuple) -> None:
-    hidden, experts, dtype, bias_dtype, out_dtype = shape
     assert cuda.unavailable() is None
     library, differing = cuda.shared_library(), []
     for tokens in (1, 7, 8, 9, 16, 17, 64, 65, 200, 1025):
-        problem = dispatch.Problem(tokens, hidden, experts, dtype, None, bias_dtype, out_dtype)
-        x, weight, bias = map(jax.device_put, arrays(tokens, hidden, experts, dtype, bias_dtype))
+        problem = problem_of(tokens, shape)
+        x, weight, bias = map(jax.device_put, arrays(tokens, *shape[:4]))
         expected = launch("jr_router_gemm_naive", problem, (x, weight, bias))
         stored, operands = dataclasses.replace(problem, weight_layout="hidden_experts"), (x, weight.T.copy(), bias)
         for config in (None, *range(library.jr_router_gemm_num_configs())):
@@ -181,7 +195,7 @@ def test_a_weight_stored_hidden_by_experts_has_the_same_bits(shape: tuple) -> No
                 rows = parity.differing_rows(launch("jr_router_gemm", stored, operands, config), expected)
                 differing += [f"{config}, {tokens} tokens: rows {rows}"] * bool(len(rows))
         compute = functools.partial(jr.router_gemm, implementation="cuda", weight_layout="hidden_experts")
-        logits = jax.jit(functools.partial(compute, out_dtype=out_dtype))(*operands)
+        logits = jax.jit(functools.partial(compute, out_dtype=problem.out_dtype))(*operands)
         assert not len(parity.differing_rows(np.asarray(logits), expected)), tokens
     assert not differing, "\n".join(differing)
 
@@ -189,15 +203,15 @@ def test_a_weight_stored_hidden_by_experts_has_the_same_bits(shape: tuple) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_configurations_have_the_same_bits_through_the_custom_call(shape: tuple) -> None:
-    hidden, experts, dtype, bias_dtype, out_dtype = shape
     assert cuda.unavailable() is None
-    problem = dispatch.Problem(65, hidden, experts, dtype, None, bias_dtype, out_dtype)
-    operands = tuple(map(jax.device_put, arrays(65, hidden, experts, dtype, bias_dtype)))
+    problem = problem_of(65, shape)
+    operands = tuple(map(jax.device_put, arrays(65, *shape[:4])))
     expected = launch("jr_router_gemm_naive", problem, operands)
     for config in (None, *range(cuda.shared_library().jr_router_gemm_num_configs())):
         args = launch_args(problem, operands, config)
         if config is None or cuda.shared_library().jr_router_gemm_config_fits(config, ctypes.byref(args)):
-            compute = jax.jit(functools.partial(cuda.router_gemm, out_dtype=dtype_of(out_dtype), config=config))
+            out_dtype = dtype_of(problem.out_dtype)
+            compute = jax.jit(functools.partial(cuda.router_gemm, out_dtype=out_dtype, config=config))
             assert parity.differing_rows(np.asarray(compute(*operands)), expected).size == 0, config
 
 

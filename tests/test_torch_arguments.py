@@ -37,7 +37,7 @@ def memory(args: cuda.RouterGemmArgs | cuda.RouteArgs) -> dict[str, tuple[int | 
     gemm = args.gemm if route is not None else args
     places = {
         "x": (gemm.x, gemm.tokens * gemm.hidden, dtype_of[gemm.dtype]),
-        "weight": (gemm.weight, gemm.experts * gemm.hidden, dtype_of[gemm.dtype]),
+        "weight": (gemm.weight, gemm.experts * gemm.hidden, dtype_of[gemm.weight_dtype]),
         "bias": (gemm.bias, gemm.experts, dtype_of.get(gemm.bias_dtype)),
         "workspace": (gemm.workspace, gemm.workspace_bytes, "uint8"),
         "out": (gemm.out, gemm.tokens * gemm.experts, dtype_of[gemm.out_dtype]),
@@ -165,6 +165,22 @@ def test_a_weight_of_the_other_layout_is_launched_where_it_is(launches) -> None:
         launches.clear()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_float32_weight_is_launched_where_it_is(launches, dtype) -> None:
+    x, _, bias, bias32, _ = numbers(3, 72, 16, dtype=dtype)
+    _, weight, *_ = numbers(3, 72, 16, dtype="float32")
+    for layout, matrix in (("experts_hidden", weight), ("hidden_experts", np.ascontiguousarray(weight.T))):
+        rows, tensor, *biases = (torch_ref.to_torch(array) for array in (x, matrix, bias, bias32))
+        for added, array, out in ((biases[0], bias, "float32"), (biases[1], bias32, dtype)):
+            logits = jrt.router_gemm(rows, tensor, added, out_dtype=getattr(torch, out), weight_layout=layout)
+            assert logits.dtype == getattr(torch, out)
+            jrt.route(rows, tensor, added, spec=PLAIN, weight_layout=layout)
+            for _, found in launches:
+                assert_given(found, x=x, weight=matrix.ravel(), bias=array)
+            assert len(launches) == 2
+            launches.clear()
+
+
 def test_no_tokens_need_no_launch(launches) -> None:
     x, weight = torch.empty(2, 0, 72, dtype=torch.bfloat16), torch.ones(9, 72, dtype=torch.bfloat16)
     logits = jrt.router_gemm(x, weight, out_dtype=torch.bfloat16)
@@ -239,8 +255,12 @@ REFUSED = [
      "top_k=4 ids in the last; pass one id for every weight."),
     ({"return_logits": 1}, TypeError, "return_logits is 1 (int). Expected True or False; pass one of them."),
     ({"x": ones(3, 72, dtype=F32)}, NotImplementedError,
-     "route of these tensors needs x and weight both bfloat16 or both float16, they are float32 and bfloat16. "
-     + TAKEN),
+     "route of these tensors needs x and weight both bfloat16, both float16 or both float32, or x in bfloat16 and "
+     f"weight in float32, they are float32 and bfloat16. {TAKEN}"),
+    ({"x": ones(3, 72, dtype=torch.float16), "weight": ones(9, 72, dtype=F32)}, NotImplementedError,
+     f"or x in bfloat16 and weight in float32, they are float16 and float32. {TAKEN}"),
+    ({"weight": ones(9 * 72 + 1, dtype=F32)[1:].view(9, 72)}, ValueError,
+     "weight begins 4 bytes behind a multiple of 16. Expected none; call weight.clone() once, where it is loaded."),
     ({"bias": ones(9, dtype=F64)}, NotImplementedError,
      f"route of these tensors needs a bias in float32 or in x's dtype, it is float64. {TAKEN}"),
     ({"x": ones(3, 4), "weight": ones(9, 4)}, NotImplementedError,

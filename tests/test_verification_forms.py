@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from verification_cases import CPU, GPT_OSS, SCALED, OnGpu, context, function
+from verification_cases import CPU, GEMM, GPT_OSS, SCALED, OnGpu, caught, context, function, right_logits
 
 from jax_router.verification import data, plan
 from jax_router.verification.data import NUMERIC_TOKENS, Subject, draw
@@ -25,6 +26,31 @@ def test_a_float32_checkpoint_has_every_kind_of_data_and_passes():
     assert (spacings.max(-1) == 1).all()
     assert ((spacings != 0).sum(-1) == 1).all()
     assert all(result.passed for result in check_numerics(subject, context()))
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", None)])
+def test_the_smallest_term_of_a_float32_weight_is_missed_in_a_single_product(dtypes):
+    def without_it(operands):
+        first = operands.weight.astype(jnp.bfloat16).astype(jnp.float32)
+        second = (operands.weight - first).astype(jnp.bfloat16).astype(jnp.float32)
+        return right_logits(operands._replace(weight=first + second))
+
+    def of_cuda(logits):
+        return Subject("cuda", GEMM, dtypes[0], weight_dtype=dtypes[1], function=function(None, logits=logits))
+
+    assert caught(of_cuda(right_logits), platform="gpu") == {}
+    assert "one product" in caught(of_cuda(without_it), platform="gpu")
+    assert data.ONE_PRODUCT not in Subject("cuda", GEMM).kinds
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_is_shown_beside_a_float32_product_of_pytorch(monkeypatch, bias):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(data, "KINDS", ("normal",))
+    subject = Subject("xla", dataclasses.replace(GEMM, bias=bias), weight_dtype="float32", function=function(None))
+    [accuracy] = check_numerics(subject, context(torch=torch))
+    assert accuracy.passed
+    assert 0 < accuracy.figures["cuBLAS"]["worst"] < 0.1, "16-bit products would be off by far more"
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -30,7 +30,7 @@ from verification_cases import (
 
 from jax_router import parity, routing
 from jax_router.verification import data
-from jax_router.verification.data import IN_RANDOM_ORDER, KINDS, NUMERIC_TOKENS, Subject, draw
+from jax_router.verification.data import IN_RANDOM_ORDER, KINDS, NUMERIC_TOKENS, ONE_PRODUCT, Subject, draw
 from jax_router.verification.judge import judge_logits
 from jax_router.verification.numerics import check_numerics
 
@@ -390,6 +390,6 @@ def test_kinds_are_what_they_are_called(dtype):
 
 
 def test_kinds_in_random_order_are_kinds():
-    assert set(IN_RANDOM_ORDER) <= {*KINDS, "as given"}
+    assert set(IN_RANDOM_ORDER) <= {*KINDS, ONE_PRODUCT, "as given"}
     assert SCALED.kinds == (*KINDS, "as given")
     assert (SCALED.usual, SUBJECTS["router GEMM"].usual) == ("as given", "normal")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from verification_cases import CPU, GEMM, OnGpu
 
-from jax_router import dispatch, implementations
+from jax_router import dispatch, implementations, parity
 from jax_router.implementations import cuda, pallas
 from jax_router.models import models
 from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS
-from jax_router.verification import gpu_tools, load, neighbours, plan
+from jax_router.verification import data, gpu_tools, judge, load, neighbours, plan
 from jax_router.verification.data import Subject, draw
 from jax_router.verification.plan import AWKWARD, CHECKS, Options, all_shapes, checks_of, describe, subjects
 from jax_router.verification.result import Context
@@ -88,6 +88,52 @@ def test_every_implementation_runs_on_a_gpu_and_xla_alone_without(on_hopper, mon
     assert refused == {}
 
 
+def with_float32(options: Options, device) -> list[tuple[str, ...]]:
+    """The subjects whose weight is float32: implementation, operation, model, dtype of x."""
+    found, _ = subjects(options, device)
+    wide = [each for each in found if each.problem(1).weight_dtype == "float32" or each.dtype == "float32"]
+    assert all(each.multiplied == "float32" for each in wide)
+    return [(each.implementation, each.operation, each.shape.models[0], each.dtype) for each in wide]
+
+
+def test_float32_weights_are_verified_with_cuda(on_hopper):
+    minimax = [("cuda", operation, "MiniMax-M2", "bfloat16") for operation in ("router_gemm", "route")]
+    awkward = ("cuda", "router_gemm", AWKWARD, "float32")
+    ernie = [("cuda", operation, "ERNIE-4.5-21B-A3B", "float32") for operation in ("router_gemm", "route")]
+    assert with_float32(Options(), on_hopper) == [*minimax, awkward]
+    assert with_float32(Options(operations=("route",)), on_hopper) == minimax[1:]
+    assert with_float32(Options(models=("MiniMax-M2",)), on_hopper) == minimax
+    assert with_float32(Options(models=("awkward", "DeepSeek-V3")), on_hopper) == [awkward]
+    assert with_float32(Options(models=("all",)), on_hopper) == [*minimax, *ernie, awkward]
+    assert with_float32(Options(("pallas", "xla")), on_hopper) == []
+    assert with_float32(Options(), CPU) == []
+
+
+def test_float32_weights_take_about_a_tenth_of_a_run_and_nothing_of_a_quick_one(on_hopper):
+    assert with_float32(Options(quick=True), on_hopper) == []
+    assert len(with_float32(Options(quick=True, models=("MiniMax-M2",)), on_hopper)) == 2
+    assert len(with_float32(Options(), on_hopper)) / len(subjects(Options(), on_hopper)[0]) < 1 / 8
+
+
+def test_subjects_with_float32_weights_have_both_layouts_and_their_dtypes(on_hopper):
+    for subject in subjects(Options(("cuda",), models=("MiniMax-M2", "awkward")), on_hopper)[0]:
+        if subject.multiplied != "float32":
+            continue
+        for kind in subject.kinds:
+            operands = draw(subject, kind, 4, 0)
+            assert (operands.x.dtype.name, operands.weight.dtype.name) == (subject.dtype, "float32")
+            assert operands.bias is None or operands.bias.dtype.name == subject.dtype
+        other = data.in_other_layout(subject, on_hopper)
+        assert draw(other, "normal", 4, 0).weight.shape == (subject.shape.hidden, subject.shape.experts)
+        assert judge.accumulation(subject, "normal", "gpu") == parity.split_tree(subject.shape.hidden)
+        assert judge.accumulation(subject, data.ONE_PRODUCT, "gpu") == parity.split_tree(1)
+        dtypes = (subject.dtype, None if subject.dtype == "float32" else "float32")
+        assert (describe(subject)["dtype"], describe(subject)["weight_dtype"]) == dtypes
+        near = draw(subject, "near ties", 4, 0).weight
+        spacings = abs(near[1::3] - near[0:-1:3]) / np.spacing(abs(near[0:-1:3]))
+        assert (spacings.max(-1) == 1).all()
+
+
 def test_what_cannot_run_is_refused_with_the_reason(on_hopper, monkeypatch):
     monkeypatch.setattr(cuda, "unavailable", lambda: "has no compiler")
     found, refused = subjects(Options(models=("awkward",)), on_hopper)
@@ -132,13 +178,13 @@ def test_the_first_and_the_last_router_of_a_checkpoint_are_verified(tmp_path):
     assert {each.operation for each in only} == {"route"}
 
 
-def test_a_checkpoint_in_float32_is_rounded_for_the_kernels(tmp_path, on_hopper):
+def test_a_checkpoint_in_float32_is_rounded_for_pallas_alone(tmp_path, on_hopper):
     folder, tensors = checkpoint(tmp_path, dtype=np.float32, layers=1)
     found, refused = subjects(Options(checkpoint=str(folder)), on_hopper)
     assert refused == {}
     for subject in found:
         stored = tensors["model.layers.0.mlp.router.weight"]
-        if subject.implementation == "xla":
+        if subject.implementation != "pallas":
             assert (subject.dtype, subject.source) == ("float32", f"checkpoint {folder}")
             assert np.array_equal(subject.given.weight, stored)
         else:
@@ -159,8 +205,8 @@ def test_a_subject_is_described_by_what_a_record_has():
     described = [describe(subject) for subject in found]
     assert described[1] == {
         "operation": "route", "implementation": "xla", "models": list(found[1].shape.models), "source": "random",
-        "hidden": 7168, "experts": 256, "bias": False, "dtype": "bfloat16", "out_dtype": "float32",
-        "rule": found[1].shape.rule,
+        "hidden": 7168, "experts": 256, "bias": False, "dtype": "bfloat16", "weight_dtype": None,
+        "out_dtype": "float32", "rule": found[1].shape.rule,
     }  # fmt: skip
     assert described[1]["rule"]["correction_bias"]
     assert described[0]["rule"] is None

@@ -28,6 +28,8 @@ MAX_TILED_LOGITS = 2**34
 # As csrc/route.cu takes them.
 MAX_TOP_K, MAX_GROUPS, MAX_ROUTED_EXPERTS = 32, 32, 1024
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
+# Of x and weight. A float32 is split into three bfloat16 terms, which multiply bfloat16 and no float16.
+MULTIPLIED = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
 WEIGHT_LAYOUTS = {"experts_hidden": 0, "hidden_experts": 1}  # enum jr_weight_layout
 SCORE_FUNCTIONS = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}  # enum jr_score_function
 GROUP_SCORES = {"top2_sum": 0, "max": 1}  # enum jr_group_score
@@ -72,8 +74,8 @@ class RouterGemmArgs(ctypes.Structure):
         bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
         sizes = (problem.tokens, problem.hidden, problem.experts)
-        layout = WEIGHT_LAYOUTS[problem.weight_layout]
-        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, layout, DTYPES[problem.weight_dtype or problem.dtype])
+        of_weight = (WEIGHT_LAYOUTS[problem.weight_layout], DTYPES[problem.weight_dtype or problem.dtype])
+        return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, *of_weight)
 
 
 class RouteArgs(ctypes.Structure):
@@ -159,8 +161,9 @@ def router_gemm(
 ) -> jax.Array:
     """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]` by the Hopper kernel; a row's bits depend on the row alone.
 
-    A weight [H, E] is read as it is. `config` is a kernel configuration, None lets the launcher pick. Every layout and
-    configuration gives the same bits. Tracing needs no library: lowering for CUDA works on any machine.
+    x and weight have one of the pairs of dtypes in MULTIPLIED; float32 is computed to float32 accuracy. A weight [H, E]
+    is read as it is. `config` is a kernel configuration, None lets the launcher pick. Every layout and configuration
+    gives the same bits. Tracing needs no library: lowering for CUDA works on any machine.
     """
     shape = x.shape[0], weight.shape[experts_axis(weight_layout)]
     results = [jax.ShapeDtypeStruct(shape, out_dtype)]
@@ -226,8 +229,11 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
         return f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
     if device.compute_capability != COMPUTE_CAPABILITY:
         return f"needs compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
-    if problem.dtype not in ("bfloat16", "float16") or weight_dtype != problem.dtype:
-        return f"needs x and weight both bfloat16 or both float16, they are {problem.dtype} and {weight_dtype}"
+    if (problem.dtype, weight_dtype) not in MULTIPLIED:
+        return (
+            "needs x and weight both bfloat16, both float16 or both float32, or x in bfloat16 and weight in float32, "
+            f"they are {problem.dtype} and {weight_dtype}"
+        )
     if problem.bias_dtype not in (None, problem.dtype, "float32"):
         return f"needs a bias in float32 or in x's dtype, it is {problem.bias_dtype}"
     if problem.out_dtype not in (problem.dtype, "float32"):

@@ -97,7 +97,7 @@ class Table:
 
     def nearest(self, problem: Problem) -> Row | None:
         """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
-        if problem.weight_dtype not in (None, problem.dtype) or problem.tokens < 1:
+        if _is_mixed(problem) or problem.tokens < 1:
             return None
         rows = self.rows.get(_shape_of(problem), ())
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
@@ -106,7 +106,7 @@ class Table:
         """What won at exactly this problem on this kind of device, of kernels with this source hash, or None."""
         if self.configs is None or (self.configs.gpu, self.configs.source_hash) != (kind, source_hash):
             return None
-        if problem.weight_layout != "experts_hidden":
+        if _is_mixed(problem) or problem.weight_layout != "experts_hidden":
             return None
         return self.configs.winners.get((_shape_of(problem), problem.spec, problem.tokens))
 
@@ -186,6 +186,11 @@ def _shape(entry: Mapping[str, Any]) -> Shape:
 def _shape_of(problem: Problem) -> Shape:
     sizes = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
     return (problem.operation, *sizes)
+
+
+def _is_mixed(problem: Problem) -> bool:
+    """Whether x and weight differ in dtype, of which nothing was measured."""
+    return problem.weight_dtype not in (None, problem.dtype)
 
 
 def _operation(entry: Mapping[str, Any]) -> str:

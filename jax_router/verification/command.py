@@ -205,7 +205,7 @@ def joined(path: Path, record: Record) -> Record:
 
     def key(subject: dict[str, Any]) -> str:
         names = (*gate.SUBJECT, "source", "models")
-        return json.dumps([subject[name] for name in names], sort_keys=True)
+        return json.dumps([subject.get(name) for name in names], sort_keys=True)
 
     subjects = {key(subject): subject for subject in earlier["subjects"]}
     for subject in record["subjects"]:

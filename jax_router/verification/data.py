@@ -21,8 +21,9 @@ Array = NDArray[Any]
 
 LOGIT_DEVIATION = 1.5
 NUMERIC_TOKENS = 127  # of every kind: no multiple of a tile, and a remainder of 7 by eight
+ONE_PRODUCT = "one product"  # of float32 alone: in a sum of many a small term of one may be missing unseen
 # Kinds whose products come in no particular order: the tighter of parity's two criteria holds for these alone.
-IN_RANDOM_ORDER = ("normal", "with a mean", "negative", "ties", "as given")
+IN_RANDOM_ORDER = ("normal", "with a mean", "negative", "ties", ONE_PRODUCT, "as given")
 KINDS = (
     "normal", "with a mean", "negative", "cancellation", "wide exponents", "subnormals", "near ties", "ties",
     "infinities and NaN",
@@ -47,7 +48,8 @@ class Subject:
     Attributes:
       implementation: a name, for reports; what is called unless there is a `function`.
       shape: of the weight; with a spec it is its routing.
-      dtype: of x and weight.
+      dtype: of x.
+      weight_dtype: None means dtype.
       given: weights of a checkpoint, x of None; random ones without.
       activations: recorded x [tokens, hidden], or None.
       source: where the weights come from, for reports.
@@ -62,6 +64,7 @@ class Subject:
     activations: Array | None = None
     source: str = "random"
     weight_layout: str = "experts_hidden"
+    weight_dtype: str | None = None
     function: Callable[..., tuple[jax.Array, ...]] | None = None
 
     @property
@@ -71,6 +74,11 @@ class Subject:
     @property
     def spec(self) -> RoutingSpec | None:
         return self.shape.spec
+
+    @property
+    def multiplied(self) -> str:
+        """The dtype of the weight, in which x is multiplied too: float32 as soon as one of them is."""
+        return self.weight_dtype or self.dtype
 
     @property
     def label(self) -> str:
@@ -83,7 +91,8 @@ class Subject:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return (*KINDS, "as given") if self.given is not None else KINDS
+        more = (ONE_PRODUCT,) if self.multiplied == "float32" else ()
+        return (*KINDS, *more, *(("as given",) if self.given is not None else ()))
 
     @property
     def usual(self) -> str:
@@ -97,7 +106,7 @@ class Subject:
             bias_dtype = self.given.bias.dtype.name
         return Problem(
             tokens=tokens, hidden=self.shape.hidden, experts=self.shape.experts, dtype=self.dtype,
-            bias_dtype=bias_dtype, spec=self.spec, weight_layout=self.weight_layout,
+            weight_dtype=self.weight_dtype, bias_dtype=bias_dtype, spec=self.spec, weight_layout=self.weight_layout,
         )  # fmt: skip
 
     def call(self, operands: Operands, *, return_logits: bool = False) -> tuple[jax.Array, ...]:
@@ -151,7 +160,8 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
     random = np.random.default_rng([seed, zlib.crc32(f"{kind} {subject.shape.label}".encode())])
     shape, spec = subject.shape, subject.spec
     hidden, experts = shape.hidden, shape.experts
-    dtype, half = np.dtype(getattr(ml_dtypes, subject.dtype, subject.dtype)), subject.dtype == "float16"
+    dtype, half = dtype_named(subject.dtype), subject.dtype == "float16"
+    of_weight = dtype_named(subject.multiplied)
     if kind == "as given":
         assert subject.given is not None
         x = random.standard_normal((tokens, hidden), np.float32)
@@ -170,8 +180,9 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
         weight = -np.abs(weight) * np.float32(3 / np.sqrt(hidden))
     elif kind == "cancellation":  # neighbours that nearly cancel: logits far smaller than their products
         x[:, 1::2] = -x[:, 0 : hidden - 1 : 2]
-        weight = weight.astype(dtype).astype(np.float32)
-        weight[:, 1::2] = _nudged(weight[:, 0 : hidden - 1 : 2], random.random(weight[:, 1::2].shape) < 1 / 16, dtype)
+        weight = weight.astype(of_weight).astype(np.float32)
+        some = random.random(weight[:, 1::2].shape) < 1 / 16
+        weight[:, 1::2] = _nudged(weight[:, 0 : hidden - 1 : 2], some, of_weight)
     elif kind == "wide exponents":
         widest = 6 if half else 24
         x = np.ldexp(x, random.integers(-widest, widest + 1, x.shape).astype(np.int32))
@@ -183,15 +194,17 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
     elif kind in ("ties", "near ties"):
         second = np.arange(experts) % 3 == 1  # each equals the expert before it
         first = np.flatnonzero(second) - 1
-        weight = weight.astype(dtype).astype(np.float32)
+        weight = weight.astype(of_weight).astype(np.float32)
         weight[second], bias[second], correction[second] = weight[first], bias[first], correction[first]
         if kind == "near ties":
             # The smaller the element, the smaller its spacing: from far above the spacing of float32 logits to below.
             rank = (hidden ** random.random((int(second.sum()), 1))).astype(int) - 1
             one = abs(weight[second]).argsort(-1, kind="stable").argsort(-1, kind="stable") == rank
-            weight[second] = _nudged(weight[second], one, dtype)
+            weight[second] = _nudged(weight[second], one, of_weight)
         else:
             x[::8] = 0  # every expert with the same bias
+    elif kind == ONE_PRODUCT:
+        x[np.arange(hidden) != random.integers(0, hidden, (tokens, 1))] = 0
     elif kind == "infinities and NaN":
         where = random.integers(0, hidden, tokens)
         for remainder, value in ((1, np.nan), (3, np.inf), (5, -np.inf), (7, np.inf)):
@@ -206,11 +219,16 @@ def draw(subject: Subject, kind: str, tokens: int, seed: int) -> Operands:
     )
     return Operands(
         x.astype(dtype),
-        as_stored(weight.astype(dtype), subject),
+        as_stored(weight.astype(of_weight), subject),
         bias.astype(of_bias) if shape.bias else None,
         correction.astype(of_correction) if shape.correction_bias else None,
         given.expert_scale,
     )
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The numpy dtype of a name, "bfloat16" too."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def _nudged(values: NDArray[np.float32], where: Array, dtype: np.dtype) -> NDArray[np.float32]:

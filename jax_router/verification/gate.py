@@ -21,7 +21,8 @@ KERNELS = ("cuda", "pallas")  # xla needs no verification: it is what runs when 
 REQUIRED = ("accuracy", "experts", "bits", "memory", "load", "graphs", "neighbours")
 OF_ROUTE = ("experts",)  # the router GEMM selects none
 LOAD, FEWEST_LAUNCHES = "load", 100_000  # under load, for a table: the reverted kernel was wrong once in thousands
-SUBJECT = ("operation", "implementation", "hidden", "experts", "bias", "dtype", "out_dtype", "rule")
+# weight_dtype may be left out where it is dtype, that of x.
+SUBJECT = ("operation", "implementation", "hidden", "experts", "bias", "dtype", "weight_dtype", "out_dtype", "rule")
 
 Record = dict[str, Any]
 
@@ -35,7 +36,7 @@ def why_unverified(
 
     Args:
       record: as `read_record` returns it; None for none.
-      subject: what is asked about, with the keys in SUBJECT; `rule` may be left out without one.
+      subject: what is asked about, with the keys in SUBJECT; `rule` may be left out without one, and `weight_dtype`.
       source_hash: of the sources that would run.
       gpu: where they would run, as JAX names it.
     """
@@ -137,7 +138,14 @@ def how_to_verify(implementations: Iterable[str], models: Iterable[str] = (), *,
 
 def label(subject: Mapping[str, Any]) -> str:
     """For messages: "route of 2880x128 +bias"."""
-    return f"{subject['operation']} of {subject['hidden']}x{subject['experts']}{' +bias' if subject['bias'] else ''}"
+    return f"{subject['operation']} of {router(subject)}"
+
+
+def router(subject: Mapping[str, Any]) -> str:
+    """For messages: "2880x128 +bias", "3072x256 with a float32 weight"."""
+    of_weight = subject.get("weight_dtype")
+    dtypes = " in float32" if subject.get("dtype") == "float32" else f" with a {of_weight} weight" if of_weight else ""
+    return f"{subject['hidden']}x{subject['experts']}{' +bias' if subject['bias'] else ''}{dtypes}"
 
 
 def short(source_hash: str | None) -> str:
@@ -345,7 +353,7 @@ def _check_form(record: Any) -> None:
         parts += [(name, subject[name], str) for name in ("operation", "implementation", "dtype", "out_dtype")]
         parts += [("hidden", subject["hidden"], int), ("experts", subject["experts"], int)]
         parts += [("bias", subject["bias"], bool), ("rule", subject["rule"], dict | None)]
-        parts += [("passed", subject["passed"], bool | None)]
+        parts += [("passed", subject["passed"], bool | None), ("weight_dtype", subject.get("weight_dtype"), str | None)]
         for check in subject["checks"]:
             parts += [("check", check["check"], str), ("passed", check["passed"], bool | None)]
             if check["check"] == LOAD and check["passed"]:

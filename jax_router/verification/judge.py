@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_router import parity, routing
 from jax_router import parity_routing as judged
 from jax_router.routing import RoutingSpec
-from jax_router.verification.data import IN_RANDOM_ORDER, Operands, Subject
+from jax_router.verification.data import IN_RANDOM_ORDER, ONE_PRODUCT, Operands, Subject, dtype_named
 
 Array = NDArray[Any]
 
@@ -41,7 +40,7 @@ class Verdict:
 def judge_logits(subject: Subject, kind: str, operands: Operands, logits: Array, platform: str) -> Verdict:
     """Logits [T, E] against float64, in units of the float32 bound."""
     truth = parity.reference(operands.x, operands.weight, operands.bias)
-    agreement = parity.compare(logits, truth, accumulation(subject, platform))
+    agreement = parity.compare(logits, truth, accumulation(subject, kind, platform))
     figures = {"worst": agreement.worst_units, "rms": agreement.rms_units}
     in_order = kind not in IN_RANDOM_ORDER
     if agreement.outside == 0 and (in_order or agreement.mean_square <= agreement.mean_square_limit):
@@ -54,10 +53,10 @@ def judge_logits(subject: Subject, kind: str, operands: Operands, logits: Array,
     )  # fmt: skip
 
 
-def accumulation(subject: Subject, platform: str) -> parity.Accumulation:
-    return parity.accumulation_of(
-        subject.implementation, hidden=subject.shape.hidden, dtype=subject.dtype, platform=platform
-    )
+def accumulation(subject: Subject, kind: str, platform: str) -> parity.Accumulation:
+    """What may be expected of the logits of a kind of data."""
+    hidden = 1 if kind == ONE_PRODUCT else subject.shape.hidden  # adding zeros is exact
+    return parity.accumulation_of(subject.implementation, hidden=hidden, dtype=subject.multiplied, platform=platform)
 
 
 def judge_routing(
@@ -173,7 +172,7 @@ def _against_float64(
         truth = parity.reference(np.asarray(operands.x)[rows], operands.weight, operands.bias)
     if kind not in IN_RANDOM_ORDER:  # the bound that holds for any order alone
         truth = dataclasses.replace(truth, spread=np.full_like(truth.spread, np.inf))
-    slack = parity.logit_bound(truth, accumulation(subject, platform), truth.logits.size)
+    slack = parity.logit_bound(truth, accumulation(subject, kind, platform), truth.logits.size)
     correction = operands.correction_bias
     interval = judged.logit_interval(truth.logits, slack, spec, _rounding(subject))
     exact = judged.exact_choice(truth.logits, correction, spec, _rounding(subject))
@@ -217,7 +216,7 @@ def _specification(subject: Subject, operands: Operands, logits: Array) -> tuple
 
 
 def _rounding(subject: Subject) -> Any:
-    dtype = np.dtype(getattr(ml_dtypes, subject.dtype, subject.dtype))
+    dtype = dtype_named(subject.dtype)
 
     def rounded(values: Array) -> Array:
         with np.errstate(over="ignore"):

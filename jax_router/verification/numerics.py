@@ -19,6 +19,7 @@ from jax_router.verification.result import Context, Failure, Programs, Result
 
 MORE_TOKENS, QUICK_TOKENS = (1, 64, 257, 1024), (1,)  # of the usual kind, besides NUMERIC_TOKENS
 PEER = "cuBLAS"
+PEERS = {"bfloat16": "torch_mm_float32", "float32": "torch_linear"}  # of timing_torch.operators, by what is multiplied
 
 
 def programs(subject: Subject, context: Context) -> Programs:
@@ -59,7 +60,7 @@ def check_numerics(subject: Subject, context: Context) -> list[Result]:
         platform, logits = context.device.platform, outputs[-1]
         verdicts = {"accuracy": judge_logits(subject, kind, operands, logits, platform)}
         _collect(of_logits, kind, verdicts["accuracy"].figures)
-        if context.torch is not None and subject.dtype == "bfloat16" and kind == subject.usual:
+        if context.torch is not None and subject.multiplied in PEERS and kind == subject.usual:
             _collect(of_logits, PEER, _peer(subject, kind, operands, on_device, context))
         if subject.spec is not None:
             weights, experts = outputs[:2]
@@ -103,12 +104,16 @@ def _same_without_logits(
 
 
 def _peer(subject: Subject, kind: str, operands: Operands, on_device: Operands, context: Context) -> dict[str, Any]:
-    """What cuBLAS's product with a float32 output is off by on the same data."""
+    """What cuBLAS's product with a float32 output, of float32 in float32, is off by on the same data."""
     torch = context.torch
     assert torch is not None
-    timed = TimedOperands(on_device.x, (on_device.weight,), on_device.bias)
-    jax.block_until_ready(tuple(each for each in on_device if each is not None))
+    of_gemm = on_device[:3]
+    if subject.multiplied == "float32":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        of_gemm = jax.tree.map(lambda array: array.astype(np.float32), of_gemm)
+    timed = TimedOperands(of_gemm[0], of_gemm[1:2], of_gemm[2])
+    jax.block_until_ready(of_gemm)
     x, (weight,), bias = as_torch(torch, timed)
     with torch.no_grad():
-        logits = operators(torch)["torch_mm_float32"](x, weight, bias).float().cpu().numpy()
+        logits = operators(torch)[PEERS[subject.multiplied]](x, weight, bias).float().cpu().numpy()
     return judge_logits(subject, kind, operands, logits, context.device.platform).figures

@@ -33,7 +33,11 @@ AWKWARD_SHAPES = (
     Shape(2824, 136, True, (AWKWARD,)),  # kernels with large tiles from 128 tokens on, and weights [hidden, experts]
     Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
 )
-
+# Routers whose weights are verified in float32 too, and x beside them: of models, and sizes that fill no tile, of which
+# the experts are a multiple of 8, so that both layouts are taken.
+FLOAT32_MODELS = {"MiniMax-M2": "bfloat16", "ERNIE-4.5-21B-A3B": "float32"}
+FLOAT32_AWKWARD = Shape(1000, 40, True, (AWKWARD,))
+DEFAULT_FLOAT32 = (AWKWARD, "MiniMax-M2")
 
 MINUTES, LAUNCHES = 5.0, 1_000_000
 QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
@@ -115,16 +119,38 @@ def all_shapes(options: Options) -> list[Shape]:
     return [shape for shape in found if not options.operations or shape.operation in options.operations]
 
 
+def float32_routers(options: Options) -> list[Subject]:
+    """Those with float32 weights that are asked for; a quick run has none unless they are named."""
+    wanted = set(options.models) or set(() if options.quick else DEFAULT_FLOAT32)
+    named = set(FLOAT32_MODELS) if ALL in wanted else wanted
+    known = [
+        (dataclasses.replace(shape, models=(name,)), dtype)
+        for name, dtype in FLOAT32_MODELS.items()
+        for shape in (*shapes(models), *route_shapes(models))
+        if name in named.intersection(shape.models)
+    ]
+    if wanted.intersection((ALL, AWKWARD)):
+        known.append((FLOAT32_AWKWARD, "float32"))
+    return [
+        Subject("", shape, dtype, weight_dtype=None if dtype == "float32" else "float32")
+        for shape, dtype in known
+        if not options.operations or shape.operation in options.operations
+    ]
+
+
 def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[str, str]]:
     """Everything to verify on a device, and why each implementation that is left out does not run here."""
-    routers = _of_checkpoint(options) if options.checkpoint else [Subject("", shape) for shape in all_shapes(options)]
+    if options.checkpoint:
+        routers, of_cuda = _of_checkpoint(options), []
+    else:
+        routers, of_cuda = [Subject("", shape) for shape in all_shapes(options)], float32_routers(options)
     found: list[Subject] = []
     refused: dict[str, str] = {}
     default = ("cuda", "pallas", "xla") if device.platform == "gpu" else ("xla",)
     for name in options.implementations or default:
         if options.quick and not options.implementations and found:
             break  # one that runs here is what a minute is enough for
-        for router in routers:
+        for router in (*routers, *(of_cuda if name == "cuda" else ())):
             subject = _as_taken(dataclasses.replace(router, implementation=name))
             why = dispatch.why_unsupported(subject.problem(1), dispatch.Device.of(device), name)
             why = why or implementations.load(name).unavailable()
@@ -136,14 +162,14 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
 
 
 def _as_taken(subject: Subject) -> Subject:
-    """The kernels multiply 16-bit weights: a checkpoint's in float32 are rounded for them, which the source says.
+    """`pallas` multiplies 16-bit weights: a checkpoint's in float32 are rounded for it, which the source says.
 
     Biases and scales stay as they are stored, or become float32, which is exact, beside weights of another dtype.
     """
     given, dtype, source = subject.given, subject.dtype, subject.source
     if given is None:
         return subject
-    if dtype == "float32" and subject.implementation != "xla":
+    if dtype == "float32" and subject.implementation == "pallas":
         narrow = np.dtype(ml_dtypes.bfloat16)
         given, dtype = given._replace(weight=given.weight.astype(narrow)), narrow.name
         source = f"{source}, in bfloat16"
@@ -227,6 +253,7 @@ def describe(subject: Subject) -> dict[str, Any]:
         "experts": shape.experts,
         "bias": shape.bias,
         "dtype": subject.dtype,
+        "weight_dtype": subject.weight_dtype,
         "out_dtype": "float32",
         "rule": shape.rule,
     }

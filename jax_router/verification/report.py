@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jax_router.verification import gate
+
 if TYPE_CHECKING:  # markdown needs no rich
     from rich.console import Console
 
@@ -26,7 +28,7 @@ def _row(subject: dict[str, Any]) -> list[str]:
     by_check = {check["check"]: check for check in subject["checks"]}
     cells = [_cell(by_check.get(name)) for name in CHECKS]
     models = subject["models"]
-    router = f"{subject['hidden']}x{subject['experts']}{' +bias' if subject['bias'] else ''} {models[0]}"
+    router = f"{gate.router(subject)} {models[0]}"
     router += f" and {len(models) - 1} more" if len(models) > 1 else ""
     launches = sum(check["launches"] for check in subject["checks"])
     under_load = by_check.get("load", {}).get("launches", 0)
