@@ -13,13 +13,13 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from jax_router import agreement_report, sweep_layout, sweep_speed
+from jax_router import agreement_report, sweep_float32, sweep_layout, sweep_speed
 from jax_router.report_plots import write_plots
 from jax_router.sweep import BAD_INPUT, gpu_name
 from jax_router.sweep_bars import SGEMM, evaluate, headline_shapes, route_headline
 from jax_router.sweep_figures import median
 from jax_router.sweep_points import BOTH, HEADLINE_MODELS, IMPLEMENTATIONS, NO_ROUTING, PEERS, ROUTE_PEERS, Shape
-from jax_router.sweep_rows import Row, RowsError, by_problem, comparable, problem_of, read_rows, shape_of
+from jax_router.sweep_rows import Row, RowsError, by_problem, by_weights, comparable, problem_of, read_rows, shape_of
 from jax_router.sweep_summary import floors, show
 from jax_router.tables import OPERATIONS
 
@@ -145,7 +145,8 @@ def generated_parts(
     """Markdown by the name of its marker.
 
     provenance, table, plot, models-plot, winners, chain, host, bars, accuracy; of routing: route-table, route-plot,
-    route-chain, agreement; of weights [hidden, experts]: layout-table.
+    route-chain, agreement; of weights [hidden, experts]: layout-table; of float32 weights, which are in no other part
+    but provenance and bars: float32-table, float32-accuracy.
 
     Args:
       base: the folder that links to plots start from.
@@ -158,22 +159,25 @@ def generated_parts(
         return f"![{text}]({Path(os.path.relpath(plots[plot][0], base)).as_posix()})\n"
 
     device = rows[-1]["provenance"]["gpu"] or "CPU"
+    usual, float32 = by_weights(rows)
     made: dict[str, Callable[[], str]] = {
         "provenance": lambda: _provenance(rows),
-        "table": lambda: _headline_table(rows),
+        "table": lambda: _headline_table(usual),
         "plot": lambda: image("time-headline", f"Time of the router GEMM against tokens on {device}, with the bounds"),
         "models-plot": lambda: image(
             "time-models", f"Time of the router GEMM against tokens for other models on {device}"
         ),
         "winners": lambda: image("winners", f"Fastest implementation by shape and number of tokens on {device}"),
-        "chain": lambda: _chain(rows),
-        "host": lambda: _host(rows),
+        "chain": lambda: _chain(usual),
+        "host": lambda: _host(usual),
         "bars": lambda: _bars(rows, agreement),
-        "accuracy": lambda: _accuracy(rows),
-        "layout-table": lambda: _layout_table(rows),
-        "route-table": lambda: _route_table(rows),
+        "accuracy": lambda: _accuracy(usual),
+        "layout-table": lambda: _layout_table(usual),
+        "float32-table": lambda: _float32_table(float32),
+        "float32-accuracy": lambda: _accuracy(float32),
+        "route-table": lambda: _route_table(usual),
         "route-plot": lambda: image("route", f"Time of the whole routing against tokens on {device}"),
-        "route-chain": lambda: _chain(rows, OPERATIONS[1]),
+        "route-chain": lambda: _chain(usual, OPERATIONS[1]),
         "agreement": lambda: "Not measured.\n" if agreement is None else agreement_report.markdown(agreement),
     }
     return {part: make() for part, make in made.items()}
@@ -259,7 +263,7 @@ def _route_table(rows: Sequence[Row]) -> str:
             if problem not in routes:
                 continue
             cells = [_fastest(routes[problem], *column) for column in columns.values()]
-            alone = _fastest(gemms.get((*problem[:6], None), {}), ("cuda",), ("cupti",))
+            alone = _fastest(gemms.get(problem._replace(rule=None), {}), ("cuda",), ("cupti",))
             body.append([label, str(problem[5]), *cells, alone])
             label = ""
     if not body:
@@ -280,6 +284,16 @@ def _layout_table(rows: Sequence[Row]) -> str:
     )
     table = _markdown(["model", "T", *sweep_layout.COLUMNS], body)
     return f"{table}\n{note}\n" if body else "Not measured.\n"
+
+
+def _float32_table(rows: Sequence[Row]) -> str:
+    """The float32 weights: router GEMMs and routing, beside cuBLAS and XLA in float32."""
+    body = sweep_float32.table(rows)
+    note = (
+        "Microseconds, medians, warm / cold weights. A call in float32 has x in float32 too. cuBLAS: PyTorch's float32 "
+        "`linear` without TF32, behind the widening of a bfloat16 x. xla multiplies in float32 too."
+    )
+    return f"{_markdown(['call', 'T', *sweep_float32.COLUMNS], body)}\n{note}\n" if body else "Not measured.\n"
 
 
 def _chain(rows: Sequence[Row], operation: str = OPERATIONS[0]) -> str:
@@ -347,7 +361,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     titles = {SGEMM: "float32 SGEMM", "torch_linear": "cuBLAS, bf16 out", "torch_mm_float32": "cuBLAS, fp32 out"}
     body = [
         [
-            f"{row['hidden']}x{row['experts']}", row["weights"],
+            f"{row['hidden']}x{row['experts']}{shape_of(row).dtypes}", row["weights"],
             *(f"{row['rms_error'][name]:.1e}" if name in row["rms_error"] else "-" for name in names),
         ]
         for row in measured

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax_router.sweep_figures import Problems, median
 from jax_router.sweep_points import IMPLEMENTATIONS, PEERS, ROUTE_PEERS, Shape, rule_key
-from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
+from jax_router.sweep_rows import Row, by_problem, by_weights, problem_of, shape_of
 from jax_router.sweep_table import figures
 from jax_router.tables import OPERATIONS
 
@@ -42,7 +42,7 @@ End = tuple[tuple[int, float], str, str]  # of a line: its last (tokens, microse
 
 
 def write_plots(rows: Sequence[Row], folder: Path, name: str) -> dict[str, list[Path]]:
-    """Write every plot that the rows allow, as PNG and SVG.
+    """Write every plot that the rows allow, as PNG and SVG, without what has float32 weights.
 
     Args:
       rows: of one GPU and one source hash.
@@ -56,12 +56,13 @@ def write_plots(rows: Sequence[Row], folder: Path, name: str) -> dict[str, list[
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
+    facts = rows[-1]["provenance"]
+    rows, _ = by_weights(rows)
     problems, routes = (by_problem(rows, operation) for operation in OPERATIONS)
     shapes, routers = _shapes(rows, problems), _shapes(rows, routes)
     methods = _methods(problems, METHODS)
     headline = [shape for shape in shapes if shape.headline]
     others = [shape for shape in shapes if not shape.headline]
-    facts = rows[-1]["provenance"]
     style: Any = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "jax_router",
         "svg.fonttype": "none", "axes.titlesize": 10, "axes.titlelocation": "left", "font.family": "DejaVu Sans",

@@ -11,14 +11,17 @@ from jax_router import dispatch, sweep_speed
 from jax_router.sweep_figures import Bar, Problems, median, worst
 from jax_router.sweep_points import (
     BOTH,
+    FLOAT32_WEIGHTS,
     HEADLINE_MODELS,
     NO_ROUTING,
+    RMS,
     ROUTE_CHAIN_TOKENS,
     ROUTE_HEADLINE_MODELS,
     SPARSE_TOKENS,
+    ProblemKey,
     spec_of,
 )
-from jax_router.sweep_rows import Row, by_problem, comparable, problem_of
+from jax_router.sweep_rows import Row, by_problem, by_weights, comparable, problem_of, shape_of
 from jax_router.sweep_table import figures, table_path
 from jax_router.tables import OPERATIONS
 from jax_router.verification import gate, standing
@@ -30,18 +33,19 @@ ROUTE_OVER_GEMM = 1.6
 SAME_KERNEL = ("cuda", "pallas")  # implementations whose routing stands behind their router GEMM
 SGEMM = "float32_sgemm"
 
-Chooser = Callable[[tuple[Any, ...]], str]
+Chooser = Callable[[ProblemKey], str]
 
 
 def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
     """Every bar of the headline suite. `chosen` maps a problem's key to an implementation; None asks the dispatcher."""
-    rows, _ = comparable(rows)
+    rows, float32 = by_weights(comparable(rows)[0])
     problems = by_problem(rows)
     headline = headline_shapes(rows)
-    bars = [_checks(rows)]
+    bars = [_checks("every point passes its check against float64 before it is timed", rows)]
     bars.append(_never_slower_than_xla(problems))
     for model in HEADLINE_MODELS:
-        bars.append(_rms(rows, model, headline.get(model)))
+        of_model = [row for row in rows if (row["hidden"], row["experts"], row["bias"]) == headline.get(model)]
+        bars.append(_rms(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", of_model, 1))
     for model in HEADLINE_MODELS:
         bars.append(_pallas(problems, model, headline.get(model)))
     bars += sweep_speed.router_gemm_bars(problems, headline)
@@ -56,6 +60,10 @@ def evaluate(rows: Sequence[Row], chosen: Chooser | None = None) -> list[Bar]:
         bars.append(_route_versus_gemm(routes, problems, routed, name))
     bars += sweep_speed.route_bars(routes, problems, routed)
     bars.append(_dispatch("the dispatcher's choice for route within", routes, chooser, note))
+    of_float32 = "float32 weights: "
+    bars.append(_checks(f"{of_float32}no point fails its check against float64", float32))
+    claim = f"{of_float32}cuda's RMS error at most float32 SGEMM's, every shape, two kinds of data"
+    bars.append(_rms(claim, float32, len(FLOAT32_WEIGHTS)))
     return bars
 
 
@@ -69,7 +77,7 @@ def headline_shapes(rows: Iterable[Row]) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def route_headline(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
+def route_headline(rows: Iterable[Row]) -> dict[ProblemKey, str]:
     """The headline models of `route` in the rows by their problems."""
     return {
         problem_of(row): model
@@ -79,8 +87,7 @@ def route_headline(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
     }
 
 
-def _checks(rows: Sequence[Row]) -> Bar:
-    claim = "every point passes its check against float64 before it is timed"
+def _checks(claim: str, rows: Sequence[Row]) -> Bar:
     checks = [row for row in rows if row["method"] == "check" and row["status"] != "skipped"]
     failed = [row for row in checks if row["status"] == "failed"]
     if not checks:
@@ -94,7 +101,7 @@ def _place(row: Row) -> str:
     return f"{route}{row['hidden']}x{row['experts']} T={row['tokens']}"
 
 
-def _versus_xla(problems: Problems, name: str, wanted: Callable[[tuple[Any, ...]], bool]) -> dict[str, float]:
+def _versus_xla(problems: Problems, name: str, wanted: Callable[[ProblemKey], bool]) -> dict[str, float]:
     ratios = {}
     for problem, candidates in problems.items():
         for weights in BOTH:
@@ -105,7 +112,7 @@ def _versus_xla(problems: Problems, name: str, wanted: Callable[[tuple[Any, ...]
 
 
 def _never_slower_than_xla(problems: Problems) -> Bar:
-    def wanted(problem: tuple[Any, ...]) -> bool:
+    def wanted(problem: ProblemKey) -> bool:
         return problem[5] is not None and problem[5] <= 1024
 
     with_xla = [
@@ -124,21 +131,20 @@ def _pallas(problems: Problems, model: str, shape: tuple[Any, ...] | None) -> Ba
     return worst(f"pallas faster than xla, {model}, T = 16..256 (CUPTI)", ratios, 1.0, len(PALLAS_TOKENS) * 2, "x")
 
 
-def _rms(rows: Sequence[Row], model: str, shape: tuple[Any, ...] | None) -> Bar:
-    errors: dict[str, dict[str, float]] = {}
+def _rms(claim: str, rows: Sequence[Row], shapes: int) -> Bar:
+    """Of so many shapes; of several the figures name each."""
+    ratios = {}
     for row in rows:
-        if row["method"] == "rms" and row["status"] == "ok" and (row["hidden"], row["experts"], row["bias"]) == shape:
-            errors[row["weights"]] = row["rms_error"]
-    ratios = {
-        f"{data} (cuda {found['cuda']:.2e}, float32 SGEMM {found[SGEMM]:.2e})": found["cuda"] / found[SGEMM]
-        for data, found in errors.items()
-        if "cuda" in found and SGEMM in found
-    }
-    return worst(f"cuda's RMS error at most float32 SGEMM's, {model}, two kinds of data", ratios, 1.0, 2, "x")
+        errors = row["rms_error"] if row["method"] == "rms" and row["status"] == "ok" else {}
+        if "cuda" in errors and SGEMM in errors:
+            place = row["weights"] if shapes == 1 else f"{shape_of(row).size} {row['weights']}"
+            figures = f"(cuda {errors['cuda']:.2e}, float32 SGEMM {errors[SGEMM]:.2e})"
+            ratios[f"{place} {figures}"] = errors["cuda"] / errors[SGEMM]
+    return worst(claim, ratios, 1.0, shapes * len(RMS), "x")
 
 
 def _route_versus_xla(
-    routes: Problems, headline: dict[tuple[Any, ...], str], method: str, fewest: int, most: int, times: int
+    routes: Problems, headline: dict[ProblemKey, str], method: str, fewest: int, most: int, times: int
 ) -> Bar:
     ratios = {}
     for problem, model in headline.items():
@@ -157,10 +163,10 @@ def _route_versus_xla(
     return worst(claim, ratios, 1 / times, expected, "x")
 
 
-def _route_versus_gemm(routes: Problems, problems: Problems, headline: dict[tuple[Any, ...], str], name: str) -> Bar:
+def _route_versus_gemm(routes: Problems, problems: Problems, headline: dict[ProblemKey, str], name: str) -> Bar:
     ratios = {}
     for problem, model in headline.items():
-        gemm = problems.get((*problem[:6], None), {})
+        gemm = problems.get(problem._replace(rule=None), {})
         for weights in BOTH:
             route, alone = (median(each.get(name), "cupti", weights) for each in (routes.get(problem, {}), gemm))
             if problem[5] <= SMALL_TOKENS[-1] and route is not None and alone is not None:
@@ -205,10 +211,16 @@ def _dispatcher(rows: Sequence[Row]) -> Chooser:
     # The user's own record, like the environment, is not of the machine that was measured.
     verification = standing.judge(kind, table, None, source_hash=gate.present_hash())
 
-    def chosen(key: tuple[Any, ...]) -> str:
-        hidden, experts, bias, dtype, out_dtype, tokens, rule = key
+    def chosen(key: ProblemKey) -> str:
         problem = dispatch.Problem(
-            tokens, hidden, experts, dtype, None, dtype if bias else None, out_dtype, spec_of(rule)
+            tokens=key.tokens,
+            hidden=key.hidden,
+            experts=key.experts,
+            dtype=key.dtype,
+            weight_dtype=key.weight_dtype,
+            bias_dtype=key.dtype if key.bias else None,
+            out_dtype=key.out_dtype,
+            spec=spec_of(key.rule),
         )
         choice = dispatch.choose(problem, device, environment={}, table=table, verification=verification)
         return choice.implementation

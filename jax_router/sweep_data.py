@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +39,11 @@ class ShapeData:
         random = np.random.default_rng(zlib.crc32(shape.label.encode()))
         largest = max(tokens, default=1)
         self.shape, self.device = shape, device
-        self.x = random.standard_normal((largest, shape.hidden), np.float32).astype(BFLOAT16)
+        dtype = jnp.dtype(shape.dtype)
+        self.x = random.standard_normal((largest, shape.hidden), np.float32).astype(dtype)
         scaled = random.standard_normal((shape.experts, shape.hidden), np.float32) / np.sqrt(shape.hidden)
-        self.weight = scaled.astype(BFLOAT16)
-        self.bias = random.standard_normal(shape.experts, np.float32).astype(BFLOAT16) if shape.bias else None
+        self.weight = scaled.astype(shape.weight_dtype)
+        self.bias = random.standard_normal(shape.experts, np.float32).astype(dtype) if shape.bias else None
         copies = cold_copies(self.weight.nbytes) if device.platform == "gpu" else 1
         self._weights = tuple(jax.device_put(self.weight, device) for _ in range(copies))
         self._bias = None if self.bias is None else jax.device_put(self.bias, device)
@@ -112,7 +114,7 @@ class ShapeData:
             spread=self._truth.spread[chosen],
         )
         accumulation = parity.accumulation_of(
-            candidate, hidden=self.shape.hidden, dtype=DTYPE, platform=self.device.platform
+            candidate, hidden=self.shape.hidden, dtype=self.shape.weight_dtype, platform=self.device.platform
         )
         return self._rows[chosen], truth, accumulation
 
@@ -150,20 +152,22 @@ def rms_errors(
     torch: Any | None,
     tokens: int = ACCURACY_TOKENS,
 ) -> dict[str, float]:
-    """Root-mean-square errors against float64 on the same bfloat16 data, by candidate, float32 SGEMM among them.
+    """Root-mean-square errors against float64 on the same data, by candidate, float32 SGEMM among them.
 
     Args:
       data: "zero mean" for standard normal data, "with a mean" for half a standard deviation added to both x and
         weight, so that partial sums grow in one direction.
       calls: implementations to include.
-      torch: the module if it has the GPU; adds cuBLAS, and computes SGEMM with it. Otherwise XLA's float32 product.
+      torch: the module if it has the GPU; computes SGEMM, and of 16-bit weights adds cuBLAS. Otherwise SGEMM is XLA's
+        float32 product.
     """
     random = np.random.default_rng(zlib.crc32(f"{shape.label} {data}".encode()))
     mean = {"zero mean": 0.0, "with a mean": 0.5}[data]
-    x = (random.standard_normal((tokens, shape.hidden), np.float32) + np.float32(mean)).astype(BFLOAT16)
+    dtype = jnp.dtype(shape.dtype)
+    x = (random.standard_normal((tokens, shape.hidden), np.float32) + np.float32(mean)).astype(dtype)
     weight = random.standard_normal((shape.experts, shape.hidden), np.float32) + np.float32(mean)
-    weight = (weight / np.sqrt(shape.hidden)).astype(BFLOAT16)
-    bias = random.standard_normal(shape.experts, np.float32).astype(BFLOAT16) if shape.bias else None
+    weight = (weight / np.sqrt(shape.hidden)).astype(shape.weight_dtype)
+    bias = random.standard_normal(shape.experts, np.float32).astype(dtype) if shape.bias else None
     operands = Operands(*jax.device_put((x, (weight,), bias), device))
     logits: dict[str, Any] = {
         name: jax.jit(call)(operands.x, operands.weights[0], operands.bias) for name, call in calls.items()
@@ -177,8 +181,8 @@ def rms_errors(
             torch.backends.cuda.matmul.allow_tf32 = False
             exact = torch.mm(tx.float(), tweight.float().t())
             logits[SGEMM] = (exact if tbias is None else exact + tbias.float()).cpu().numpy()
-            for name, operator in operators(torch).items():
-                logits[name] = operator(tx, tweight, tbias).float().cpu().numpy()
+            for name in PEERS if shape.weight_dtype == DTYPE else ():
+                logits[name] = operators(torch)[name](tx, tweight, tbias).float().cpu().numpy()
     truth = parity.reference(x, weight, bias).logits
     errors = {name: np.asarray(value).astype(np.float64) - truth for name, value in logits.items()}
     return {name: float(np.sqrt(np.mean(error**2))) for name, error in errors.items()}

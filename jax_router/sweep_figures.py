@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
+from jax_router.sweep_points import ProblemKey
 from jax_router.sweep_rows import Row
 
 # by_problem() of the rows: {problem: {candidate: {(method, weights): row}}}
-Problems = dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]
+Problems = dict[ProblemKey, dict[str, dict[tuple[str, str], Row]]]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from jax_router.implementations import NAMES as IMPLEMENTATIONS
 from jax_router.models import models
@@ -16,13 +16,15 @@ from jax_router.tables import OPERATIONS
 PEERS = ("torch_linear", "torch_mm_float32")  # names of timing_torch.operators
 COMPILED_PEER = "torch_route_compiled"
 ROUTE_PEERS = ("torch_route", COMPILED_PEER)  # timing_torch.route_operator
-BOUNDS = ("empty", "read_weight")  # operations of graph_replay: an empty launch, a read of the weight bytes
+FLOAT32_PEER = "torch_linear_float32"  # of float32 weights, in timing_torch.operators too
+READ_WEIGHT = "read_weight"
+BOUNDS = ("empty", READ_WEIGHT)  # operations of graph_replay: an empty launch, a read of the weight bytes
 NO_ROUTING = "no_routing"  # the chain of chain_slope with nothing in it
 ACCURACY = "accuracy"
 # Of a weight stored [hidden, experts], and what runs them: on it as it is, or behind a transpose in every call.
 TRANSPOSED = "cuda_transposed"
 HIDDEN_EXPERTS = {"cuda_hidden_experts": "cuda", "xla_hidden_experts": "xla", TRANSPOSED: "cuda"}
-CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, NO_ROUTING, ACCURACY, *HIDDEN_EXPERTS)
+CANDIDATES = (*BOUNDS, *IMPLEMENTATIONS, *PEERS, *ROUTE_PEERS, FLOAT32_PEER, NO_ROUTING, ACCURACY, *HIDDEN_EXPERTS)
 SUITES = ("quick", "headline", "full")
 
 # What the records on GPUs have. More models would be more shapes to measure.
@@ -50,7 +52,25 @@ ROUTE_QUICK_TOKENS = (1, 64)
 ROUTE_FEW_TOKENS = (1, 64, 4096)  # of models that are not in the headline, and of what takes long to compile
 ROUTE_CHAIN_TOKENS = (1, 64, 256, 4096)  # the ends of the ranges that have a bar
 BOTH = ("warm", "cold")
+RMS = (("rms", "zero mean"), ("rms", "with a mean"))  # the measurements of ACCURACY
 DTYPE, OUT_DTYPE = "bfloat16", "float32"
+FLOAT32 = "float32"
+# Routers measured with float32 weights too, and the dtype of x. All three multiply in float32: transformers widens x
+# and weight of DeepSeek-V3's and ERNIE's (hf.py), vLLM keeps MiniMax-M2's weight in float32.
+FLOAT32_WEIGHTS = (("DeepSeek-V3", DTYPE), ("MiniMax-M2", DTYPE), ("ERNIE-4.5-21B-A3B", FLOAT32))
+
+
+class ProblemKey(NamedTuple):
+    """One problem of the sweep, as a part of the keys of its rows."""
+
+    hidden: int
+    experts: int
+    bias: bool
+    dtype: str  # of x and of the bias
+    out_dtype: str
+    tokens: Any  # a number, or None for what depends on the weight alone
+    rule: str | None  # a `rule_key`
+    weight_dtype: str
 
 
 @dataclass(frozen=True)
@@ -66,10 +86,19 @@ class Shape:
     models: tuple[str, ...]
     spec: RoutingSpec | None = None
     correction_bias: bool = False
+    dtype: str = DTYPE  # of x and of the bias
+    weight_dtype: str = DTYPE
+
+    @property
+    def dtypes(self) -> str:
+        """What labels say of the dtypes: nothing of the usual one."""
+        if self.weight_dtype == DTYPE:
+            return ""
+        return f" in {self.dtype}" if self.dtype == self.weight_dtype else f" with a {self.weight_dtype} weight"
 
     @property
     def size(self) -> str:
-        return f"{self.hidden}x{self.experts}{' +bias' if self.bias else ''}"
+        return f"{self.hidden}x{self.experts}{' +bias' if self.bias else ''}{self.dtypes}"
 
     @property
     def label(self) -> str:
@@ -111,8 +140,19 @@ class Point:
     def key(self, method: str, weights: str) -> tuple[Any, ...]:
         """Identity of one row in a rows file."""
         shape = self.shape
-        sizes = (shape.hidden, shape.experts, shape.bias, DTYPE, OUT_DTYPE, self.tokens)
-        return (*sizes, rule_key(shape.rule), self.candidate, method, weights)
+        sizes = (shape.hidden, shape.experts, shape.bias, shape.dtype, OUT_DTYPE, self.tokens)
+        return (*ProblemKey(*sizes, rule_key(shape.rule), shape.weight_dtype), self.candidate, method, weights)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What every row of this point says of it."""
+        shape = self.shape
+        return {
+            "operation": shape.operation, **({} if shape.rule is None else {"rule": shape.rule}),
+            "models": shape.models, "hidden": shape.hidden, "experts": shape.experts, "bias": shape.bias,
+            "dtype": shape.dtype, "weight_dtype": shape.weight_dtype, "out_dtype": OUT_DTYPE, "tokens": self.tokens,
+            "candidate": self.candidate,
+        }  # fmt: skip
 
     @property
     def implementation(self) -> str:
@@ -170,6 +210,16 @@ def route_shapes(presets: Mapping[str, Any] | None = None) -> tuple[Shape, ...]:
     return tuple(sorted(found, key=lambda shape: _rank(shape, ROUTE_HEADLINE_MODELS)))
 
 
+def float32_shapes() -> tuple[Shape, ...]:
+    """The routers of FLOAT32_WEIGHTS: their router GEMMs, then their routing."""
+    return tuple(
+        replace(shape, dtype=dtype, weight_dtype=FLOAT32)
+        for of_operation in (shapes, route_shapes)
+        for model, dtype in FLOAT32_WEIGHTS
+        for shape in of_operation({model: models[model]})
+    )
+
+
 def _rank(shape: Shape, headline: Sequence[str]) -> tuple[int, int]:
     """Headline shapes in their order, then by size."""
     places = [index for index, name in enumerate(headline) if _has_model(shape, [name])]
@@ -186,7 +236,9 @@ def points(
     only_candidates: Sequence[str] = (),
     only_operations: Sequence[str] = (),
 ) -> list[Point]:
-    """The points of a suite, in the order in which they run: router GEMMs, then routing, shape by shape, by tokens.
+    """The points of a suite, in the order in which they run: router GEMMs, routing, then both with float32 weights.
+
+    Each is in order of shapes, then of tokens.
 
     Args:
       suite: "quick", "headline" or "full".
@@ -198,7 +250,7 @@ def points(
     Raises:
       ValueError: an unknown suite, model, candidate or operation, or tokens below 1.
     """
-    known = (*shapes(), *route_shapes())
+    known = (*shapes(), *route_shapes(), *(float32_shapes() if gpu and suite != "quick" else ()))
     _check_filters(suite, known, only_models, only_tokens, only_candidates, only_operations)
     wanted = [shape for shape in known if not only_models or _has_model(shape, only_models)]
     if suite == "quick" and not only_models:
@@ -206,22 +258,22 @@ def points(
     wanted = [shape for shape in wanted if not only_operations or shape.operation in only_operations]
     found: list[Point] = []
     for shape in wanted:
+        if shape.weight_dtype == FLOAT32:
+            found += _float32_points(shape, only_tokens, torch_gpu=torch_gpu)
+            continue
         if shape.spec is not None:
             for tokens in only_tokens or _route_tokens(suite, shape):
                 found += _route_candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
             continue
         if gpu:
             floors = _host(suite, shape)
-            found += [
-                Point(shape, None, bound, (*(("graph_replay", weights) for weights in BOTH), *floors.get(bound, ())))
-                for bound in BOUNDS
-            ]
+            found += [Point(shape, None, bound, (*_both("graph_replay"), *floors.get(bound, ()))) for bound in BOUNDS]
             if NO_ROUTING in floors:
                 found.append(Point(shape, None, NO_ROUTING, floors[NO_ROUTING]))
         for tokens in only_tokens or _tokens(suite, shape):
             found += _candidates(suite, shape, tokens, gpu=gpu, torch_gpu=torch_gpu)
         if gpu and shape.headline and suite != "quick":
-            found.append(Point(shape, None, ACCURACY, (("rms", "zero mean"), ("rms", "with a mean"))))
+            found.append(Point(shape, None, ACCURACY, RMS))
     if not gpu and not only_models and OPERATIONS[0] in (only_operations or OPERATIONS):
         tiny = [tokens for tokens in TINY_TOKENS if not only_tokens or tokens in only_tokens]
         found += [
@@ -231,6 +283,23 @@ def points(
             for candidate in ("pallas", "xla")
         ]
     return [point for point in found if not only_candidates or point.candidate in only_candidates]
+
+
+def _both(method: str) -> tuple[tuple[str, str], ...]:
+    """Measurements by one method, warm and cold."""
+    return tuple((method, weights) for weights in BOTH)
+
+
+def _float32_points(shape: Shape, only_tokens: Sequence[int], *, torch_gpu: bool) -> list[Point]:
+    """With float32 weights: `cuda`, `xla` and cuBLAS, and of the router GEMM the read of the weights and the errors."""
+    gemm = shape.spec is None
+    found = [Point(shape, None, READ_WEIGHT, _both("graph_replay"))] if gemm else []
+    for tokens in only_tokens or (SPARSE_TOKENS if gemm and shape.dtype == DTYPE else ROUTE_FEW_TOKENS):
+        found.append(Point(shape, tokens, "cuda", (*_both("graph_replay"), *_both("cupti"))))
+        found.append(Point(shape, tokens, "xla", _both("cupti")))
+        if gemm and torch_gpu:
+            found.append(Point(shape, tokens, FLOAT32_PEER, _both("torch_replay")))
+    return [*found, Point(shape, None, ACCURACY, RMS)] if gemm else found
 
 
 def _tokens(suite: str, shape: Shape) -> tuple[int, ...]:
@@ -243,16 +312,15 @@ def _candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch_gpu: 
     if not gpu:
         return [Point(shape, tokens, "xla", (("wall", "warm"),))]
     with_chain = suite != "quick" and tokens in CHAIN_TOKENS and (shape.headline or suite == "full")
-    chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
-    kernel_time = tuple(("cupti", weights) for weights in BOTH)
-    replay = tuple(("graph_replay", weights) for weights in BOTH)
+    chains = _both("chain_slope") if with_chain else ()
+    kernel_time, replay = _both("cupti"), _both("graph_replay")
     host = _host(suite, shape, tokens)
     found = [
         Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *host.get(name, ()), *chains, *kernel_time))
         for name in IMPLEMENTATIONS
     ]
     if torch_gpu:
-        found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in PEERS]
+        found += [Point(shape, tokens, peer, _both("torch_replay")) for peer in PEERS]
     if chains:
         found.append(Point(shape, tokens, NO_ROUTING, chains))
     if suite != "quick" and shape.headline and tokens in LAYOUT_TOKENS:
@@ -280,9 +348,8 @@ def _route_candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch
     if not gpu:
         return [Point(shape, tokens, "xla", (("wall", "warm"),))]
     with_chain = suite != "quick" and shape.headline and tokens in ROUTE_CHAIN_TOKENS
-    chains = tuple(("chain_slope", weights) for weights in BOTH) if with_chain else ()
-    kernel_time = tuple(("cupti", weights) for weights in BOTH)
-    replay = tuple(("graph_replay", weights) for weights in BOTH)
+    chains = _both("chain_slope") if with_chain else ()
+    kernel_time, replay = _both("cupti"), _both("graph_replay")
     host = _host(suite, shape, tokens)
     found = [
         Point(shape, tokens, name, (*(replay if name == "cuda" else ()), *host.get(name, ()), *chains, *kernel_time))
@@ -290,7 +357,7 @@ def _route_candidates(suite: str, shape: Shape, tokens: int, *, gpu: bool, torch
     ]
     if torch_gpu and shape.headline and suite != "quick":
         peers = [peer for peer in ROUTE_PEERS if peer != COMPILED_PEER or tokens in ROUTE_FEW_TOKENS]
-        found += [Point(shape, tokens, peer, tuple(("torch_replay", weights) for weights in BOTH)) for peer in peers]
+        found += [Point(shape, tokens, peer, _both("torch_replay")) for peer in peers]
     if chains:
         found.append(Point(shape, tokens, NO_ROUTING, chains))
     return found

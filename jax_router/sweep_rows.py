@@ -2,18 +2,19 @@
 
 A row is one measurement or one check (`status` "ok"), one of these that failed ("failed", with the reason; what fails
 its check is not timed), or one candidate that this machine does not run ("skipped", with the reason). It is of one
-operation, `router_gemm` if it does not say, and of `route` it has the rule. Every row carries its provenance.
+operation, `router_gemm` if it does not say, and of `route` it has the rule. Without a `weight_dtype` its weight has
+the dtype of x. Every row carries its provenance.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jax_router.sweep_points import Shape, rule_key, spec_of
+from jax_router.sweep_points import FLOAT32, ProblemKey, Shape, rule_key, spec_of
 from jax_router.tables import OPERATIONS
 
 Row = dict[str, Any]
@@ -30,9 +31,25 @@ def key(row: Row) -> tuple[Any, ...]:
     return (*problem_of(row), *(row[name] for name in _KEY[6:]))
 
 
-def problem_of(row: Row) -> tuple[Any, ...]:
-    """(hidden, experts, bias, dtype, out_dtype, tokens, rule), the rule as `rule_key` has it."""
-    return (*(row[name] for name in _KEY[:6]), rule_key(row.get("rule")))
+def problem_of(row: Mapping[str, Any]) -> ProblemKey:
+    """The problem of a row, or of an entry of a table."""
+    sizes = (row[name] for name in _KEY[:6])
+    return ProblemKey._make((*sizes, rule_key(row.get("rule")), row.get("weight_dtype", row["dtype"])))
+
+
+def place_in_table(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the entries of a table are sorted by."""
+    problem = problem_of(entry)
+    sizes = (problem.hidden, problem.experts, problem.bias, problem.weight_dtype, problem.dtype, problem.tokens)
+    return (OPERATIONS.index(entry["operation"]), *sizes)
+
+
+def by_weights(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of 16-bit weights and those of float32 weights, which are judged and shown apart."""
+    found: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        found[problem_of(row).weight_dtype == FLOAT32].append(row)
+    return found
 
 
 def identity(provenance: Row) -> tuple[Any, ...]:
@@ -119,15 +136,24 @@ def shape_of(row: Row) -> Shape:
     """What a row was measured on."""
     rule = row.get("rule")
     corrected = rule is not None and rule["correction_bias"]
-    models = tuple(row["models"])
-    return Shape(row["hidden"], row["experts"], row["bias"], models, spec_of(rule_key(rule)), corrected)
+    problem = problem_of(row)
+    return Shape(
+        problem.hidden,
+        problem.experts,
+        problem.bias,
+        tuple(row["models"]),
+        spec_of(problem.rule),
+        corrected,
+        problem.dtype,
+        problem.weight_dtype,
+    )
 
 
 def by_problem(
     rows: Iterable[Row], operation: str = OPERATIONS[0]
-) -> dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]]:
+) -> dict[ProblemKey, dict[str, dict[tuple[str, str], Row]]]:
     """Timed rows of one operation as {problem_of(row): {candidate: {(method, weights): row}}}."""
-    found: dict[tuple[Any, ...], dict[str, dict[tuple[str, str], Row]]] = {}
+    found: dict[ProblemKey, dict[str, dict[tuple[str, str], Row]]] = {}
     for row in rows:
         if row["status"] == "ok" and "samples_us" in row and row.get("operation", OPERATIONS[0]) == operation:
             found.setdefault(problem_of(row), {}).setdefault(row["candidate"], {})[row["method"], row["weights"]] = row

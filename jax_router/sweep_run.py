@@ -19,7 +19,7 @@ from jax_router.sweep_points import (
     ACCURACY,
     BOUNDS,
     COMPILED_PEER,
-    DTYPE,
+    FLOAT32_PEER,
     HIDDEN_EXPERTS,
     IMPLEMENTATIONS,
     NO_ROUTING,
@@ -185,8 +185,9 @@ class Runner:
             tokens=point.tokens or 1,
             hidden=point.shape.hidden,
             experts=point.shape.experts,
-            dtype=DTYPE,
-            bias_dtype=DTYPE if point.shape.bias else None,
+            dtype=point.shape.dtype,
+            weight_dtype=point.shape.weight_dtype,
+            bias_dtype=point.shape.dtype if point.shape.bias else None,
             out_dtype=OUT_DTYPE,
             spec=point.shape.spec,
             weight_layout=weight_layout_of(point.candidate),
@@ -208,7 +209,7 @@ class Runner:
         results: tuple[Any, ...] = ()
         peer: Callable[..., Any] | None = None
         if point.candidate != NO_ROUTING:
-            if point.candidate in (*PEERS, *ROUTE_PEERS):
+            if point.candidate in (*PEERS, FLOAT32_PEER, *ROUTE_PEERS):
                 peer = data.peer(self.torch, point.candidate)
                 try:
                     results = (self._of_peer(peer, operands),)
@@ -328,14 +329,8 @@ class Runner:
 
     def _write(self, point: Point, measurement: tuple[str, str], *, status: str = "ok", **more: Any) -> None:
         method, weights = measurement
-        shape = point.shape
-        row = {
-            "operation": shape.operation, **({} if shape.rule is None else {"rule": shape.rule}),
-            "models": shape.models, "hidden": shape.hidden, "experts": shape.experts, "bias": shape.bias,
-            "dtype": DTYPE, "out_dtype": OUT_DTYPE, "tokens": point.tokens, "candidate": point.candidate,
-            "method": method, "weights": weights, "status": status, **more, "provenance": self.provenance,
-        }  # fmt: skip
-        self.writer.write(row)
+        measured = {"method": method, "weights": weights, "status": status, **more}
+        self.writer.write({**point.fields, **measured, "provenance": self.provenance})
         self.written += 1
 
 

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from jax_router.sweep_figures import Bar, Problems, median, worst
-from jax_router.sweep_points import ALL_TOKENS, BOTH, PEERS, ROUTE_FEW_TOKENS, SPARSE_TOKENS, geometric_mean
-from jax_router.sweep_rows import Row, by_problem, comparable
+from jax_router.sweep_points import (
+    ALL_TOKENS,
+    BOTH,
+    PEERS,
+    READ_WEIGHT,
+    ROUTE_FEW_TOKENS,
+    SPARSE_TOKENS,
+    ProblemKey,
+    geometric_mean,
+)
+from jax_router.sweep_rows import Row, by_problem, by_weights, comparable
 from jax_router.tables import OPERATIONS
 
 READ, CUBLAS, XLA = "the read of the weights", "cuBLAS", "xla"
@@ -60,7 +69,7 @@ def router_gemm_bars(problems: Problems, headline: Mapping[str, tuple[Any, ...]]
     ]
 
 
-def route_bars(routes: Problems, problems: Problems, headline: Mapping[tuple[Any, ...], str]) -> list[Bar]:
+def route_bars(routes: Problems, problems: Problems, headline: Mapping[ProblemKey, str]) -> list[Bar]:
     """Bars of `route`: of the headline models, {problem: model}, and of all other routers."""
     bars = []
     for model, limits in ROUTE.items():
@@ -98,7 +107,7 @@ def _bar(
     return worst(claim, ratios, limit.ratio, max(points, in_suite), "x")
 
 
-def _place(key: tuple[Any, ...], candidates: dict[str, dict[tuple[str, str], Row]]) -> str:
+def _place(key: ProblemKey, candidates: dict[str, dict[tuple[str, str], Row]]) -> str:
     """Of a problem, for figures: sizes of a router GEMM, the first model of a router."""
     if key[6] is None:
         return f"{key[0]}x{key[1]}{' +bias' if key[2] else ''}"
@@ -106,7 +115,7 @@ def _place(key: tuple[Any, ...], candidates: dict[str, dict[tuple[str, str], Row
 
 
 def _ratios(
-    key: tuple[Any, ...], measured: Problems, gemms: Problems, peer: str, method: str
+    key: ProblemKey, measured: Problems, gemms: Problems, peer: str, method: str
 ) -> Iterator[tuple[str, float]]:
     """("warm" or "cold", cuda over the peer) of one problem, as far as both were measured."""
     for weights in BOTH:
@@ -115,9 +124,9 @@ def _ratios(
             yield weights, ours / theirs
 
 
-def _peer(peer: str, key: tuple[Any, ...], measured: Problems, gemms: Problems, weights: str) -> float | None:
+def _peer(peer: str, key: ProblemKey, measured: Problems, gemms: Problems, weights: str) -> float | None:
     if peer == READ:
-        return median(gemms.get((*key[:5], None, None), {}).get("read_weight"), _REPLAY, weights)
+        return median(gemms.get(key._replace(tokens=None, rule=None), {}).get(READ_WEIGHT), _REPLAY, weights)
     candidates = measured[key]
     if peer == XLA:
         return median(candidates.get("xla"), _CUPTI, weights)
@@ -136,8 +145,11 @@ class Mean:
 
 
 def geometric_means(rows: Sequence[Row]) -> list[Mean]:
-    """Of `cuda` to each peer, over all shapes and numbers of tokens, warm and cold; those that were measured."""
-    rows, _ = comparable(rows)
+    """Of `cuda` to each peer, over all shapes and numbers of tokens, warm and cold; those that were measured.
+
+    Not those with float32 weights.
+    """
+    rows, _ = by_weights(comparable(rows)[0])
     gemms, routes = (by_problem(rows, operation) for operation in OPERATIONS)
     compared = (
         ("router_gemm to cuBLAS, replay", gemms, CUBLAS, _REPLAY),

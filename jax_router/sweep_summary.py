@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jax_router.sweep_figures import Bar, median
-from jax_router.sweep_points import BOTH, BOUNDS, HIDDEN_EXPERTS, NO_ROUTING, Shape
+from jax_router.sweep_figures import Bar, Problems, median
+from jax_router.sweep_points import BOTH, BOUNDS, HIDDEN_EXPERTS, NO_ROUTING, READ_WEIGHT, ProblemKey, Shape
 from jax_router.sweep_rows import Row, by_problem, problem_of, shape_of
 from jax_router.tables import OPERATIONS
 
@@ -76,9 +75,9 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     return found
 
 
-def floors(problems: dict[tuple[Any, ...], Any], problem: tuple[Any, ...]) -> Pair:
+def floors(problems: Problems, problem: ProblemKey) -> Pair:
     """Microseconds of a read of the weight bytes of this problem's shape, warm and cold, from the router GEMMs'."""
-    bound = problems.get((*problem[:5], None, None), {}).get("read_weight")
+    bound = problems.get(problem._replace(tokens=None, rule=None), {}).get(READ_WEIGHT)
     warm, cold = (median(bound, "graph_replay", weights) for weights in BOTH)
     return warm, cold
 
@@ -163,5 +162,5 @@ def print_accuracy(console: Console, rows: Sequence[Row]) -> None:
         table.add_column(column, justify="left" if column in ("shape", "data") else "right")
     for row in measured:
         errors = [f"{row['rms_error'][name]:.1e}" if name in row["rms_error"] else "-" for name in names]
-        table.add_row(f"{row['hidden']}x{row['experts']}", row["weights"], *errors)
+        table.add_row(f"{row['hidden']}x{row['experts']}{shape_of(row).dtypes}", row["weights"], *errors)
     console.print(table)

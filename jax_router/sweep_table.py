@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_router.sweep_points import IMPLEMENTATIONS, geometric_mean, rule_key
-from jax_router.sweep_rows import Row, by_problem, comparable
+from jax_router.sweep_points import IMPLEMENTATIONS, ProblemKey, geometric_mean
+from jax_router.sweep_rows import Row, by_problem, comparable, place_in_table, problem_of
 from jax_router.tables import OPERATIONS, file_name, load_table
 from jax_router.verification import gate
 
@@ -50,15 +50,16 @@ def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str =
     circumstances = {"source_hash": provenance.get("source_hash"), "gpu": provenance.get("gpu")}
     entries, accepted = [], []
     every = [(operation, *each) for operation in OPERATIONS for each in by_problem(rows, operation).items()]
-    for operation, (hidden, experts, bias, dtype, out_dtype, tokens, rule), candidates in every:
+    for operation, problem, candidates in every:
         shape = {
             "operation": operation,
-            **({} if rule is None else {"rule": json.loads(rule)}),
-            "hidden": hidden,
-            "experts": experts,
-            "dtype": dtype,
-            "bias": bias,
-            "out_dtype": out_dtype,
+            **({} if problem.rule is None else {"rule": json.loads(problem.rule)}),
+            "hidden": problem.hidden,
+            "experts": problem.experts,
+            "dtype": problem.dtype,
+            **({} if problem.weight_dtype == problem.dtype else {"weight_dtype": problem.weight_dtype}),
+            "bias": problem.bias,
+            "out_dtype": problem.out_dtype,
         }
         found = figures(candidates)
         reasons = {
@@ -78,15 +79,14 @@ def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str =
             for name, reason in reasons.items()
         }
         winner = min(verified, key=lambda name: verified[name])
-        entries.append({**shape, "tokens": tokens, "winner": winner, "candidates": times})
+        entries.append({**shape, "tokens": problem.tokens, "winner": winner, "candidates": times})
         accepted += [{**shape, "implementation": name} for name in verified if name in gate.KERNELS]
     if not entries:
         raise ValueError(
             "the rows hold neither xla nor a verified kernel with warm and cold CUPTI times. Expected a sweep on a GPU "
             "that has them; run `jax-router sweep --suite headline --write-table` there."
         )
-    by_size = ("hidden", "experts", "bias", "tokens")
-    entries.sort(key=lambda entry: (OPERATIONS.index(entry["operation"]), *map(entry.get, by_size)))
+    entries.sort(key=place_in_table)
     return {
         "gpu": provenance["gpu"],
         "provenance": provenance,
@@ -99,12 +99,12 @@ def table_of(rows: Sequence[Row], record: gate.Record | None, record_name: str =
 
 def refusals(table: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """What a table did not accept: a line per implementation and reason, and one that says how to verify it."""
-    models = {_shape(row): row["models"][0] for row in rows}
+    models = {_without_tokens(row): row["models"][0] for row in rows}
     shapes: dict[tuple[str, str], dict[str, str]] = {}  # label and model of each, by implementation and reason
     for entry in table["entries"]:
         for name, candidate in entry["candidates"].items():
             if not candidate["verified"]:
-                shape = {gate.label(entry): models[_shape(entry)]}
+                shape = {gate.label(entry): models[_without_tokens(entry)]}
                 shapes.setdefault((name, candidate["reason"]), {}).update(shape)
     lines = [f"{name} on {', '.join(of_reason)}: {reason}" for (name, reason), of_reason in shapes.items()]
     if not lines:
@@ -114,14 +114,8 @@ def refusals(table: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     return [*lines, f"To verify: {gate.how_to_verify(names, wanted)}"]
 
 
-def _shape(found: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (
-        found.get("operation", OPERATIONS[0]),
-        found["hidden"],
-        found["experts"],
-        found["bias"],
-        rule_key(found.get("rule")),
-    )
+def _without_tokens(found: Mapping[str, Any]) -> ProblemKey:
+    return problem_of(found)._replace(tokens=None)
 
 
 def table_path(gpu: str, folder: Path = TABLES) -> Path:

@@ -69,6 +69,7 @@ def launches(
         hidden=operands.x.shape[1],
         experts=rotation[0].shape[0],
         dtype=operands.x.dtype.name,
+        weight_dtype=rotation[0].dtype.name,
         bias_dtype=None if bias is None else bias.dtype.name,
         out_dtype=logits.dtype.name,
         spec=spec,

@@ -25,16 +25,22 @@ def torch_with_gpu() -> Any | None:
 
 
 def operators(torch: Any) -> dict[str, Callable[..., Any]]:
-    """The PyTorch peers by name. Each takes x [T, H], weight [E, H] and bias [E] or None, all bfloat16."""
+    """The PyTorch peers by name. Each takes x [T, H], weight [E, H] and bias [E] or None, all bfloat16.
+
+    "torch_linear_float32" takes a float32 weight, and x and bias in any dtype, which it widens in every call.
+    """
 
     def linear(x: Any, weight: Any, bias: Any) -> Any:
         return torch.nn.functional.linear(x, weight, bias)
+
+    def linear_float32(x: Any, weight: Any, bias: Any) -> Any:
+        return linear(x.float(), weight, None if bias is None else bias.float())
 
     def mm_float32(x: Any, weight: Any, bias: Any) -> Any:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
         return logits if bias is None else logits.add_(bias)
 
-    return {"torch_linear": linear, "torch_mm_float32": mm_float32}
+    return {"torch_linear": linear, "torch_mm_float32": mm_float32, "torch_linear_float32": linear_float32}
 
 
 def route_operator(torch: Any, spec: RoutingSpec, *, compiled: bool = False) -> Callable[..., Any]:

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from jax_router import timing
 from jax_router.dispatch import Problem
 from jax_router.implementations import cuda
-from jax_router.sweep_data import BFLOAT16
-from jax_router.sweep_points import DTYPE, OUT_DTYPE, Shape
+from jax_router.sweep_points import OUT_DTYPE, Shape
 from jax_router.sweep_route import correction_bias
 
 LAUNCHES = 16  # compared per configuration, enqueued one behind the other, each into an output of its own
@@ -39,26 +38,27 @@ class ShapePool:
         self.shape, self.device = shape, device
         self._seed = zlib.crc32(shape.label.encode())
         random = np.random.default_rng(self._seed)
-        self.x = random.standard_normal((tokens, shape.hidden), np.float32).astype(BFLOAT16)
-        self.bias = random.standard_normal(shape.experts, np.float32).astype(BFLOAT16) if shape.bias else None
-        self._copies = (
-            timing.cold_copies(2 * shape.experts * shape.hidden) if device.platform == "gpu" else timing.CALLS
-        )
+        dtype = jnp.dtype(shape.dtype)
+        self.x = random.standard_normal((tokens, shape.hidden), np.float32).astype(dtype)
+        self.bias = random.standard_normal(shape.experts, np.float32).astype(dtype) if shape.bias else None
+        weight_bytes = jnp.dtype(shape.weight_dtype).itemsize * shape.experts * shape.hidden
+        self._copies = timing.cold_copies(weight_bytes) if device.platform == "gpu" else timing.CALLS
 
     def operands(self, tokens: int, place: int) -> Operands:
         """Those of `tokens` rows, in buffers of their own. All weights differ; those of each `place` too."""
         with jax.default_device(self.device):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(self._seed), place), self._copies)
-            weights = tuple(_draw_weight(key, self.shape.experts, self.shape.hidden) for key in keys)
+            sizes = (self.shape.experts, self.shape.hidden)
+            weights = tuple(_draw_weight(key, *sizes, self.shape.weight_dtype) for key in keys)
         host = (self.x[:tokens], self.bias, correction_bias(self.shape))
         x, bias, correction = jax.device_put(host, self.device)
         return Operands(self.shape, x, weights, bias, correction)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw_weight(key: jax.Array, experts: int, hidden: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw_weight(key: jax.Array, experts: int, hidden: int, dtype: str) -> jax.Array:
     """A weight of which logits have standard deviation 1. The host would take seconds for a cold rotation of them."""
-    return (jax.random.normal(key, (experts, hidden), np.float32) * hidden**-0.5).astype(DTYPE)
+    return (jax.random.normal(key, (experts, hidden), np.float32) * hidden**-0.5).astype(dtype)
 
 
 class Operands:
@@ -77,8 +77,9 @@ class Operands:
             tokens=x.shape[0],
             hidden=shape.hidden,
             experts=shape.experts,
-            dtype=DTYPE,
-            bias_dtype=DTYPE if shape.bias else None,
+            dtype=shape.dtype,
+            weight_dtype=shape.weight_dtype,
+            bias_dtype=shape.dtype if shape.bias else None,
             out_dtype=OUT_DTYPE,
             spec=shape.spec,
         )

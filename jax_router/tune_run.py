@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jax_router import sweep_points, timing, tune_choice
-from jax_router.sweep_points import BOTH, DTYPE, HEADLINE_MODELS, OUT_DTYPE, Point
+from jax_router.sweep_points import BOTH, HEADLINE_MODELS, Point
 from jax_router.sweep_rows import Row, RowsWriter
 from jax_router.sweep_run import DeviceLost, assert_computes
 from jax_router.tune_launch import LAUNCHES, Operands, Outputs, ShapePool
@@ -142,14 +142,9 @@ class Tuner:
         return launches, max(fewest, min(most, int(BUDGET_US / (estimate * launches))))
 
     def _write(self, point: Point, **more: Any) -> None:
-        shape = point.shape
         method, weights = MEASUREMENT
-        self.writer.write({
-            "operation": shape.operation, **({} if shape.rule is None else {"rule": shape.rule}),
-            "models": shape.models, "hidden": shape.hidden, "experts": shape.experts, "bias": shape.bias,
-            "dtype": DTYPE, "out_dtype": OUT_DTYPE, "tokens": point.tokens, "candidate": point.candidate,
-            "method": method, "weights": weights, **more, "provenance": self.provenance,
-        })  # fmt: skip
+        measured = {"method": method, "weights": weights, **more}
+        self.writer.write({**point.fields, **measured, "provenance": self.provenance})
 
 
 def verified(places: Sequence[Operands], references: Sequence[Sequence[Outputs]], config: int) -> dict[str, Any]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_router.sweep_rows import Row, identity, problem_of
-from jax_router.tables import OPERATIONS
+from jax_router.sweep_rows import Row, identity, place_in_table, problem_of
 from jax_router.tune_choice import METRIC
 
-PLACE = ("operation", "rule", "hidden", "experts", "dtype", "bias", "out_dtype", "tokens")
+PLACE = ("operation", "rule", "hidden", "experts", "dtype", "weight_dtype", "bias", "out_dtype", "tokens")
 FOUND = ("pick", "winner", "gain", "rounds", "calls_per_sample", "configs")
 
 
@@ -31,12 +30,9 @@ def configs_of(rows: Sequence[Row], there: Mapping[str, Any] | None) -> dict[str
     kept = there["entries"] if there is not None and identity(there["provenance"]) == identity(provenance) else []
     entries = {problem_of(entry): entry for entry in kept}
     entries |= {problem_of(row): {name: row[name] for name in (*PLACE, *FOUND) if name in row} for row in measured}
-    by_size = ("hidden", "experts", "bias", "tokens")
     return {
         "provenance": provenance,
         "source_hash": provenance["source_hash"],
         "metric": METRIC,
-        "entries": sorted(
-            entries.values(), key=lambda entry: (OPERATIONS.index(entry["operation"]), *map(entry.get, by_size))
-        ),
+        "entries": sorted(entries.values(), key=place_in_table),
     }

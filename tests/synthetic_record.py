@@ -65,6 +65,8 @@ def record_of(rows: Iterable[dict[str, Any]], **more: Any) -> dict[str, Any]:
     shapes = {}
     for row in rows:
         fields = {name: row.get(name) for name in gate.SUBJECT if name != "implementation"}
+        if fields.get("weight_dtype") == row["dtype"]:
+            fields["weight_dtype"] = None  # as records have it
         shapes[repr(fields)] = fields
     subjects = [
         subject(**{**fields, "implementation": kernel}) for fields in shapes.values() for kernel in gate.KERNELS

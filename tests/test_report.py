@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from jax_router import cli, report, report_plots, sweep_table
 from jax_router.report import rewrite, write_report
-from jax_router.sweep_rows import by_problem
+from jax_router.sweep_rows import by_problem, by_weights
 
 PARTS = (
     *("provenance", "table", "plot", "models-plot", "winners", "chain", "host", "bars", "accuracy"),
-    *("route-table", "route-plot", "route-chain", "layout-table"),
+    *("route-table", "route-plot", "route-chain", "layout-table", "float32-table", "float32-accuracy"),
 )
 PLOTS = ("time-headline", "time-models", "winners", "route")
 
@@ -26,6 +26,12 @@ PLOTS = ("time-headline", "time-models", "winners", "route")
 def rows() -> list[dict[str, Any]]:
     pytest.importorskip("matplotlib")
     return synthetic_rows.headline_rows(only_models=["gpt-oss-120b", "DeepSeek-V3", "Kimi-K2"])
+
+
+@pytest.fixture
+def usual(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of 16-bit weights."""
+    return by_weights(rows)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -146,11 +152,11 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, rows: list[
     assert "the report cannot be written" in " ".join(result.output.split())
 
 
-def test_every_panel_shows_all_of_its_lines(rows: list[dict[str, Any]]) -> None:
+def test_every_panel_shows_all_of_its_lines(usual: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     # The first panel is a hundred times slower than the last, and both share an axis.
-    slow = [row | {"samples_us": [200.0]} if row["hidden"] == 2880 and "samples_us" in row else row for row in rows]
+    slow = [row | {"samples_us": [200.0]} if row["hidden"] == 2880 and "samples_us" in row else row for row in usual]
     problems = by_problem(slow)
     shapes = report_plots._shapes(slow, problems)
     figure = report_plots._time_figure(plt, problems, shapes, [report_plots.KERNELS], 3, synthetic_rows.PROVENANCE)
@@ -189,12 +195,12 @@ def test_the_routing_has_a_table_and_a_chain_of_its_own(rows: list[dict[str, Any
         assert without[part] == parts[part]
 
 
-def test_the_routing_is_drawn_beside_pytorch_and_the_logits_alone(rows: list[dict[str, Any]]) -> None:
+def test_the_routing_is_drawn_beside_pytorch_and_the_logits_alone(usual: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
-    routes = by_problem(rows, "route")
-    shapes = [shape for shape in report_plots._shapes(rows, routes) if shape.headline]
-    problems = by_problem(rows) | routes
+    routes = by_problem(usual, "route")
+    shapes = [shape for shape in report_plots._shapes(usual, routes) if shape.headline]
+    problems = by_problem(usual) | routes
     figure = report_plots._time_figure(plt, problems, shapes, [report_plots.ROUTE], 3, synthetic_rows.PROVENANCE)
     panels = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title().split("\n")[0] for axis in panels] == ["gpt-oss-120b", "DeepSeek-V3"]

@@ -67,11 +67,16 @@ def test_the_default_is_the_headline_models_at_all_the_tokens_of_the_sweep() -> 
     found = tune_run.points([], [], [])
     assert {model for point in found for model in point.shape.models} >= {"gpt-oss-120b", "DeepSeek-V3"}
     assert {(point.shape.size, point.shape.operation) for point in found} == {
-        (size, operation) for size in ("2880x128 +bias", "7168x256") for operation in ("router_gemm", "route")
+        (size, operation)
+        for size in ("2880x128 +bias", "7168x256", "7168x256 with a float32 weight")
+        for operation in ("router_gemm", "route")
     }
-    for operation, tokens in (("router_gemm", sweep_points.ALL_TOKENS), ("route", sweep_points.ROUTE_TOKENS)):
+    for operation, tokens, of_float32 in (
+        ("router_gemm", sweep_points.ALL_TOKENS, sweep_points.SPARSE_TOKENS),
+        ("route", sweep_points.ROUTE_TOKENS, sweep_points.ROUTE_FEW_TOKENS),
+    ):
         of_operation = [point.tokens for point in found if point.shape.operation == operation]
-        assert of_operation == [*tokens, *tokens]
+        assert of_operation == [*tokens, *tokens, *of_float32]
 
 
 def test_every_configuration_that_fits_is_compared_and_timed_in_every_round(on_a_gpu: Kernels, tmp_path: Path) -> None:

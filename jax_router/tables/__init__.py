@@ -1,10 +1,10 @@
 """Measured times per GPU, one JSON file per kind of device, written by `jax-router sweep --write-table`.
 
-A file holds, next to its provenance, `entries`: for one (operation, hidden, experts, dtype, bias, out_dtype, tokens)
-every candidate's raw times. Only verified candidates count; `verification` says by which record, and without it no
-kernel is trusted. An entry without an operation is one of `router_gemm`. Of `route` the rule is recorded and decides
-nothing: what an implementation does not take, it refuses itself. Every entry was measured with a weight [experts,
-hidden] and serves one [hidden, experts] too.
+A file holds, next to its provenance, `entries`: for one (operation, hidden, experts, dtype, weight_dtype, bias,
+out_dtype, tokens) every candidate's raw times. Without a weight_dtype the weight has the dtype of x. Only verified
+candidates count; `verification` says by which record, and without it no kernel is trusted. An entry without an
+operation is one of `router_gemm`. Of `route` the rule is recorded and decides nothing: what an implementation does not
+take, it refuses itself. Every entry was measured with a weight [experts, hidden] and serves one [hidden, experts] too.
 
 `configs`, written by `jax-router tune --write-table`, holds the configurations of the CUDA kernels that were measured
 at such points, which one the launcher picks and which one won, with the hash of their sources. A winner runs at exactly
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jax_router.dispatch import Problem
 
 OPERATIONS = ("router_gemm", "route")
-Shape = tuple[str, int, int, str, bool, str]  # operation, hidden, experts, dtype, has bias, out_dtype
+Shape = tuple[str, int, int, str, str, bool, str]  # operation, hidden, experts, dtype, weight's, has bias, out_dtype
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Table:
 
     def nearest(self, problem: Problem) -> Row | None:
         """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
-        if _is_mixed(problem) or problem.tokens < 1:
+        if problem.tokens < 1:
             return None
         rows = self.rows.get(_shape_of(problem), ())
         return min(rows, key=lambda row: (abs(math.log2(row.tokens / problem.tokens)), row.tokens), default=None)
@@ -106,7 +106,7 @@ class Table:
         """What won at exactly this problem on this kind of device, of kernels with this source hash, or None."""
         if self.configs is None or (self.configs.gpu, self.configs.source_hash) != (kind, source_hash):
             return None
-        if _is_mixed(problem) or problem.weight_layout != "experts_hidden":
+        if problem.weight_layout != "experts_hidden":
             return None
         return self.configs.winners.get((_shape_of(problem), problem.spec, problem.tokens))
 
@@ -179,18 +179,14 @@ def _spec(rule: Mapping[str, Any] | None) -> RoutingSpec | None:
 
 
 def _shape(entry: Mapping[str, Any]) -> Shape:
-    sizes = (entry["hidden"], entry["experts"], entry["dtype"], entry["bias"], entry["out_dtype"])
-    return (_operation(entry), *sizes)
+    dtypes = (entry["dtype"], entry.get("weight_dtype", entry["dtype"]))
+    return (_operation(entry), entry["hidden"], entry["experts"], *dtypes, entry["bias"], entry["out_dtype"])
 
 
 def _shape_of(problem: Problem) -> Shape:
-    sizes = (problem.hidden, problem.experts, problem.dtype, problem.bias_dtype is not None, problem.out_dtype)
+    dtypes = (problem.dtype, problem.weight_dtype or problem.dtype)
+    sizes = (problem.hidden, problem.experts, *dtypes, problem.bias_dtype is not None, problem.out_dtype)
     return (problem.operation, *sizes)
-
-
-def _is_mixed(problem: Problem) -> bool:
-    """Whether x and weight differ in dtype, of which nothing was measured."""
-    return problem.weight_dtype not in (None, problem.dtype)
 
 
 def _operation(entry: Mapping[str, Any]) -> str:
