@@ -100,10 +100,10 @@ def config_names(library) -> list[str]:
     ]
 
 
-def pick(library, tokens: int, hidden: int, experts: int) -> str:
+def pick(library, tokens: int, hidden: int, experts: int, *dtypes: str) -> str:
     """The configuration that a call through JAX gets, with the workspace that it lends."""
     lent = cuda.workspace_bytes(tokens, experts)
-    problem = dispatch.Problem(tokens, hidden, experts)
+    problem = dispatch.Problem(tokens, hidden, experts, *dtypes)
     args = cuda.RouterGemmArgs.of(
         problem, x=16, weight=16, bias=None, out=16, workspace=16 if lent else None, workspace_bytes=lent
     )
@@ -141,7 +141,11 @@ def test_the_launcher_and_the_predicate_take_the_same_problems(library):
 def test_every_configuration_is_the_pick_of_some_published_router(library):
     between = tuple(3 * tokens // 2 for tokens in sweep_points.ALL_TOKENS)
     points = itertools.product(sweep_points.shapes(), sweep_points.ALL_TOKENS + between)
-    picked = {pick(library, tokens, shape.hidden, shape.experts) for shape, tokens in points}
+    dtypes = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+    picked = {
+        pick(library, tokens, shape.hidden, shape.experts, *each)
+        for (shape, tokens), each in itertools.product(points, dtypes)
+    }
     assert picked == set(config_names(library))
 
 
