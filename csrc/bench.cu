@@ -33,7 +33,7 @@ int enqueue(int operation, const jr_router_gemm_args& args, cudaStream_t stream,
     return report.check(cudaGetLastError(), "launch of empty_launch");
   }
   if (operation == JR_OP_READ_WEIGHT) {
-    const int64_t chunks = args.experts * args.hidden * (args.dtype == JR_FLOAT32 ? 4 : 2) / 16;
+    const int64_t chunks = args.experts * args.hidden * (args.weight_dtype == JR_FLOAT32 ? 4 : 2) / 16;
     // One load per thread where that fits, at most eight blocks on each of 132 multiprocessors.
     const int64_t blocks = (chunks + kReadThreads - 1) / kReadThreads;
     read_weight<<<unsigned(blocks < 1056 ? blocks : 1056), kReadThreads, 0, stream>>>(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from jax_router import dispatch, implementations
 from jax_router.models import models
 from jax_router.routing import RoutingSpec
-from jax_router.sweep_points import IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS, Shape, route_shapes, shapes
+from jax_router.sweep_points import FLOAT32_WEIGHTS, IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS, Shape, route_shapes, shapes
 from jax_router.tables import OPERATIONS
 from jax_router.verification import bits, fence, load, neighbours, numerics
 from jax_router.verification.data import Operands, Subject
@@ -33,9 +33,8 @@ AWKWARD_SHAPES = (
     Shape(2824, 136, True, (AWKWARD,)),  # kernels with large tiles from 128 tokens on, and weights [hidden, experts]
     Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
 )
-# Routers whose weights are verified in float32 too, and x beside them: of models, and sizes that fill no tile, of which
+# Weights are verified in float32 too, of the routers that the sweep measures so, and in sizes that fill no tile, of which
 # the experts are a multiple of 8, so that both layouts are taken.
-FLOAT32_MODELS = {"MiniMax-M2": "bfloat16", "ERNIE-4.5-21B-A3B": "float32"}
 FLOAT32_AWKWARD = Shape(1000, 40, True, (AWKWARD,))
 DEFAULT_FLOAT32 = (AWKWARD, "MiniMax-M2")
 
@@ -122,10 +121,10 @@ def all_shapes(options: Options) -> list[Shape]:
 def float32_routers(options: Options) -> list[Subject]:
     """Those with float32 weights that are asked for; a quick run has none unless they are named."""
     wanted = set(options.models) or set(() if options.quick else DEFAULT_FLOAT32)
-    named = set(FLOAT32_MODELS) if ALL in wanted else wanted
+    named = {name for name, _ in FLOAT32_WEIGHTS} if ALL in wanted else wanted
     known = [
         (dataclasses.replace(shape, models=(name,)), dtype)
-        for name, dtype in FLOAT32_MODELS.items()
+        for name, dtype in FLOAT32_WEIGHTS
         for shape in (*shapes(models), *route_shapes(models))
         if name in named.intersection(shape.models)
     ]
