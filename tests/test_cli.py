@@ -49,7 +49,8 @@ def test_explain_follows_its_options(monkeypatch) -> None:
     assert (
         "bias=False" in run("explain", "--model", "gpt-oss-20b", "--tokens", "8", "--no-bias", "--device", "cpu").stdout
     )
-    assert "they are bfloat16 and float32" in run(*arguments, "--weight-dtype", "float32").stdout
+    narrow = run(*arguments, "--dtype", "float16", "--weight-dtype", "float32")
+    assert "they are float16 and float32" in narrow.stdout
     shape = ("explain", "--hidden", "16", "--experts", "12", "--tokens", "8", "--device", "h200")
     assert "in weights [hidden, experts], they are 12" in run(*shape, "--weight-layout", "hidden_experts").stdout
     assert "weight_layout is 'rows'. Expected experts_hidden" in run(*shape, "--weight-layout", "rows").stderr

@@ -147,9 +147,13 @@ def test_replayed_ids_out_of_range_come_back_with_a_weight_of_nan(torch_gpu) -> 
     assert routing.weights.isnan().tolist() == [[False, False], [True, False], [False, True]]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_dtype_of_bias_and_logits_gets_the_bits_of_jax(torch_gpu, dtype) -> None:
-    x, weight, bias, bias32, _ = numbers(257, 2880, 130, dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32")],
+)
+def test_every_dtype_of_bias_and_logits_gets_the_bits_of_jax(torch_gpu, dtype, of_weight) -> None:
+    x, _, bias, bias32, _ = numbers(257, 2880, 130, dtype=dtype)
+    weight = numbers(1, 2880, 130, dtype=of_weight)[1]
     biases, dtypes = [None, bias, bias32], (dtype, "float32")
 
     def of_every_kind(x, weight, biases):
