@@ -128,7 +128,9 @@ int kind(const jr_route_args& a) {
 }
 
 Routing device_routing(const jr_route_args& a) {
-  return {a.spec,
+  jr_routing_spec spec = a.spec;
+  if (a.gemm.dtype == JR_FLOAT32) spec.round_logits = 0;  // to x's dtype, which they have
+  return {spec,
           a.correction_bias,
           a.expert_scale,
           a.correction_bias_dtype,

@@ -183,18 +183,19 @@ def test_the_heuristic_takes_the_kernels_between_a_bare_product_and_many_logits(
     assert choose(problem, A100, environment={}).implementation == "xla"
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", None)])
+@pytest.mark.parametrize(("dtypes", "most"), [(("bfloat16", "float32"), 512), (("float32", None), 256)])
 @pytest.mark.parametrize("spec", [None, jr.RoutingSpec(top_k=4)])
-@pytest.mark.parametrize(("tokens", "chosen"), [(0, "xla"), (1, "cuda"), (512, "cuda"), (513, "xla"), (4096, "xla")])
-def test_the_heuristic_guesses_that_float32_weights_are_for_the_kernel_up_to_512_tokens(
-    tokens, chosen, dtypes, spec
+@pytest.mark.parametrize(("more", "chosen"), [(None, "xla"), (-255, "cuda"), (0, "cuda"), (1, "xla"), (4096, "xla")])
+def test_the_heuristic_takes_the_kernel_for_float32_weights_of_some_hundred_tokens(
+    more, chosen, dtypes, most, spec
 ) -> None:
+    tokens = 0 if more is None else most + more
     problem = Problem(tokens, 3072, 256, *dtypes, spec=spec)
     for table in (None, tables.Table.parse(DOCUMENT)):
         choice = choose(problem, H200, environment={}, table=table, unavailable={"pallas": "is broken"})
         assert choice.implementation == chosen
         assert choice.reason.startswith("no measurements of this shape on NVIDIA H200 (9.0); ")
-        assert ("a guess: the CUDA kernel for float32 weights up to 512 tokens" in choice.reason) == (chosen == "cuda")
+        assert (f"the CUDA kernel for float32 weights up to {most} tokens" in choice.reason) == (chosen == "cuda")
     assert choose(problem, A100, environment={}).implementation == "xla"
 
 

@@ -99,12 +99,13 @@ def with_float32(options: Options, device) -> list[tuple[str, ...]]:
 def test_float32_weights_are_verified_with_cuda(on_hopper):
     minimax = [("cuda", operation, "MiniMax-M2", "bfloat16") for operation in ("router_gemm", "route")]
     awkward = ("cuda", "router_gemm", AWKWARD, "float32")
+    deepseek = [("cuda", operation, "DeepSeek-V3", "bfloat16") for operation in ("router_gemm", "route")]
     ernie = [("cuda", operation, "ERNIE-4.5-21B-A3B", "float32") for operation in ("router_gemm", "route")]
     assert with_float32(Options(), on_hopper) == [*minimax, awkward]
     assert with_float32(Options(operations=("route",)), on_hopper) == minimax[1:]
     assert with_float32(Options(models=("MiniMax-M2",)), on_hopper) == minimax
-    assert with_float32(Options(models=("awkward", "DeepSeek-V3")), on_hopper) == [awkward]
-    assert with_float32(Options(models=("all",)), on_hopper) == [*minimax, *ernie, awkward]
+    assert with_float32(Options(models=("awkward", "DeepSeek-V3")), on_hopper) == [*deepseek, awkward]
+    assert with_float32(Options(models=("all",)), on_hopper) == [*deepseek, *minimax, *ernie, awkward]
     assert with_float32(Options(("pallas", "xla")), on_hopper) == []
     assert with_float32(Options(), CPU) == []
 

@@ -33,8 +33,8 @@ AWKWARD_SHAPES = (
     Shape(2824, 136, True, (AWKWARD,)),  # kernels with large tiles from 128 tokens on, and weights [hidden, experts]
     Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
 )
-# Weights are verified in float32 too, of the routers that the sweep measures so, and in sizes that fill no tile, of which
-# the experts are a multiple of 8, so that both layouts are taken.
+# Weights are verified in float32 too, of the routers that the sweep measures so, and in sizes that fill no tile, whose
+# experts are a multiple of 8, so that both layouts are taken.
 FLOAT32_AWKWARD = Shape(1000, 40, True, (AWKWARD,))
 DEFAULT_FLOAT32 = (AWKWARD, "MiniMax-M2")
 
