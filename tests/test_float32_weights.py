@@ -101,6 +101,15 @@ def test_the_error_is_at_most_that_of_a_float32_product(gpu, subject: Subject, k
 
 
 @pytest.mark.gpu
+def test_logits_of_float32_are_not_rounded_before_they_are_compared(gpu) -> None:
+    spec = jr.RoutingSpec(8, round_logits=True)
+    random = np.random.default_rng(0)
+    x, weight = (random.standard_normal(shape, np.float32) for shape in ((257, 512), (256, 512)))
+    found = jr.route(x, weight, spec=spec, return_logits=True, implementation="cuda")
+    assert jnp.array_equal(found.experts, jax.lax.top_k(found.logits, 8)[1])
+
+
+@pytest.mark.gpu
 @dtypes_of_x
 @pytest.mark.parametrize("tokens", [1, 16, 128, 512])
 def test_a_float32_times_a_power_of_two_is_exact(gpu, tokens: int, dtype) -> None:

@@ -12,7 +12,8 @@ from jax_router.toolchain import BuildError
 from jax_router.verification import plan, worker
 
 REQUEST = {
-    "options": {"implementations": ["xla"], "models": ["gpt-oss-20b"], "operations": ["router_gemm"], "seed": 3}, "skip": 0
+    "options": {"implementations": ["xla"], "models": ["gpt-oss-20b"], "operations": ["router_gemm"], "seed": 3},
+    "skip": 0,
 }  # fmt: skip
 
 
