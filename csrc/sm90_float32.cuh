@@ -7,7 +7,8 @@
 // What stands before the bar and what stands behind it are chains of their own over a slice, of a k16 step in this
 // order, and the slice's sum is that of both. A slice is one unit here, not two: half as many steps that truncate, and
 // float32 asks for less error than bfloat16. What is left out is at most 2^-23 of a product. The terms of an infinite
-// element are an infinity and NaN, so its logits are NaN, or infinite where the other operand brings no opposite signs.
+// float32 are an infinity and NaN, so its logits are NaN; those of an infinite bfloat16 are infinite where the terms of
+// the weight have one sign, else NaN too.
 #pragma once
 
 #include "sm90_tile.cuh"

@@ -14,7 +14,7 @@ from jax_router.verification import plan, worker
 REQUEST = {
     "options": {"implementations": ["xla"], "models": ["gpt-oss-20b"], "operations": ["router_gemm"], "seed": 3},
     "skip": 0,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_check_that_raises_fails_with_its_case(results):
     assert result["failure"] == {
         "tokens": 17, "data": "ties", "seed": 3, "launch": 0, "row": None, "expected": "an end",
         "got": "NotImplementedError: no such tile",
-    }  # fmt: skip
+   }
 
 
 @pytest.mark.parametrize(
