@@ -41,7 +41,7 @@ def test_a_check_that_raises_fails_with_its_case(results):
     assert result["failure"] == {
         "tokens": 17, "data": "ties", "seed": 3, "launch": 0, "row": None, "expected": "an end",
         "got": "NotImplementedError: no such tile",
-   }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
