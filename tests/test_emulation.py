@@ -30,6 +30,7 @@ PROBLEMS = (
     (33, 1096, 40, "float32"), (18, 2824, 24, "bfloat16"), (3, 200, 5, "float32"), (1, 17416, 3, "bfloat16"),
 )  # fmt: skip
 
+UNITS = {"sm90_slice_sums.cuh": ("sm90_router_gemm_few_tokens.cu",)}
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
 FAULTS = {
     "waits on the first stage's barrier": (
@@ -87,9 +88,9 @@ FAULTS = {
         (70, 2824, 41),
     ),
     "adds groups in another order": (
-        "sm90_router_gemm_few_tokens.cu",
+        "sm90_slice_sums.cuh",
         "cluster_sum.push(rank, log2_tiles, quad, groups[0] + groups[1]);",
-        "cluster_sum.push((rank + 1) % kCluster, log2_tiles, quad, groups[0] + groups[1]);",
+        "cluster_sum.push((rank + 1) % 8, log2_tiles, quad, groups[0] + groups[1]);",
         (17, 2824, 18),
     ),
     "drops the last partial unit": (
@@ -97,6 +98,12 @@ FAULTS = {
         "const unsigned units = units_of(p.hidden)",
         "const unsigned units = p.hidden / kUnit",
         (17, 2824, 18),
+    ),
+    "takes float32 weights of a column as if it lay straight": (
+        "sm90_router_gemm_float32.cu",
+        "(lane / 4 * 4 ^ lane % 4 * 32)",
+        "(lane / 4 * 4)",
+        (33, 1096, 40, "float32"),
     ),
     "deals a column out as if it lay straight": (
         "sm90_router_gemm_few_tokens.cu",
@@ -205,7 +212,8 @@ def test_token_tiles_beyond_one_row_of_the_grid_are_computed_once(sources) -> No
 def test_broken_kernels_are_seen(sources, fault) -> None:
     file, old, new, problem = FAULTS[fault]
     assert problem in PROBLEMS
-    found, said = in_a_process(__file__, sources.faulty(file, old, new), problem)
+    library = sources.faulty(file, old, new, UNITS.get(file, ()))
+    found, said = in_a_process(__file__, library, problem)
     assert any(any(each.values()) for each in found) or "emulation: " in said, "not seen"
 
 

@@ -110,6 +110,6 @@ def test_the_child_says_what_the_machine_is_and_refuses_what_does_not_run_there(
     machine = run.machine("xla")
     assert machine["provenance"]["gpu"] is None
     assert machine["launches"] == fault_worker.LAUNCHES == plan.Options().launches
-    assert machine["seconds"] == 300 / 8, "four routers, two operations, and only xla runs"
+    assert machine["seconds"] == 300 / 9, "five router GEMMs, four routers, and only xla runs"
     with pytest.raises(fault_watch.TrialsError, match=r"nothing can be measured here: cuda .*compute capability"):
         run.machine("cuda")
