@@ -84,7 +84,10 @@ def test_a_token_has_the_same_bits_in_every_batch_and_layout(gpu, subject: Subje
     assert result.figures["rows of the other layout"] > 0
 
 
-BEHIND = pytest.mark.xfail(reason="1.04 of XLA's on an H100 at 256 tokens, which truncates less: docs/kernels.md, Open")
+BEHIND = pytest.mark.xfail(
+    reason="1.04 of XLA's on an H100 at 256 tokens, which truncates less: docs/kernels.md, Open",
+    strict=False,  # XLA may take another kernel elsewhere
+)
 
 
 @pytest.mark.gpu
