@@ -180,22 +180,12 @@ def run(
     threads = compile_threads or (max(1, (os.cpu_count() or 1) // 2) if gpu else 1)
     from jax_router.sweep_run import DeviceLost
 
-    try:
-        writer = RowsWriter(path)
-    except OSError as error:
-        option = "--output" if resume is None else "--resume"
-        raise ValueError(
-            f"{option} leads to {path}: {error}. Expected a place that can be written; name another."
-        ) from error
+    writer = open_rows(path, resumed=resume is not None)
     try:
         runner = _run_with_progress(console, writer, points, facts, device, torch, done, threads)
         return _finish(console, runner, path, gpu, write_table, record)
     except (KeyboardInterrupt, DeviceLost) as stop:
-        lost = isinstance(stop, DeviceLost)
-        console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Every row so far is in {path}. Go on with\n", soft_wrap=True)
-        console.print(f"  {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
-        return FAILED if lost else INTERRUPTED
+        return stopped(console, stop, path, command)
     finally:
         writer.close()
 
@@ -265,6 +255,30 @@ def _write_results(
             console.print("[yellow]not accepted in the table[/]", end=" ")
             console.print(refusal, highlight=False, markup=False, soft_wrap=True)
     return not refusals
+
+
+def open_rows(path: Path, *, resumed: bool) -> RowsWriter:
+    """The rows file of a run.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    try:
+        return RowsWriter(path)
+    except OSError as error:
+        option = "--resume" if resumed else "--output"
+        raise ValueError(
+            f"{option} leads to {path}: {error}. Expected a place that can be written; name another."
+        ) from error
+
+
+def stopped(console: Console, stop: BaseException, path: Path, command: Sequence[str]) -> int:
+    """Say that a run ended early, where its rows are and how to go on; the exit status."""
+    interrupted = isinstance(stop, KeyboardInterrupt)
+    console.print("\ninterrupted" if interrupted else f"\n{stop}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Every row so far is in {path}. Go on with\n", soft_wrap=True)
+    console.print(f"  {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
+    return INTERRUPTED if interrupted else FAILED
 
 
 def progress_bar(console: Console) -> Progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +14,8 @@ from rich.console import Console
 from jax_router import sweep_table, tune_report
 from jax_router.implementations import cuda
 from jax_router.provenance import gpu_name, provenance
-from jax_router.sweep import BAD_INPUT, FAILED, INTERRUPTED, own_command, progress_bar, wide_console
-from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, read_rows
+from jax_router.sweep import BAD_INPUT, FAILED, open_rows, own_command, progress_bar, stopped, wide_console
+from jax_router.sweep_rows import Row, RowsError, comparable, finished, read_rows
 from jax_router.sweep_run import DeviceLost
 from jax_router.tune_run import MEASUREMENT, Tuner, points
 from jax_router.tune_table import configs_of
@@ -105,13 +104,7 @@ def run(
     command = [*own_command("tune"), "--resume", str(path), *(["--write-table"] if write_table else [])]
     for name, values in filters.items():
         command += [part for value in values for part in (f"--{name}", str(value))]
-    try:
-        writer = RowsWriter(path)
-    except OSError as error:
-        option = "--output" if resume is None else "--resume"
-        raise ValueError(
-            f"{option} leads to {path}: {error}. Expected a place that can be written; name another."
-        ) from error
+    writer = open_rows(path, resumed=resume is not None)
     try:
         with progress_bar(console) as progress:
             task = progress.add_task("preparing")
@@ -125,11 +118,7 @@ def run(
             progress.update(task, total=len(tuner.missing(todo)))
             tuner.run(todo)
     except (KeyboardInterrupt, DeviceLost) as stop:
-        lost = isinstance(stop, DeviceLost)
-        console.print(f"\n{stop}" if lost else "\ninterrupted", soft_wrap=True, highlight=False, markup=False)
-        console.print(f"Every point so far is in {path}. Go on with\n", soft_wrap=True)
-        console.print(f"  {shlex.join(command)}\n", soft_wrap=True, highlight=False, markup=False)
-        return FAILED if lost else INTERRUPTED
+        return stopped(console, stop, path, command)
     finally:
         writer.close()
     rows, _ = comparable(_tuned(path))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jax_router import RoutingSpec, build
-from jax_router.implementations import cuda
+from jax_router.implementations import WEIGHT_LAYOUTS, cuda, experts_axis
 
 ON_CPU, ROUTE_ON_CPU = "jax_router_test_router_gemm_on_cpu", "jax_router_test_route_on_cpu"
 
@@ -336,7 +336,7 @@ def test_the_spec_and_sizes_reach_the_kernel_that_routes(route):
     facts = [7, 8, 6, 1, config, no_dtype, no_dtype, 2, 1, 1, 1, 3, 2, 1, 0.25, 0.5, -2, 0, 0]
     for layout, shape in (("experts_hidden", (6, 8)), ("hidden_experts", (8, 6))):
         found = route(array(7, 8), array(*shape), *[None] * 4, spec=SPEC, weight_layout=layout).weights.ravel()[:20]
-        assert found.tolist() == [*facts, cuda.WEIGHT_LAYOUTS[layout]]
+        assert found.tolist() == [*facts, experts_axis(layout)]
     assert route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC, config=3).weights.ravel()[4] == 3
     lent = route(array(70, 8), array(6, 8), *[None] * 4, spec=SPEC).weights.ravel()[18]
     assert lent == cuda.workspace_bytes(70, 6) > 0
@@ -394,9 +394,9 @@ def test_ctypes_structures_have_the_layout_of_the_c_headers(tmp_path):
     integers += ("group_topk", "group_score", "renormalize_epsilon", "renormalize_min", "scaling_factor")
     for place, member in enumerate((*integers, "masked_choice")):
         lines.append(f"static_assert(offsetof(jr_routing_spec, {member}) == {4 * place});")
-    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.DTYPES.items()]
-    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.WEIGHT_LAYOUTS.items()]
-    lines += [f"static_assert(JR_{name.upper()} == {code});" for name, code in cuda.SCORE_FUNCTIONS.items()]
+    layouts = {name: experts_axis(name) for name in WEIGHT_LAYOUTS}
+    for name, code in (cuda.DTYPES | layouts | cuda.SCORE_FUNCTIONS).items():
+        lines.append(f"static_assert(JR_{name.upper()} == {code});")
     lines += [f"static_assert(JR_TOP2_SUM == {cuda.GROUP_SCORES['top2_sum']});"]
     lines += [f"static_assert(JR_GROUP_MAX == {cuda.GROUP_SCORES['max']});"]
     lines += [f"static_assert(JR_OP_{name.upper()} == {code});" for name, code in cuda.OPERATIONS.items()]

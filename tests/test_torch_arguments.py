@@ -23,7 +23,7 @@ import jax_router as jr  # noqa: E402
 import jax_router.torch as jrt  # noqa: E402
 import torch_ref  # noqa: E402
 from jax_router.dispatch import Device  # noqa: E402
-from jax_router.implementations import cuda  # noqa: E402
+from jax_router.implementations import cuda, experts_axis  # noqa: E402
 
 PLAIN = jr.RoutingSpec(4, "softmax_topk")
 WRITTEN = {"workspace": 0xFF, "out": 1, "weights": 2, "experts": 3}  # every byte, by the launcher below
@@ -159,7 +159,7 @@ def test_a_weight_of_the_other_layout_is_launched_where_it_is(launches) -> None:
         routing = jrt.route(rows, tensor, added, spec=PLAIN, weight_layout=layout, return_logits=True)
         assert [result.shape[-1] for result in routing] == [4, 4, 16]
         for _, found in launches:
-            assert found["layout"] == cuda.WEIGHT_LAYOUTS[layout]
+            assert found["layout"] == experts_axis(layout)
             assert_given(found, x=x, weight=matrix.ravel(), bias=bias)
         assert len(launches) == 2
         launches.clear()

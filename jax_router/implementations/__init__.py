@@ -26,7 +26,7 @@ WEIGHT_LAYOUTS = ("experts_hidden", "hidden_experts")  # the axes of a weight; t
 
 
 def experts_axis(weight_layout: str) -> int:
-    """Which axis of a weight is experts, in one of `WEIGHT_LAYOUTS`; the other is hidden."""
+    """Which axis of a weight is experts, in one of `WEIGHT_LAYOUTS`, and its number in `jr_weight_layout`."""
     return WEIGHT_LAYOUTS.index(weight_layout)
 
 

@@ -30,7 +30,6 @@ MAX_TOP_K, MAX_GROUPS, MAX_ROUTED_EXPERTS = 32, 32, 1024
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # enum jr_dtype; none is -1
 # Of x and weight. A float32 is split into three bfloat16 terms, which multiply bfloat16 and no float16.
 MULTIPLIED = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
-WEIGHT_LAYOUTS = {"experts_hidden": 0, "hidden_experts": 1}  # enum jr_weight_layout
 SCORE_FUNCTIONS = {"softmax": 0, "softmax_topk": 1, "sigmoid": 2, "sqrtsoftplus": 3}  # enum jr_score_function
 GROUP_SCORES = {"top2_sum": 0, "max": 1}  # enum jr_group_score
 OPERATIONS = {"router_gemm": 0, "empty": 1, "read_weight": 2}  # enum jr_operation, of jr_time_graph
@@ -74,7 +73,7 @@ class RouterGemmArgs(ctypes.Structure):
         bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
         sizes = (problem.tokens, problem.hidden, problem.experts)
-        of_weight = (WEIGHT_LAYOUTS[problem.weight_layout], DTYPES[problem.weight_dtype or problem.dtype])
+        of_weight = (experts_axis(problem.weight_layout), DTYPES[problem.weight_dtype or problem.dtype])
         return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, *of_weight)
 
 
@@ -174,7 +173,7 @@ def router_gemm(
     operands = (x, weight) if bias is None else (x, weight, bias)
     attributes = {
         "config": np.int32(-1 if config is None else config),
-        "weight_layout": np.int32(WEIGHT_LAYOUTS[weight_layout]),
+        "weight_layout": np.int32(experts_axis(weight_layout)),
     }
     return kernel(*operands, **attributes)[0]
 
@@ -215,7 +214,7 @@ def route(
         operands=np.int32(sum(1 << i for i, operand in enumerate(optional) if operand is not None)),
         return_logits=np.int32(return_logits),
         config=np.int32(-1 if config is None else config),
-        weight_layout=np.int32(WEIGHT_LAYOUTS[weight_layout]),
+        weight_layout=np.int32(experts_axis(weight_layout)),
         integers=integers,
         floats=floats,
     )
