@@ -79,23 +79,27 @@ def tensor_core_chain(hidden: int) -> Accumulation:
 
 
 def slice_tree(hidden: int, *, slice_products: int = 128, groups: int = 16) -> Accumulation:
-    """The tree of csrc/reduction_tree.cuh: slices by the tensor core; slices, pair, pairs and bias added in float32."""
-    slices_per_group = math.ceil(math.ceil(hidden / groups) / slice_products) + 1  # a cut off the slice grid adds one
+    """The tree of csrc/reduction_tree.cuh: slices by the tensor core; slices, a binary tree and the bias in float32.
+
+    A group starts with its first slice, and each level of the tree adds two sums of the one before.
+    """
+    slices_per_group = math.ceil(hidden / groups / slice_products)
     truncated = math.ceil(min(hidden, slice_products) / TENSOR_CORE_PRODUCTS)
-    return Accumulation(rounded=slices_per_group + 1 + groups // 2 + 1, truncated=truncated)
+    return Accumulation(rounded=slices_per_group - 1 + int(math.log2(groups)) + 1, truncated=truncated)
 
 
 def split_tree(hidden: int) -> Accumulation:
     """The same tree over slices of 64 products of float32, each split into products of bfloat16 terms.
 
-    `v = v1 + v2 + v3` by rounding to nearest, so that |v2| <= 2^-8 |v| and |v3| <= 2^-16 |v|. Of a slice one chain adds
-    x1 w1 in four steps, another one the smaller products, at most 2^-7 (1 + 2^-6) of |x w|, in at most twenty. One
-    addition joins them. What the first loses to |x1 w1| > |x w|, what the second loses, and what is left out (x2 w3,
-    x3 w2, x3 w3, at most 2^-23 of |x w|) are together less than one more step of the first may lose.
+    `v = v1 + v2 + v3` by rounding to nearest, so that |v2| <= 2^-8 |v| and |v3| <= 2^-16 |v|. Of a slice each step of
+    x1 w1 starts from zero, and float32 additions join the steps, and then the one chain of the smaller products, at
+    most 2^-7 (1 + 2^-6) of |x w| in at most twenty steps. What a step loses to |x1 w1| > |x w|, what the chain loses,
+    and what is left out (x2 w3, x3 w2, x3 w3, at most 2^-23 of |x w|) are together less than one more step may lose.
     Exact splits need elements whose last bit counts 2^-133 at least, as every float32 from 2^-110 on has.
     """
     tree = slice_tree(hidden, slice_products=64)
-    return Accumulation(rounded=tree.rounded + 1, truncated=tree.truncated + 1, infinities=False)
+    steps = tree.truncated  # joined by steps - 1 additions, and by one more with the smaller products
+    return Accumulation(rounded=tree.rounded + steps, truncated=2, infinities=False)
 
 
 def accumulation_of(implementation: str, *, hidden: int, dtype: str, platform: str) -> Accumulation:

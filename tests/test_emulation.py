@@ -165,8 +165,8 @@ def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str
     # Each operation of the tree rounds once, here also those of the tensor core; then one rounding to out_dtype.
     magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
     magnitude += 0 if bias is None else np.abs(bias.astype(np.float64))
-    if with_float32:  # four steps, both chains, a group's units, four levels, the bias; what is left out; low chains
-        roundings = 4 + 1 + -(-hidden // 64 // 16) + 1 + 4 + 1 + 2 + 1
+    if with_float32:  # a step of high; 2^-23, which is left out; what low loses and high has more of than |x w|
+        roundings = parity.split_tree(hidden).rounded + 1 + 2 + 1
     else:
         tree = parity.slice_tree(hidden)
         roundings = tree.rounded + tree.truncated
