@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -98,22 +99,31 @@ def with_float32(options: Options, device) -> list[tuple[str, ...]]:
 
 def test_float32_weights_are_verified_with_cuda(on_hopper):
     minimax = [("cuda", operation, "MiniMax-M2", "bfloat16") for operation in ("router_gemm", "route")]
-    awkward = ("cuda", "router_gemm", AWKWARD, "float32")
+    awkward = [
+        ("cuda", "router_gemm", AWKWARD, "float32"),
+        *[("cuda", "route", AWKWARD, dtype) for dtype in ("bfloat16", "float32")],
+    ]
     deepseek = [("cuda", operation, "DeepSeek-V3", "bfloat16") for operation in ("router_gemm", "route")]
     ernie = [("cuda", operation, "ERNIE-4.5-21B-A3B", "float32") for operation in ("router_gemm", "route")]
-    assert with_float32(Options(), on_hopper) == [*minimax, awkward]
-    assert with_float32(Options(operations=("route",)), on_hopper) == minimax[1:]
+    assert with_float32(Options(), on_hopper) == [*minimax, *awkward]
+    assert with_float32(Options(operations=("route",)), on_hopper) == [*minimax[1:], *awkward[1:]]
     assert with_float32(Options(models=("MiniMax-M2",)), on_hopper) == minimax
-    assert with_float32(Options(models=("awkward", "DeepSeek-V3")), on_hopper) == [*deepseek, awkward]
-    assert with_float32(Options(models=("all",)), on_hopper) == [*deepseek, *minimax, *ernie, awkward]
+    assert with_float32(Options(models=("awkward", "DeepSeek-V3")), on_hopper) == [*deepseek, *awkward]
+    assert with_float32(Options(models=("all",)), on_hopper) == [*deepseek, *minimax, *ernie, *awkward]
     assert with_float32(Options(("pallas", "xla")), on_hopper) == []
     assert with_float32(Options(), CPU) == []
 
 
-def test_float32_weights_take_about_a_tenth_of_a_run_and_nothing_of_a_quick_one(on_hopper):
+def test_a_run_verifies_each_operation_with_float32_weights_beside_each_dtype_of_x(on_hopper):
+    assert {(operation, dtype) for _, operation, _, dtype in with_float32(Options(), on_hopper)} == set(
+        itertools.product(("router_gemm", "route"), ("bfloat16", "float32"))
+    )
+
+
+def test_float32_weights_take_a_sixth_of_a_run_and_nothing_of_a_quick_one(on_hopper):
     assert with_float32(Options(quick=True), on_hopper) == []
     assert len(with_float32(Options(quick=True, models=("MiniMax-M2",)), on_hopper)) == 2
-    assert len(with_float32(Options(), on_hopper)) / len(subjects(Options(), on_hopper)[0]) < 1 / 8
+    assert len(with_float32(Options(), on_hopper)) / len(subjects(Options(), on_hopper)[0]) < 1 / 6
 
 
 def test_subjects_with_float32_weights_have_both_layouts_and_their_dtypes(on_hopper):
@@ -179,20 +189,24 @@ def test_the_first_and_the_last_router_of_a_checkpoint_are_verified(tmp_path):
     assert {each.operation for each in only} == {"route"}
 
 
-def test_a_checkpoint_in_float32_is_rounded_for_pallas_alone(tmp_path, on_hopper):
+def test_a_checkpoint_in_float32_is_rounded_for_pallas_alone_and_has_x_in_bfloat16_with_cuda(tmp_path, on_hopper):
     folder, tensors = checkpoint(tmp_path, dtype=np.float32, layers=1)
     found, refused = subjects(Options(checkpoint=str(folder)), on_hopper)
     assert refused == {}
+    stored = tensors["model.layers.0.mlp.router.weight"]
     for subject in found:
-        stored = tensors["model.layers.0.mlp.router.weight"]
         if subject.implementation != "pallas":
-            assert (subject.dtype, subject.source) == ("float32", f"checkpoint {folder}")
+            assert (subject.multiplied, subject.source) == ("float32", f"checkpoint {folder}")
             assert np.array_equal(subject.given.weight, stored)
         else:
-            assert (subject.dtype, subject.source) == ("bfloat16", f"checkpoint {folder}, in bfloat16")
+            assert (subject.multiplied, subject.source) == ("bfloat16", f"checkpoint {folder}, in bfloat16")
             assert np.array_equal(subject.given.weight, stored.astype(ml_dtypes.bfloat16))
-        assert draw(subject, "as given", 2, 0).x.dtype.name == subject.dtype
-    assert len(found) == 6
+        operands = draw(subject, "as given", 2, 0)
+        assert (operands.x.dtype.name, operands.weight.dtype.name) == (subject.dtype, subject.multiplied)
+    of_each = [("cuda", "float32"), ("cuda", "bfloat16"), ("pallas", "bfloat16"), ("xla", "float32")]
+    expected = {(name, dtype, operation) for name, dtype in of_each for operation in ("router_gemm", "route")}
+    assert {(each.implementation, each.dtype, each.operation) for each in found} == expected
+    assert len(found) == len(expected)
 
 
 def test_checks_run_in_their_order_and_each_once():

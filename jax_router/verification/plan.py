@@ -34,8 +34,10 @@ AWKWARD_SHAPES = (
     Shape(1000, 46, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True),
 )
 # Weights are verified in float32 too, of the routers that the sweep measures so, and in sizes that fill no tile, whose
-# experts are a multiple of 8, so that both layouts are taken.
-FLOAT32_AWKWARD = Shape(1000, 40, True, (AWKWARD,))
+# experts are a multiple of 8, so that both layouts are taken. By default each operation has both dtypes of x.
+_FLOAT32_GEMM = Shape(1000, 40, True, (AWKWARD,))
+_FLOAT32_ROUTE = Shape(1000, 40, True, (AWKWARD,), _AWKWARD_SPEC, correction_bias=True)
+FLOAT32_AWKWARD = ((_FLOAT32_GEMM, "float32"), (_FLOAT32_ROUTE, "bfloat16"), (_FLOAT32_ROUTE, "float32"))
 DEFAULT_FLOAT32 = (AWKWARD, "MiniMax-M2")
 
 MINUTES, LAUNCHES = 5.0, 1_000_000
@@ -129,7 +131,7 @@ def float32_routers(options: Options) -> list[Subject]:
         if name in named.intersection(shape.models)
     ]
     if wanted.intersection((ALL, AWKWARD)):
-        known.append((FLOAT32_AWKWARD, "float32"))
+        known += FLOAT32_AWKWARD
     return [
         Subject("", shape, dtype, weight_dtype=None if dtype == "float32" else "float32")
         for shape, dtype in known
@@ -140,7 +142,13 @@ def float32_routers(options: Options) -> list[Subject]:
 def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[str, str]]:
     """Everything to verify on a device, and why each implementation that is left out does not run here."""
     if options.checkpoint:
-        routers, of_cuda = _of_checkpoint(options), []
+        routers = _of_checkpoint(options)
+        # As MiniMax-M2 has them: x in bfloat16 beside float32 weights.
+        of_cuda = [
+            dataclasses.replace(router, dtype="bfloat16", weight_dtype="float32")
+            for router in routers
+            if router.dtype == "float32"
+        ]
     else:
         routers, of_cuda = [Subject("", shape) for shape in all_shapes(options)], float32_routers(options)
     found: list[Subject] = []
