@@ -165,7 +165,7 @@ def choose(
             refusal: str | None = f"is switched off by {DISABLE_VARIABLE}={environment[DISABLE_VARIABLE]}"
         else:
             refusal = why_unsupported(problem, device, name) or unavailable.get(name)
-        known = verification.get((problem.operation, name))
+        known = verification.get((problem.operation, name, gate.operands(problem.dtype, problem.weight_dtype)))
         if refusal is None and known is not None:
             shown.append((name, str(known)))
             refusal = str(known) if known.distrusted and named is None and name != preferred else None
@@ -215,7 +215,7 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
     for name, failure in unavailable.items():
         _warn_once(f'jax_router goes on without implementation="{name}", which {failure}')
     if any(each in choice.rejected for each in choice.verification):
-        _warn_once(standing.warning(device.kind, verification))
+        _warn_once(standing.warning(device.kind, verification, gate.operands(problem.dtype, problem.weight_dtype)))
     preferred, _ = _read_environment(os.environ)
     if implementation is None and preferred not in (None, choice.implementation):
         refusal = f"{preferred} {dict(choice.rejected)[preferred]}"

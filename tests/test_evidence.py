@@ -36,7 +36,7 @@ def test_every_table_accepts_what_its_verification_of_these_sources_proves(path)
     document = json.loads(path.read_text())
     gpu, found = document["gpu"], document.get("verification")
     known = standing.judge(gpu, tables.Table.parse(document, path.name), None, source_hash=provenance.source_hash())
-    distrusted = [f"{name} {each}" for (_, name), each in known.items() if each.distrusted]
+    distrusted = [f"{name} {each}" for (_, name, _), each in known.items() if each.distrusted]
     assert not distrusted, "verify there, commit the record, then jax-router sweep --resume ROWS_FILE --write-table"
     record = gate.read_record(ROOT / "docs/results" / found["record"])
     facts = ("gpu", "date", "source_hash")

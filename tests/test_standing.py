@@ -28,6 +28,7 @@ HERE, OTHER = "0123456789abcdef" * 4, "f" * 64
 H100 = "NVIDIA H100 80GB HBM3"
 ROUTE = Problem(8, 2880, 128, bias_dtype="bfloat16", spec=jr.RoutingSpec(4))
 EVERY = [subject(operation, name) for operation in tables.OPERATIONS for name in gate.KERNELS]
+BF16, MIXED, F32 = gate.OPERANDS["cuda"]
 
 
 def verification(**more: Any) -> dict[str, Any]:
@@ -39,9 +40,15 @@ def verification(**more: Any) -> dict[str, Any]:
     return {**facts, "source_hash": HERE, "launches": 48_000_000, "accepted": accepted, **more}
 
 
-def document(**more: Any) -> dict[str, Any]:
+def document(*, float32: tuple[bool, bool] = (True, True), **more: Any) -> dict[str, Any]:
+    """A table whose record passed everything; `float32` says which operations have verified float32 weights."""
     route = {**entry(8, "pallas", cuda=times(9, 9), xla=times(7, 7), pallas=times(3, 3)), "operation": "route"}
-    return {"entries": [*DOCUMENT["entries"], route], "verification": verification(**more)}
+    wide = [
+        {**entry(8, "xla", cuda=times(9, 9, verified=verified), xla=times(7, 7)), "operation": operation, **dtypes}
+        for operation, verified in zip(tables.OPERATIONS, float32, strict=True)
+        for dtypes in ({"weight_dtype": "float32"}, {"dtype": "float32"})
+    ]
+    return {"entries": [*DOCUMENT["entries"], route, *wide], "verification": verification(**more)}
 
 
 def judge(table: dict[str, Any] | None, own: Any = None, gpu: str = "NVIDIA H200", **more: Any) -> standing.Standings:
@@ -61,16 +68,16 @@ def test_a_table_of_these_sources_vouches_for_what_its_record_passed() -> None:
     found = judge(document())
     assert not any(each.distrusted for each in found.values())
     for operation in tables.OPERATIONS:
-        assert str(found[operation, "cuda"]) == (
+        assert str(found[operation, "cuda", BF16]) == (
             "is verified: 12.0 million launches under load, 0 wrong, 2026-11-26, sources 0123456789ab"
         )
-        assert "is verified: 900 launches under load" in str(found[operation, "pallas"])
+        assert "is verified: 900 launches under load" in str(found[operation, "pallas", BF16])
 
 
 def test_the_record_of_the_twin_is_called_so() -> None:
     found = judge(document(), gpu=H100)
-    assert str(found["route", "cuda"]).startswith("is verified on NVIDIA H200, the same processor: 12.0 million")
-    assert not found["route", "cuda"].distrusted
+    assert str(found["route", "cuda", BF16]).startswith("is verified on NVIDIA H200, the same processor: 12.0 million")
+    assert not found["route", "cuda", BF16].distrusted
 
 
 ONLY_CUDA = {"router_gemm": {"cuda": {"shapes": 1, "launches": 1}}}
@@ -88,40 +95,42 @@ ONLY_CUDA = {"router_gemm": {"cuda": {"shapes": 1, "launches": 1}}}
         (
             document(accepted=ONLY_CUDA),
             (("router_gemm", "cuda"),),
-            "the verification record of nvidia_h200.json did not pass it for {operation}",
+            "nvidia_h200.json has no verified time of it for {operation}{dtypes}",
         ),
     ],
     ids=["absent", "stale", "not passed"],
 )
 def test_a_table_without_a_record_of_these_sources_vouches_for_nothing(table, trusted, reason) -> None:
     found = judge(table)
-    assert len(found) == 4
-    for (operation, name), each in found.items():
+    assert len(found) == 8
+    for (operation, name, dtypes), each in found.items():
         assert each.distrusted == ((operation, name) not in trusted)
         if each.distrusted:
-            why = reason.format(operation=operation)
+            why = reason.format(operation=operation, dtypes=gate.in_words(*dtypes))
             assert str(each) == f"is not verified ({why}); run jax-router verify --implementation {name}"
 
 
 def test_where_nothing_is_known_nothing_is_distrusted() -> None:
-    for each in judge(None).values():
+    for (_, _, dtypes), each in judge(None).items():
         assert not each.distrusted
-        assert str(each) == "is not verified on this GPU; run jax-router verify --quick"
+        how = "--quick" if dtypes == BF16 else "--implementation cuda"  # a quick run has no float32 weights
+        assert str(each) == f"is not verified on this GPU; run jax-router verify {how}"
 
 
 def test_missing_sources_are_not_those_of_the_record() -> None:
     found = judge(document(), source_hash=None)
     assert all(each.distrusted for each in found.values())
-    assert "these are unknown" in str(found["route", "cuda"])
+    assert "these are unknown" in str(found["route", "cuda", BF16])
 
 
 def test_the_users_own_failure_beats_the_table_for_the_operation_that_failed() -> None:
     own = record(*EVERY, with_check(subject("route", hidden=7168), "load", False, "3 wrong"))
     for table in (document(), DOCUMENT, None):
         found = judge(table, own)
-        assert [pair for pair, each in found.items() if "failed its verification" in str(each)] == [("route", "cuda")]
-        assert found["route", "cuda"].distrusted
-        assert str(found["route", "cuda"]) == (
+        failed = [key for key, each in found.items() if "failed its verification" in str(each)]
+        assert failed == [("route", "cuda", dtypes) for dtypes in gate.OPERANDS["cuda"]]
+        assert found["route", "cuda", BF16].distrusted
+        assert str(found["route", "cuda", BF16]) == (
             "failed its verification on this GPU (load failed (3 wrong), route of 7168x128 +bias, 2026-01-02); run "
             "jax-router verify --implementation cuda"
         )
@@ -129,23 +138,23 @@ def test_the_users_own_failure_beats_the_table_for_the_operation_that_failed() -
 
 def test_a_short_run_that_failed_counts() -> None:
     own = record(with_check(subject(), "bits", False), quick=True)
-    assert judge(document(), own)["router_gemm", "cuda"].distrusted
+    assert judge(document(), own)["router_gemm", "cuda", BF16].distrusted
 
 
 def test_the_users_own_success_makes_up_for_a_stale_table() -> None:
     for table in (DOCUMENT, document(source_hash=OTHER), None):
         found = judge(table, record(subject()))
-        assert not found["router_gemm", "cuda"].distrusted
-        assert str(found["router_gemm", "cuda"]) == (
+        assert not found["router_gemm", "cuda", BF16].distrusted
+        assert str(found["router_gemm", "cuda", BF16]) == (
             "is verified on this GPU: 1.0 million launches under load, 0 wrong, 2026-01-02, sources 0123456789ab"
         )
-        assert found["route", "cuda"].distrusted == (table is not None)
+        assert found["route", "cuda", BF16].distrusted == (table is not None)
 
 
 def test_a_short_run_makes_up_for_nothing_and_is_shown_where_there_is_nothing_else() -> None:
     own = record(*EVERY, quick=True)
-    assert "is verified on this GPU by --quick: 1.0 million" in str(judge(None, own)["route", "pallas"])
-    assert judge(DOCUMENT, own)["route", "pallas"].distrusted
+    assert "is verified on this GPU by --quick: 1.0 million" in str(judge(None, own)["route", "pallas", BF16])
+    assert judge(DOCUMENT, own)["route", "pallas", BF16].distrusted
     assert judge(document(), own) == judge(document())
 
 
@@ -170,8 +179,8 @@ def test_a_named_library_is_the_users_choice_and_not_verified() -> None:
     for table in (document(), DOCUMENT):
         found = judge(table, library="/tmp/mine.so")
         expected = "comes from JAX_ROUTER_LIBRARY=/tmp/mine.so, which no verification is of"
-        assert found["route", "cuda"] == standing.Standing(expected)
-        assert found["route", "pallas"] == judge(table)["route", "pallas"]
+        assert found["route", "cuda", BF16] == standing.Standing(expected)
+        assert found["route", "pallas", BF16] == judge(table)["route", "pallas", BF16]
 
 
 # The choice ------------------------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def test_what_is_distrusted_is_not_chosen_by_its_time() -> None:
     assert chosen(document(), problem=ROUTE).implementation == "pallas"
     choice = chosen(document(accepted=ONLY_CUDA))
     assert (choice.implementation, choice.reason) == ("cuda", "4.00 us at tokens=8 in nvidia_h200.json")
-    assert dict(choice.rejected)["pallas"] == str(judge(document(accepted=ONLY_CUDA))["router_gemm", "pallas"])
+    assert dict(choice.rejected)["pallas"] == str(judge(document(accepted=ONLY_CUDA))["router_gemm", "pallas", BF16])
     assert chosen(document(source_hash=OTHER)).implementation == "xla"
     assert chosen(document(source_hash=OTHER), problem=ROUTE).implementation == "xla"
 
@@ -205,7 +214,7 @@ def test_what_is_named_runs_all_the_same() -> None:
     ):
         choice = chosen(DOCUMENT, **more)
         assert choice.implementation == "cuda"
-        assert ("cuda", str(judge(DOCUMENT)["router_gemm", "cuda"])) in choice.verification
+        assert ("cuda", str(judge(DOCUMENT)["router_gemm", "cuda", BF16])) in choice.verification
 
 
 def test_another_reason_comes_before_the_verification() -> None:

@@ -100,7 +100,7 @@ def test_a_table_names_the_record_that_it_went_by_and_the_launches_of_what_was_a
             for operation in ("route", "router_gemm")
         },
     }
-    assert Table.parse(table_of(rows, found)).verification.launches["route", "cuda"] == 1_000_000
+    assert Table.parse(table_of(rows, found)).verification.launches["route", "cuda", gate.IN_16_BITS] == 1_000_000
 
 
 def test_without_a_record_only_xla_is_accepted() -> None:

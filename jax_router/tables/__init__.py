@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_router.implementations import NAMES
 from jax_router.routing import RoutingSpec
+from jax_router.verification.gate import Dtypes, operands
 
 if TYPE_CHECKING:
     from jax_router.dispatch import Problem
@@ -44,12 +45,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """By which record the kernels of a table were accepted."""
+    """By which record the kernels of a table were accepted.
+
+    Attributes:
+      launches: under load, of an implementation that was accepted in an operation, in all dtypes together. By
+        operation, implementation and the dtypes of operands (`gate.operands`) of which the table has a verified entry.
+    """
 
     gpu: str
     date: str
     source_hash: str
-    launches: Mapping[tuple[str, str], int]  # under load, by the operation and the implementation that was accepted
+    launches: Mapping[tuple[str, str, Dtypes], int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Table:
         for entry in document["entries"]:
             rows.setdefault(_shape(entry), []).append(Row(_tokens(entry), _ranking(entry)))
         by_tokens = {shape: tuple(sorted(unsorted, key=lambda row: row.tokens)) for shape, unsorted in rows.items()}
-        return cls(name, by_tokens, _verification(document.get("verification")), _configs(document.get("configs")))
+        return cls(name, by_tokens, _verification(document), _configs(document.get("configs")))
 
     def nearest(self, problem: Problem) -> Row | None:
         """The row of this operation and shape nearest to the problem's tokens in log2, ties to the fewer, or None."""
@@ -143,14 +149,22 @@ def _read(path: Traversable, name: str) -> Table | None:
         return None
 
 
-def _verification(found: Mapping[str, Any] | None) -> Verification | None:
+def _verification(document: Mapping[str, Any]) -> Verification | None:
+    found = document.get("verification")
     if found is None:
         return None
-    launches = {
+    verified = {
+        (_operation(entry), name, operands(entry["dtype"], entry.get("weight_dtype")))
+        for entry in document["entries"]
+        for name, candidate in entry["candidates"].items()
+        if candidate["verified"] is True
+    }
+    accepted = {
         (operation, name): int(each["launches"])
         for operation, of_operation in found["accepted"].items()
         for name, each in of_operation.items()
     }
+    launches = {key: accepted[key[:2]] for key in verified if key[:2] in accepted}
     return Verification(str(found["gpu"]), str(found["date"]), str(found["source_hash"]), launches)
 
 

@@ -18,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = ("cuda", "pallas")  # xla needs no verification: it is what runs when nothing is verified
+Dtypes = tuple[str, str]  # of x and weight
+IN_16_BITS: Dtypes = ("bfloat16", "bfloat16")
+# What each kernel multiplies, by the dtypes that are verified: float16 takes the code of bfloat16.
+OPERANDS: Mapping[str, tuple[Dtypes, ...]] = {
+    "cuda": (IN_16_BITS, ("bfloat16", "float32"), ("float32", "float32")),
+    "pallas": (IN_16_BITS,),
+}
 REQUIRED = ("accuracy", "experts", "bits", "memory", "load", "graphs", "neighbours")
 OF_ROUTE = ("experts",)  # the router GEMM selects none
 LOAD, FEWEST_LAUNCHES = "load", 100_000  # under load, for a table: the reverted kernel was wrong once in thousands
@@ -136,6 +143,12 @@ def how_to_verify(implementations: Iterable[str], models: Iterable[str] = (), *,
     return " ".join(["jax-router verify", *(["--quick"] if quick else []), *parts])
 
 
+def operands(dtype: str, weight_dtype: str | None) -> Dtypes:
+    """Of x in `dtype` and a weight in `weight_dtype`, None for the same: the dtypes whose verification counts."""
+    x, weight = ("bfloat16" if each == "float16" else each for each in (dtype, weight_dtype or dtype))
+    return x, weight
+
+
 def label(subject: Mapping[str, Any]) -> str:
     """For messages: "route of 2880x128 +bias"."""
     return f"{subject['operation']} of {router(subject)}"
@@ -143,9 +156,15 @@ def label(subject: Mapping[str, Any]) -> str:
 
 def router(subject: Mapping[str, Any]) -> str:
     """For messages: "2880x128 +bias", "3072x256 with a float32 weight"."""
-    of_weight = subject.get("weight_dtype")
-    dtypes = " in float32" if subject.get("dtype") == "float32" else f" with a {of_weight} weight" if of_weight else ""
+    dtypes = in_words(subject["dtype"], subject.get("weight_dtype"))
     return f"{subject['hidden']}x{subject['experts']}{' +bias' if subject['bias'] else ''}{dtypes}"
+
+
+def in_words(dtype: str, weight_dtype: str | None) -> str:
+    """What is float32, for messages: " in float32", " with a float32 weight", or nothing."""
+    if dtype == "float32":
+        return " in float32"
+    return f" with a {weight_dtype} weight" if weight_dtype not in (None, dtype) else ""
 
 
 def short(source_hash: str | None) -> str:

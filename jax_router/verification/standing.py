@@ -12,7 +12,10 @@ from jax_router.verification import gate
 
 @dataclass(frozen=True)
 class Standing:
-    """Of one kernel in one operation on one GPU. `str()` of it ends a sentence that starts with the kernel's name."""
+    """Of one kernel in one operation on operands of some dtypes on one GPU.
+
+    `str()` of it ends a sentence that starts with the kernel's name.
+    """
 
     what: str
     remedy: str = ""  # the command that verifies it
@@ -22,7 +25,7 @@ class Standing:
         return f"{self.what}; run {self.remedy}" if self.remedy else self.what
 
 
-Standings = Mapping[tuple[str, str], Standing]  # by operation and implementation
+Standings = Mapping[tuple[str, str, gate.Dtypes], Standing]  # by operation, implementation and `gate.operands`
 
 
 _judged: dict[str, tuple[Table | None, gate.Record | None, str | None, Standings]] = {}
@@ -45,11 +48,12 @@ def standings(gpu: str, table: Table | None) -> Standings:
 
 def judge(
     gpu: str, table: Table | None, own: gate.Record | None, *, source_hash: str | None, library: str | None = None
-) -> dict[tuple[str, str], Standing]:
+) -> dict[tuple[str, str, gate.Dtypes], Standing]:
     """The standing of every kernel. Pure.
 
     The user's own record comes first, be it that a kernel failed or that it passed, then the table's. Only where
     there is neither is an unverified kernel trusted: the heuristic chooses it as on any GPU that was never measured.
+    What passed is trusted with operands of the dtypes that passed; what failed with some is trusted with none.
 
     Args:
       gpu: as JAX names it.
@@ -61,34 +65,42 @@ def judge(
     if own is not None and gate.why_of_other(own, source_hash=source_hash, gpu=gpu) is not None:
         own = None
     found = {
-        (operation, name): _of_own(operation, name, table, own) or _of_table(operation, name, gpu, table, source_hash)
+        (operation, name, dtypes): _of_own(operation, name, dtypes, table, own)
+        or _of_table(operation, name, dtypes, gpu, table, source_hash)
         for operation in OPERATIONS
         for name in gate.KERNELS
+        for dtypes in gate.OPERANDS[name]
     }
     if library is not None:
         unknown = Standing(f"comes from JAX_ROUTER_LIBRARY={library}, which no verification is of")
-        found |= {pair: unknown for pair in found if pair[1] == "cuda"}
+        found |= {key: unknown for key in found if key[1] == "cuda"}
     return found
 
 
-def warning(gpu: str, found: Standings) -> str:
-    """What to say, once, when the automatic choice leaves something out."""
-    left_out = {name: each for (_, name), each in found.items() if each.distrusted}
-    reasons = dict.fromkeys(f"{name} {each.what}" for (_, name), each in found.items() if each.distrusted)
+def warning(gpu: str, found: Standings, dtypes: gate.Dtypes) -> str:
+    """What to say, once, when the automatic choice leaves something out with operands of these dtypes."""
+    left_out = [(name, each.what) for (_, name, of), each in found.items() if each.distrusted and of == dtypes]
+    reasons = dict.fromkeys(f"{name} {what}" for name, what in left_out)
     return (
         f"jax_router chooses no kernel on {gpu} that its verification does not vouch for: {'; '.join(reasons)}. Run "
-        f"{gate.how_to_verify(left_out)} there; what the argument implementation names is used all the same."
+        f"{gate.how_to_verify(dict(left_out))} there; what the argument implementation names is used all the same."
     )
 
 
-def _of_own(operation: str, name: str, table: Table | None, own: gate.Record | None) -> Standing | None:
+def _of_own(
+    operation: str, name: str, dtypes: gate.Dtypes, table: Table | None, own: gate.Record | None
+) -> Standing | None:
     """What the user's own record says, if anything."""
     if own is None:
         return None
     failed = gate.failure(own, operation, name)
     if failed is not None:
         return Standing(f"failed its verification on this GPU ({failed})", gate.how_to_verify([name]), distrusted=True)
-    proven = gate.complete(own, operation, name)
+    proven = [
+        each
+        for each in gate.complete(own, operation, name)
+        if gate.operands(each["dtype"], each.get("weight_dtype")) == dtypes
+    ]
     # A short run says something where nothing else does, and does not make up for a table that is not verified.
     if not proven or (own["quick"] and table is not None):
         return None
@@ -100,20 +112,23 @@ def _of_own(operation: str, name: str, table: Table | None, own: gate.Record | N
     )
 
 
-def _of_table(operation: str, name: str, gpu: str, table: Table | None, source_hash: str | None) -> Standing:
+def _of_table(
+    operation: str, name: str, dtypes: gate.Dtypes, gpu: str, table: Table | None, source_hash: str | None
+) -> Standing:
     if table is None:
-        return Standing("is not verified on this GPU", gate.how_to_verify([], quick=True))
+        quick = dtypes == gate.IN_16_BITS  # a quick run has no others
+        return Standing("is not verified on this GPU", gate.how_to_verify([] if quick else [name], quick=quick))
     record = table.verification
     if record is None:
         why = f"{table.name} names no verification record"
     elif record.source_hash != source_hash:
         others = f"{gate.short(record.source_hash)}, these are {gate.short(source_hash)}"
         why = f"the verification record of {table.name} is of sources {others}"
-    elif (operation, name) not in record.launches:
-        why = f"the verification record of {table.name} did not pass it for {operation}"
+    elif (operation, name, dtypes) not in record.launches:
+        why = f"{table.name} has no verified time of it for {operation}{gate.in_words(*dtypes)}"
     else:
         where = "" if record.gpu == gpu else f" on {record.gpu}, the same processor"
-        facts = _facts(record.launches[operation, name], record.date, record.source_hash)
+        facts = _facts(record.launches[operation, name, dtypes], record.date, record.source_hash)
         return Standing(f"is verified{where}: {facts}")
     return Standing(f"is not verified ({why})", gate.how_to_verify([name]), distrusted=True)
 
