@@ -1,4 +1,4 @@
-"""Bits, graphs and load find what is wrong with a weight stored [hidden, experts] alone."""
+"""Bits, memory, neighbours, graphs and load find what is wrong with a weight stored [hidden, experts] alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax_router import ops, timing
 from jax_router.implementations import cuda
 from jax_router.routing import Routing
 from jax_router.sweep_points import Shape
-from jax_router.verification import bits, data, load
+from jax_router.verification import bits, data, gpu_tools, load, neighbours
 from jax_router.verification.data import Operands, Subject
 from jax_router.verification.result import Context
 
@@ -66,6 +66,59 @@ def test_a_layout_that_is_not_taken_is_not_asked_for(both_layouts, monkeypatch):
     result = bits.check_bits(subject, context())
     assert (result.passed, result.figures["rows of the other layout"]) == (True, 0)
     assert data.in_other_layout(Subject("xla", GEMM), CPU) is None, "it promises no bits"
+
+
+@pytest.mark.parametrize("shape", [GEMM, GPT_OSS], ids=["router_gemm", "route"])
+def test_memory_launches_both_layouts_unless_it_is_a_quick_run(both_layouts, shape, monkeypatch):
+    poisoned = bits._poisoned
+
+    def guarded(shapes, poison, device):
+        guard = jax.numpy.full(bits.GUARD_BYTES, poison, "uint8")
+        return poisoned(shapes, poison, device)[0], [[guard] * 2] * len(shapes)
+
+    monkeypatch.setattr(bits, "_poisoned", guarded)
+    right = bits.check_memory(both_layouts(lambda logits: logits, shape), context())
+    assert (right.passed, right.launches) == (True, 2 * len(bits.POISONS) * len(SHORT)), right.reason
+    wrong = bits.check_memory(both_layouts(from_eight_tokens_on, shape), context())
+    assert (wrong.passed, wrong.failure.tokens) == (False, 8)
+    assert wrong.reason == "row 7 is not what it was in another launch, with the weight stored [hidden, experts]"
+    quick = bits.check_memory(both_layouts(from_eight_tokens_on, shape), context(quick=True))
+    assert (quick.passed, quick.launches) == (True, len(bits.POISONS) * len(SHORT)), quick.reason
+
+
+def test_neighbours_surround_both_layouts_unless_it_is_a_quick_run(both_layouts, monkeypatch):
+    monkeypatch.setattr(gpu_tools, "loaded", lambda: None)
+    subject, operands = both_layouts(lambda logits: logits, GEMM), []
+
+    class Between:
+        """An executable in which this many words are wrong after a wait."""
+
+        def __init__(self, waited: int):
+            self.found = jax.numpy.array([waited, 0, 7, 0, 12 * EXPERTS, 1, 2, 0], "uint32")
+
+        def as_text(self) -> str:
+            return ""
+
+        def __call__(self, wrong, buffers, sources, expected):
+            operands.append(sources[0][1].shape)
+            return self.found, buffers
+
+    def checked(of_other: Between, **changes):
+        where = context(tokens=(16,), **changes)
+        compiled = {("between", 16): lambda: Between(0), ("between hidden_experts", 16): lambda: of_other}
+        where.ahead(compiled)
+        operands.clear()
+        with jax.default_device(CPU):
+            return neighbours.check_neighbours(subject, where)
+
+    right = checked(Between(0))
+    assert (right.passed, right.launches) == (True, 2 * neighbours.LAUNCHES)
+    assert set(operands) == {(EXPERTS, HIDDEN), (HIDDEN, EXPERTS)}
+    wrong = checked(Between(3))
+    assert wrong.passed is False
+    assert wrong.reason.endswith(", with the weight stored [hidden, experts]")
+    assert checked(Between(3), quick=True).passed
+    assert set(operands) == {(EXPERTS, HIDDEN)}
 
 
 def test_chains_hold_launches_of_both_layouts(both_layouts):

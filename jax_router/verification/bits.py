@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from jax_router.verification.data import (
     as_stored,
     compile_call,
     draw,
+    in_its_layouts,
     in_other_layout,
     put,
     structure,
@@ -46,11 +48,22 @@ def row_bits(outputs: Sequence[Any]) -> Array:
 
 def calls(subject: Subject, tokens: Iterable[int]) -> Programs:
     """Single calls of these numbers of tokens, which many checks share."""
-    return {_key(subject, count): functools.partial(compile_call, subject, count) for count in tokens}
+    return {key_of("call", subject, count): functools.partial(compile_call, subject, count) for count in tokens}
 
 
-def _key(subject: Subject, tokens: int) -> tuple[str, int]:
-    return "call" if subject.weight_layout == "experts_hidden" else f"call {subject.weight_layout}", tokens
+def key_of(program: str, subject: Subject, tokens: int) -> tuple[str, int]:
+    """Under which name a context has a program of the subject in its layout."""
+    return program if subject.weight_layout == "experts_hidden" else f"{program} {subject.weight_layout}", tokens
+
+
+def launched_alone(subject: Subject, context: Context) -> list[Subject]:
+    """The subject in the layouts that "memory" and "neighbours" launch: a quick run has the usual one alone."""
+    return [subject] if context.quick else in_its_layouts(subject, context.device)
+
+
+def layout_in_words(form: Subject) -> str:
+    """For messages: nothing of the usual layout."""
+    return "" if form.weight_layout == "experts_hidden" else ", with the weight stored [hidden, experts]"
 
 
 def programs_of_bits(subject: Subject, context: Context) -> Programs:
@@ -65,7 +78,11 @@ def programs_of_bits(subject: Subject, context: Context) -> Programs:
 def programs_of_memory(subject: Subject, context: Context) -> Programs:
     """What `check_memory` runs."""
     tokens = _memory_tokens(context)
-    into = {("into", count): functools.partial(_compile_into, subject, count) for count in tokens}
+    into = {
+        key_of("into", form, count): functools.partial(_compile_into, form, count)
+        for form in launched_alone(subject, context)
+        for count in tokens
+    }
     return (calls(subject, tokens) if subject.promises_bits else {}) | into
 
 
@@ -100,7 +117,7 @@ def check_bits(subject: Subject, context: Context) -> Result:
     }
 
     def bits_of(x: Array, form: Subject) -> Array:
-        run = context.program(key := _key(form, len(x)), made[key])
+        run = context.program(key := key_of("call", form, len(x)), made[key])
         return row_bits(run(fixed[form.weight_layout]._replace(x=jax.device_put(x, context.device))))
 
     expected, launches = bits_of(everything.x, subject), 1
@@ -122,10 +139,9 @@ def check_bits(subject: Subject, context: Context) -> Result:
                     count, subject.usual, context.seed, launches - 1, row, f"0x{expected[rows[row], place]:08x}",
                     f"0x{got[row, place]:08x}",
                 )  # fmt: skip
-                stored = "" if form is subject else ", with the weight stored [hidden, experts]"
                 reason = (
                     f"token {rows[row]} of {len(expected)} has other bits at place {row} of a batch of {count}"
-                    f"{stored}: {len(wrong)} of {len(judged)} rows"
+                    f"{layout_in_words(form)}: {len(wrong)} of {len(judged)} rows"
                 )
                 return Result("bits", False, launches, time.monotonic() - started, figures, reason, failure)
             figures["batches"] += 1
@@ -138,26 +154,29 @@ def check_memory(subject: Subject, context: Context) -> Result:
     """The check "memory": into poisoned outputs; every element is written, nothing beside them, and no input changes.
 
     The outputs are donated, so that XLA lets the subject write into them. Guards of GUARD_BYTES lie right before and
-    behind them, as far as the allocator puts them there; `guarded` counts the launches where it did.
+    behind them, as far as the allocator puts them there; `guarded` counts the launches where it did. Launches of the
+    other layout must write what those of the subject's own do.
     """
     started = time.monotonic()
     figures = {"guarded": 0}
     launches = 0
     made = programs_of_memory(subject, context)
 
+    forms = launched_alone(subject, context)
+
     for tokens in _memory_tokens(context):
         context.doing(tokens, subject.usual)
-        host = draw(subject, subject.usual, tokens, context.seed)
-        operands = put(host, context.device)
         # Who promises no bits must at least agree with itself: what is not written differs as the poison does.
         expected = None
         if subject.promises_bits:
-            expected = row_bits(context.program(key := ("call", tokens), made[key])(operands))
-        shapes = jax.eval_shape(subject.call, operands)
+            operands = put(draw(subject, subject.usual, tokens, context.seed), context.device)
+            expected = row_bits(context.program(key := key_of("call", subject, tokens), made[key])(operands))
 
-        run = context.program(key := ("into", tokens), made[key])
-        for poison in POISONS:
-            poisoned, guards = _poisoned(shapes, poison, context.device)
+        for form, poison in itertools.product(forms, POISONS):
+            host = draw(form, subject.usual, tokens, context.seed)
+            operands = put(host, context.device)
+            run = context.program(key := key_of("into", form, tokens), made[key])
+            poisoned, guards = _poisoned(jax.eval_shape(form.call, operands), poison, context.device)
             addresses = [array.unsafe_buffer_pointer() for array in poisoned]
             outputs = jax.block_until_ready(run(tuple(poisoned), operands))
             launches += 1
@@ -167,10 +186,11 @@ def check_memory(subject: Subject, context: Context) -> Result:
             expected = row_bits(outputs) if expected is None else expected
             found = _judge_memory(outputs, expected, guards, poison, operands, host)
             if found is not None:
-                reason, row, wanted, got = found
+                what, row, wanted, got = found
+                reason = what + layout_in_words(form)
                 failure = Failure(tokens, subject.usual, context.seed, launches - 1, row, wanted, got)
                 return Result("memory", False, launches, time.monotonic() - started, figures, reason, failure)
-        context.alive(len(POISONS))
+        context.alive(len(forms) * len(POISONS))
     if context.on_gpu and not figures["guarded"]:
         reason = "the allocator put no guard beside an output; every element was written, and no input changed"
         return Result("memory", None, launches, time.monotonic() - started, figures, reason)

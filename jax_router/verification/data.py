@@ -136,6 +136,12 @@ def in_other_layout(subject: Subject, device: jax.Device) -> Subject | None:
     return None if why_unsupported(other.problem(1), where, subject.implementation) else other
 
 
+def in_its_layouts(subject: Subject, device: jax.Device) -> list[Subject]:
+    """The subject and, where it is taken, the one with its weight in the other layout."""
+    other = in_other_layout(subject, device)
+    return [subject] if other is None else [subject, other]
+
+
 def as_stored(weight: Array | jax.Array, subject: Subject) -> Any:
     """A weight [E, H] in the layout of the subject."""
     return weight if subject.weight_layout == "experts_hidden" else weight.T.copy()

@@ -22,7 +22,7 @@ from jax_router.verification.data import (
     as_stored,
     draw,
     dtype_named,
-    in_other_layout,
+    in_its_layouts,
     put,
     random_weights,
     structure,
@@ -84,7 +84,7 @@ def _compile_chain(subject: Subject, context: Context, tokens: int) -> jax.stage
     """(xs, routers, expected) -> how the outputs differ, and the outputs of who promises no bits."""
     if context.on_gpu:
         gpu_tools.loaded()
-    forms = _forms(subject, context)
+    forms = in_its_layouts(subject, context.device)
     operands = [structure(form, tokens) for form in forms]
     outputs = [tuple(jax.eval_shape(subject.call, operands[0]))] * _launches(subject, context)
     ones = [jax.jit(form.call) for form in forms]  # each traced once
@@ -95,12 +95,6 @@ def _compile_chain(subject: Subject, context: Context, tokens: int) -> jax.stage
 
     routers = [operands[_form(forms, i)]._replace(x=None) for i in range(len(outputs))]
     return jax.jit(chain).lower([operands[0].x] * XS, routers, outputs).compile()
-
-
-def _forms(subject: Subject, context: Context) -> list[Subject]:
-    """The subject and, where it is taken, the one with its weight in the other layout."""
-    other = in_other_layout(subject, context.device)
-    return [subject] if other is None else [subject, other]
 
 
 def _form(forms: Sequence[Subject], launch: int) -> int:
@@ -121,7 +115,7 @@ def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
     routers = random_weights(subject, _launches(subject, context), context.seed, context.device)
     xs = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device).x for i in range(XS)]
     expected = [tuple(one(router._replace(x=xs[i % XS]))) for i, router in enumerate(routers)]
-    forms = _forms(subject, context)
+    forms = in_its_layouts(subject, context.device)
     routers = [
         router._replace(weight=as_stored(router.weight, forms[_form(forms, i)])) for i, router in enumerate(routers)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 import time
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router.verification import gpu_tools
-from jax_router.verification.bits import calls
+from jax_router.verification.bits import calls, key_of, launched_alone, layout_in_words
 from jax_router.verification.data import Operands, Subject, draw, put, structure
 from jax_router.verification.result import Context, Failure, Programs, Result
 
@@ -38,8 +39,13 @@ def programs(subject: Subject, context: Context) -> Programs:
     if not (context.on_gpu and subject.promises_bits):
         return {}
     tokens = _tokens(context)
-    between = {("between", count): functools.partial(_compile_between, subject, count) for count in tokens}
-    return calls(subject, tokens) | between
+    made: Programs = {}
+    for form in launched_alone(subject, context):
+        compiled = {
+            key_of("between", form, count): functools.partial(_compile_between, form, count) for count in tokens
+        }
+        made |= calls(form, tokens) | compiled
+    return made
 
 
 def _tokens(context: Context) -> tuple[int, ...]:
@@ -49,7 +55,8 @@ def _tokens(context: Context) -> tuple[int, ...]:
 def check_neighbours(subject: Subject, context: Context) -> Result:
     """The check "neighbours": launches between a producer and a consumer, programmatic and slow at the worst point.
 
-    The producer writes x, the weights and the biases right before, the consumer reads the outputs right after.
+    The producer writes x, the weights and the biases right before, the consumer reads the outputs right after. In both
+    layouts of the weight, where these are taken.
     """
     if not context.on_gpu:
         return Result("neighbours", None, reason="there is no GPU")
@@ -59,14 +66,16 @@ def check_neighbours(subject: Subject, context: Context) -> Result:
     started = time.monotonic()
     launches = late = 0
     blocks = (QUICK_LAUNCHES if context.quick else LAUNCHES) // BLOCK
-    for tokens in _tokens(context):
+    made = programs(subject, context)
+    for form, tokens in itertools.product(launched_alone(subject, context), _tokens(context)):
         context.doing(tokens, subject.usual)
-        found = _check_tokens(subject, tokens, context, blocks)
+        found = _check_tokens(form, tokens, context, made, blocks)
         if isinstance(found, Result):
             return found
-        count, late_here, failure, reason = found
+        count, late_here, failure, what = found
         launches, late = launches + count, max(late, late_here)
         if failure is not None:
+            reason = f"{what}{layout_in_words(form)}"
             return Result("neighbours", False, launches, time.monotonic() - started, {}, reason, failure)
     seconds, figures = time.monotonic() - started, {"late_blocks": late, "blocks": blocks}
     if late == 0:
@@ -84,16 +93,15 @@ def least_late(blocks: int) -> int:
 
 
 def _check_tokens(
-    subject: Subject, tokens: int, context: Context, blocks: int
+    subject: Subject, tokens: int, context: Context, made: Programs, blocks: int
 ) -> tuple[int, int, Failure | None, str | None] | Result:
     """Launches, blocks of them with late words, and what is wrong."""
     variants = [put(draw(subject, subject.usual, tokens, context.seed + i), context.device) for i in range(VARIANTS)]
     present = [name for name, value in variants[0]._asdict().items() if value is not None]
     sources = [tuple(getattr(variant, name) for name in present) for variant in variants]
-    made = programs(subject, context)
-    one = context.program(key := ("call", tokens), made[key])
+    one = context.program(key := key_of("call", subject, tokens), made[key])
     expected = [tuple(one(variant)) for variant in variants]
-    executable = context.program(key := ("between", tokens), made[key])
+    executable = context.program(key := key_of("between", subject, tokens), made[key])
     copies = re.findall(r"= \S+ copy(?:-start)?\(", executable.as_text() or "")
     if len(copies) > len(present) + 1:  # of the arguments, once
         return Result("neighbours", None, reason=f"XLA puts {len(copies)} copies between the neighbours")
