@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fault_list_float32
 import faults
 from fault_list import FAULTS, Fault
 from fault_table import as_it_should_be, markdown, print_record
@@ -66,6 +67,11 @@ def models_of(fault: Fault) -> tuple[str, ...]:
     return tuple(dict.fromkeys(shape if shape in models else "awkward" for shape in fault.shapes))
 
 
+def multiplied_of(fault: Fault) -> str | None:
+    """What `jax-router verify` has to multiply for the broken code to run; None for anything."""
+    return "float32" if {edit.file for edit in fault.edits} <= set(fault_list_float32.FILES) else None
+
+
 def entry_of(fault: Fault | None) -> Record:
     """What a record has of a fault, or of the shipped library, before anything is measured."""
     facts: Record = {"digest": None, "what": "the shipped library", "seen_by": [], "missed_by_parity": True}
@@ -89,11 +95,12 @@ class Plan:
             if fault is None:
                 for number in self._left(SHIPPED, min(self.trials, len(CONTROL))):
                     request = self._request(("router_gemm", "route"), (CONTROL[number],))
-                    together.append(self._trials(SHIPPED, request, [self._trial(number, request, CHECKS)]))
+                    together.append(self._trials(SHIPPED, request, [self._trial(number, request, CHECKS, None)]))
             else:
                 request = self._request(fault.operations, models_of(fault))
                 left = [
-                    self._trial(number, request, checks_of(fault)) for number in self._left(fault.name, self.trials)
+                    self._trial(number, request, checks_of(fault), multiplied_of(fault))
+                    for number in self._left(fault.name, self.trials)
                 ]
                 # A hang costs a trial its process and a wait in which the GPU does nothing, an illegal address its
                 # process: these at the same time.
@@ -114,9 +121,10 @@ class Plan:
     def _request(self, operations: Sequence[str], models: Sequence[str]) -> Record:
         return {"implementation": self.implementation, "operations": list(operations), "models": list(models)}
 
-    def _trial(self, number: int, request: Record, checks: Sequence[str]) -> Record:
+    def _trial(self, number: int, request: Record, checks: Sequence[str], multiplied: str | None) -> Record:
         seconds = self.run.record["parameters"]["seconds"]
-        return {"trial": number, "operations": request["operations"], "checks": list(checks), "seconds": seconds}
+        return {"trial": number, "operations": request["operations"], "checks": list(checks), "seconds": seconds,
+                "multiplied": multiplied}  # fmt: skip
 
     def _trials(self, name: str, request: Record, trials: list[Record]) -> Task:
         self.total += len(trials)
@@ -132,7 +140,8 @@ class Plan:
         done = {(each["operation"], each["asked"]) for each in surveyed}
         left = [
             {"trial": SURVEY_SEED, "operations": [operation], "checks": [check], "seconds": SURVEY_SECONDS,
-             "launches": SURVEY_LAUNCHES, "quick": True, "first": True}
+             "launches": SURVEY_LAUNCHES, "quick": True, "first": True,
+             "multiplied": None if fault is None else multiplied_of(fault)}
             for operation in operations
             for check in SURVEY_CHECKS
             if (operation, check) not in done

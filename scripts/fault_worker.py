@@ -43,7 +43,8 @@ class Trial:
       seconds: for the checks of one subject, the share that `jax-router verify` gives it.
       ends: seconds after which no other subject begins.
       launches, quick: as of `jax-router verify`.
-      first: only the first subject of the operations.
+      multiplied: only subjects that multiply in this dtype, as `Subject.multiplied`; None for all.
+      first: only the first subject of these.
     """
 
     trial: int
@@ -53,6 +54,7 @@ class Trial:
     ends: float = 300.0
     launches: int = LAUNCHES
     quick: bool = False
+    multiplied: str | None = None
     first: bool = False
 
 
@@ -146,7 +148,11 @@ def run_trial(trial: Trial, found: list[tuple[Subject, Context]], emit: Callable
 
     emit("trial", trial=trial.trial)
     started = time.monotonic()
-    taking_part = [pair for pair in found if pair[0].operation in trial.operations]
+    taking_part = [
+        pair
+        for pair in found
+        if pair[0].operation in trial.operations and trial.multiplied in (None, pair[0].multiplied)
+    ]
     checks: dict[str, plan.Check] = {}
     for name in trial.checks:
         if plan.CHECKS[name] not in checks.values():

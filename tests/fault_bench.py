@@ -76,7 +76,8 @@ _, _, seed, _, folder = sys.argv
 if int(seed) in {dies}:
     sys.exit("no GPU is left")
 found = int(seed) not in {misses}
-router = {{"operation": "route", "hidden": 2880, "experts": 128, "bias": True}}
+router = {{"operation": "route", "hidden": 2880, "experts": 128, "bias": True,
+          "dtype": "bfloat16"}}
 load = {{"check": "load", "passed": not found, "launches": 500000}}
 record = {{"subjects": [{{**router, "checks": [load]}}], "sanitizers": []}}
 pathlib.Path(folder, "verify-test-quick.json").write_text(json.dumps(record))

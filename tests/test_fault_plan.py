@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import fault_list
 import fault_table
 import fault_trials
+import fault_watch
+import fault_worker
 import faults
 
 
@@ -32,6 +35,28 @@ def test_a_fault_goes_to_the_checks_and_routers_that_it_is_said_to_show_in():
         options = plan.Options(operations=fault.operations, models=fault_trials.models_of(fault))
         options.check()
         assert {shape.operation for shape in plan.all_shapes(options)} == set(fault.operations)
+
+
+def test_what_is_broken_with_float32_weights_alone_goes_to_routers_that_have_them(tmp_path):
+    run = fault_watch.Run(tmp_path, 30.0)
+    run.begin(tmp_path / "record.json", {"parameters": {"seconds": 5.0}, "faults": {}, "elapsed_seconds": 0.0}, 0.0)
+    requests = []
+    run.follow = lambda name, request, trials, into: requests.append((name, request, trials))
+    chosen = faults.named(["term-left-out", "obsolete-barrier"])
+    for fault in chosen:
+        run.record["faults"][fault.name] = fault_trials.entry_of(fault)
+    for tasks, _ in fault_trials.Plan(run, 2, survey=True).phases(chosen, 4):
+        for task in tasks:
+            if task.__qualname__.startswith(("Plan._trials", "Plan._survey")):
+                task()
+    assert {name for name, _, _ in requests} == {"term-left-out", "obsolete-barrier"}
+    for name, request, trials in requests:
+        wanted = "float32" if name == "term-left-out" else None
+        assert {fault_worker.Trial(**trial).multiplied for trial in trials} == {wanted}
+        if wanted:
+            options = plan.Options(operations=tuple(request["operations"]), models=tuple(request["models"]))
+            found = {(each.operation, each.dtype) for each in plan.float32_routers(options)}
+            assert found == set(itertools.product(("router_gemm", "route"), ("bfloat16", "float32")))
 
 
 def test_a_library_of_other_sources_or_of_none_is_compiled_again(tmp_path, monkeypatch):

@@ -86,6 +86,15 @@ def test_a_survey_takes_the_first_router_of_its_operation_and_less_of_everything
     assert (label, context.quick, context.launches) == ("route xla gpt-oss-120b", True, 9)
 
 
+def test_a_trial_of_float32_weights_takes_the_routers_that_have_them(child):
+    seen: list = []
+    load = {"load": check("load", True, seen)}
+    child(load, multiplied="float32")
+    assert seen == []
+    child(load, multiplied="bfloat16", first=True)
+    assert [label for _, label, _ in seen] == ["router_gemm xla gpt-oss-120b"]
+
+
 def test_no_router_begins_after_the_default_minutes(child):
     seen: list = []
     child({"bits": check("bits", True, seen)}, ends=0.0)

@@ -64,6 +64,12 @@ def test_faults_have_names_of_their_own_and_say_what_must_see_them():
         assert all(shape in jr.models or re.fullmatch(r"\d+x\d+", shape) for shape in each.shapes)
 
 
+def test_some_faults_are_in_the_kernel_for_float32_weights_alone():
+    kernels = [{edit.file for edit in each.edits} for each in FAULTS]
+    assert {"sm90_float32.cuh"} in kernels
+    assert {"sm90_router_gemm_float32.cu"} in kernels
+
+
 def test_parity_tests_miss_the_faults_this_is_about():
     for name in ("obsolete-barrier", "weights-before-wait", "trigger-before-store"):
         assert fault(name).missed_by_parity
