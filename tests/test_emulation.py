@@ -28,9 +28,13 @@ PROBLEMS = (
     (19, 1096, 136), (66, 2824, 24),
     # float32 weights, and the dtype of x
     (33, 1096, 40, "float32"), (18, 2824, 24, "bfloat16"), (3, 200, 5, "float32"), (1, 17416, 3, "bfloat16"),
+    (19, 264, 8, "bfloat16"),
 )  # fmt: skip
 
-UNITS = {"sm90_slice_sums.cuh": ("sm90_router_gemm_few_tokens.cu",)}
+UNITS = {
+    "sm90_slice_sums.cuh": ("sm90_router_gemm_few_tokens.cu",),
+    "sm90_float32.cuh": ("sm90_router_gemm_float32.cu", "sm90_router_gemm_naive.cu"),
+}
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
 FAULTS = {
     "waits on the first stage's barrier": (
@@ -105,6 +109,12 @@ FAULTS = {
         "(lane / 4 * 4)",
         (33, 1096, 40, "float32"),
     ),
+    "leaves out the smallest terms of a weight": (
+        "sm90_float32.cuh",
+        "add(low, 0, 1);\n      add(low, 0, 2);",
+        "add(low, 0, 1);",
+        (19, 264, 8, "bfloat16"),
+    ),
     "deals a column out as if it lay straight": (
         "sm90_router_gemm_few_tokens.cu",
         "(weight_chunk ^ n * kTurn * 16)",
@@ -149,6 +159,16 @@ def call(
     return out
 
 
+def of_one_product(library: ctypes.CDLL, x: np.ndarray, weight: np.ndarray) -> str:
+    """What is wrong where each logit is one product of float32: there every term of it counts."""
+    random = np.random.default_rng(1)
+    one = aligned(np.where(np.arange(x.shape[1]) == random.integers(0, x.shape[1], (len(x), 1)), x, np.zeros_like(x)))
+    expected = one.astype(np.float64) @ weight.astype(np.float64).T
+    off = abs(call(library, one, weight, None, np.float32, -1) - expected)
+    # 2^-23 is left out; one addition rounds, high + low, as do those of low, which is below 2^-6 of high.
+    return "" if (off <= 2.0**-22 * abs(expected)).all() else "a term is missing"
+
+
 def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str | None = None) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
@@ -183,7 +203,8 @@ def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str
     same = all(
         logits.tobytes() == naive[row : row + 1].tobytes() for row, logits in zip({0, tokens - 1}, alone, strict=True)
     )
-    return found | {"a row alone": "" if same else "other bits than in the batch"}
+    found |= {"a row alone": "" if same else "other bits than in the batch"}
+    return found | ({"one product": of_one_product(library, x, weight)} if with_float32 else {})
 
 
 def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None:

@@ -31,6 +31,14 @@ class Case:
     scale: bool = False
     special: bool = False  # rows of equal, NaN and infinite logits
     equal: int = 1  # how many neighbouring experts have the same logits
+    with_float32: str | None = None  # the dtype of x beside a float32 weight; else both have that of x
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of x."""
+        return np.dtype(
+            (ml_dtypes.bfloat16, np.float16)[self.tokens % 2] if not self.with_float32 else self.with_float32
+        )
 
 
 V3 = RoutingSpec(8, "sigmoid", True, 1e-20, scaling_factor=2.5, num_groups=8, group_topk=4)
@@ -50,6 +58,8 @@ CASES = {
     "twins": Case(9, 200, 70, RoutingSpec(1, "sigmoid"), equal=2),
     "triplets": Case(3, 72, 250, RoutingSpec(8, "softmax"), equal=3),
     "one expert": Case(1, 8, 1, RoutingSpec(1, "softmax")),
+    "float32 is not rounded": Case(3, 72, 256, RoutingSpec(8, round_logits=True), bias=True, with_float32="float32"),
+    "rounded beside a float32 weight": Case(3, 72, 256, RoutingSpec(8, round_logits=True), with_float32="bfloat16"),
 }  # fmt: skip
 
 HEADER = "sm90_route.cuh"
@@ -123,7 +133,9 @@ def route(library, arrays, spec: RoutingSpec, replay, config: int, gemm_config: 
     def dtype(array):
         return -1 if array is None else DTYPES[array.dtype.name]
 
-    problem = Problem(tokens, hidden, experts, x.dtype.name, None, None if bias is None else bias.dtype.name)
+    problem = Problem(
+        tokens, hidden, experts, x.dtype.name, weight.dtype.name, None if bias is None else bias.dtype.name
+    )
     gemm = RouterGemmArgs.of(
         problem,
         x=address(x),
@@ -149,9 +161,9 @@ def route(library, arrays, spec: RoutingSpec, replay, config: int, gemm_config: 
 
 def operands(case: Case):
     random = np.random.default_rng(case.experts)
-    dtype = (ml_dtypes.bfloat16, np.float16)[case.tokens % 2]
+    dtype, of_weight = case.dtype, np.float32 if case.with_float32 else case.dtype
     x = random.standard_normal((case.tokens, case.hidden)).astype(dtype)
-    weight = (2 * random.standard_normal((case.experts, case.hidden)) / np.sqrt(case.hidden)).astype(dtype)
+    weight = (2 * random.standard_normal((case.experts, case.hidden)) / np.sqrt(case.hidden)).astype(of_weight)
     weight = weight[np.arange(case.experts) // case.equal * case.equal]
     if case.special:  # equal logits; infinite ones, and NaN where infinities of both signs meet
         x[0] = 0
@@ -181,7 +193,7 @@ def wrong(case: Case, result, naive, first) -> str:
         return "experts or weights differ from those of another configuration"
     *_, correction, scale = operands(case)
     if case.spec.round_logits:
-        logits = logits.astype((ml_dtypes.bfloat16, np.float16)[case.tokens % 2]).astype(np.float32)
+        logits = logits.astype(case.dtype).astype(np.float32)
     with np.errstate(all="ignore"):
         expected = routing_cases.select(logits, correction, case.spec)
         undecided = routing_cases.undecided(logits, correction, case.spec, 4)
