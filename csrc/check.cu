@@ -154,7 +154,7 @@ struct Checker {
   // |error| <= depth * 2^-23 * sum |x w| + half an ulp of the output: the tree's longest path is `depth` additions (MMA
   // steps of a slice and four levels inside a step, slices of a group, four levels of groups, the bias), each of which
   // truncates by at most one ulp (2^-23) of a partial sum that sum |x w| bounds. With float32 weights a slice is one
-  // unit; its two chains are added up, and what they leave out is a last ulp.
+  // unit, whose steps are added up; then what its smaller products sum up to, and what is left out is a last ulp.
   void check_accuracy(const Case& c, const HostArray& x, const HostArray& weight, const HostArray& bias,
                       const std::vector<uint8_t>& got) {
     const int depth = c.weight_dtype == JR_FLOAT32

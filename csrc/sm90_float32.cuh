@@ -4,11 +4,11 @@
 //   x bfloat16   x*w1 | x*w2 + x*w3
 //   x float32    x1*w1 | x1*w2 + x2*w1 + x1*w3 + x2*w2 + x3*w1
 //
-// What stands before the bar and what stands behind it are chains of their own over a slice, of a k16 step in this
-// order, and the slice's sum is that of both. A slice is one unit here, not two: half as many steps that truncate, and
-// float32 asks for less error than bfloat16. What is left out is at most 2^-23 of a product. The terms of an infinite
-// float32 are an infinity and NaN, so its logits are NaN; those of an infinite bfloat16 are infinite where the terms of
-// the weight have one sign, else NaN too.
+// A slice is one unit of four k16 steps. Of what stands before the bar every step is a sum of its own by the tensor
+// core, and `high` adds these up in float32, to nearest: a tensor core that goes on from a sum truncates it. What
+// stands behind it, about 2^-7 as large, is one chain over the slice in this order, `low`; the slice's sum is high +
+// low. What is left out is at most 2^-23 of a product. The terms of an infinite float32 are an infinity and NaN, so its
+// logits are NaN; those of an infinite bfloat16 are infinite where the terms of the weight have one sign, else NaN too.
 #pragma once
 
 #include "sm90_tile.cuh"
@@ -42,25 +42,27 @@ struct Fragment {
   }
 };
 
-// The two chains of a slice, of one tile of 16 tokens x 8 experts.
+// The two sums of a slice, of one tile of 16 tokens x 8 experts.
 struct SliceSum {
   float4 high, low;
 
   template <typename X>
   __device__ __forceinline__ void multiply(const Fragment<X, 4>& x, const Fragment<float, 2>& weight) {
-    const auto add = [&](float4& sum, int of_x, int of_weight) {
-      mma_m16n8k16(sum, x.terms[of_x], weight.terms[of_weight][0], weight.terms[of_weight][1], sum, bfloat16());
+    const auto add = [&](float4& sum, const float4& before, int of_x, int of_weight) {
+      mma_m16n8k16(sum, x.terms[of_x], weight.terms[of_weight][0], weight.terms[of_weight][1], before, bfloat16());
     };
-    add(high, 0, 0);
+    float4 step;
+    add(step, {}, 0, 0);
+    high = high + step;  // never -0, as it begins with +0
     if constexpr (sizeof(X) == 4) {
-      add(low, 0, 1);
-      add(low, 1, 0);
-      add(low, 0, 2);
-      add(low, 1, 1);
-      add(low, 2, 0);
+      add(low, low, 0, 1);
+      add(low, low, 1, 0);
+      add(low, low, 0, 2);
+      add(low, low, 1, 1);
+      add(low, low, 2, 0);
     } else {
-      add(low, 0, 1);
-      add(low, 0, 2);
+      add(low, low, 0, 1);
+      add(low, low, 0, 2);
     }
   }
   __device__ __forceinline__ float4 total() const { return high + low; }

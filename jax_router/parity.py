@@ -88,14 +88,16 @@ def slice_tree(hidden: int, *, slice_products: int = 128, groups: int = 16) -> A
 def split_tree(hidden: int) -> Accumulation:
     """The same tree over slices of 64 products of float32, each split into products of bfloat16 terms.
 
-    `v = v1 + v2 + v3` by rounding to nearest, so that |v2| <= 2^-8 |v| and |v3| <= 2^-16 |v|. Of a slice one chain adds
-    x1 w1 in four steps, another one the smaller products, at most 2^-7 (1 + 2^-6) of |x w|, in at most twenty. One
-    addition joins them. What the first loses to |x1 w1| > |x w|, what the second loses, and what is left out (x2 w3,
-    x3 w2, x3 w3, at most 2^-23 of |x w|) are together less than one more step of the first may lose.
+    `v = v1 + v2 + v3` by rounding to nearest, so that |v2| <= 2^-8 |v| and |v3| <= 2^-16 |v|. Of a slice every step
+    sums up x1 w1 from zero, and float32 additions join the steps. One chain adds the smaller products, at most
+    2^-7 (1 + 2^-6) of |x w|, in at most twenty steps, and one addition joins both. What the steps lose to
+    |x1 w1| > |x w|, what the chain loses, and what is left out (x2 w3, x3 w2, x3 w3, at most 2^-23 of |x w|) are
+    together less than one more step of x1 w1 may lose.
     Exact splits need elements whose last bit counts 2^-133 at least, as every float32 from 2^-110 on has.
     """
     tree = slice_tree(hidden, slice_products=64)
-    return Accumulation(rounded=tree.rounded + 1, truncated=tree.truncated + 1, infinities=False)
+    joined = tree.truncated  # additions: between the steps of a slice, and the chain
+    return Accumulation(rounded=tree.rounded + joined, truncated=1 + 1, infinities=False)
 
 
 def accumulation_of(implementation: str, *, hidden: int, dtype: str, platform: str) -> Accumulation:

@@ -149,6 +149,35 @@ def call(
     return out
 
 
+def terms(values: np.ndarray, units: int) -> list[np.ndarray]:
+    """v1, v2 and v3 of bfloat16 or float32, in float64, and zeros up to the end of the last unit of K."""
+    found, rest = [], np.zeros((len(values), units * 64), np.float32)
+    rest[:, : values.shape[1]] = values
+    for _ in range(3):
+        found.append(rest.astype(ml_dtypes.bfloat16).astype(np.float64))
+        rest = rest - found[-1].astype(np.float32)
+    return found
+
+
+def float32_tree(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The tree of docs/numerics.md for float32 weights, with steps that are exact and round once."""
+    units = -(-x.shape[1] // 64)
+    of_x, of_weight = terms(x, units), terms(weight, units)
+    smaller = ((0, 1), (1, 0), (0, 2), (1, 1), (2, 0)) if x.dtype == np.float32 else ((0, 1), (0, 2))
+    sums = [np.zeros((len(x), len(weight)), np.float32) for _ in range(16)]
+    for group in range(16):
+        for unit in range(units * group // 16, units * (group + 1) // 16):
+            high, low = np.zeros_like(sums[0]), np.zeros_like(sums[0])
+            for step in (slice(k, k + 16) for k in range(unit * 64, unit * 64 + 64, 16)):
+                high += (of_x[0][:, step] @ of_weight[0][:, step].T).astype(np.float32)
+                for i, j in smaller:
+                    low = (low + of_x[i][:, step] @ of_weight[j][:, step].T).astype(np.float32)
+            sums[group] += high + low
+    while len(sums) > 1:
+        sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
+
+
 def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str | None = None) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
@@ -165,7 +194,7 @@ def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str
     # Each operation of the tree rounds once, here also those of the tensor core; then one rounding to out_dtype.
     magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.astype(np.float64)).T
     magnitude += 0 if bias is None else np.abs(bias.astype(np.float64))
-    if with_float32:  # four steps, both chains, a group's units, four levels, the bias; what is left out; low chains
+    if with_float32:  # a step, three additions, low, units of a group, four levels, bias; what is left out; low chain
         roundings = 4 + 1 + -(-hidden // 64 // 16) + 1 + 4 + 1 + 2 + 1
     else:
         tree = parity.slice_tree(hidden)
@@ -173,6 +202,9 @@ def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str
     bound = roundings * 2.0**-24 * magnitude
     bound += np.abs(truth) * float(ml_dtypes.finfo(out_dtype).eps) / 2
     found = {"naive": "" if np.all(np.abs(naive.astype(np.float64) - truth) <= bound) else "wrong logits"}
+    if with_float32:
+        tree = float32_tree(x, weight) + (0 if bias is None else bias.astype(np.float32))
+        found["the tree"] = "" if tree.astype(out_dtype).tobytes() == naive.tobytes() else "other bits than stated"
     for layout in ("experts_hidden", "hidden_experts")[: 1 + (experts % 8 == 0)]:
         for config in (None, *range(library.jr_router_gemm_num_configs())):
             logits = call(library, x, weight, bias, out_dtype, config, layout)
