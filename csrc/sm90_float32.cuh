@@ -27,6 +27,17 @@ __device__ __forceinline__ void split(float2 v, uint32_t (&terms)[kTerms]) {
   }
 }
 
+// Rows of one unit of a float32 matrix in shared memory: chunk c of row r lies at c ^ (r % 4 * 2), so that neither
+// copies of whole lines nor loads of pairs meet in a bank. pair_of() is the pair that a lane takes of row lane / 4 in
+// the first half of the unit's first k16 step; in bits of the address the second half differs by kHalf, a step by
+// kStep.
+constexpr int kFloatRowBytes = kUnit * 4;
+constexpr uint32_t kHalf = 32, kStep = 64;
+__device__ __forceinline__ uint32_t pair_of(uint32_t rows, unsigned lane) {
+  const unsigned g = lane / 4, t = lane % 4;
+  return rows + g * kFloatRowBytes + (t / 2 ^ g % 4 * 2) * 16 + t % 2 * 8;
+}
+
 // One operand of a k16 step, as mma.sync takes it: `kRegisters` pairs of elements for each term.
 template <typename Element, int kRegisters>
 struct Fragment {
@@ -42,14 +53,22 @@ struct Fragment {
   }
 };
 
-// The two sums of a slice, of one tile of 16 tokens x 8 experts.
+// The two sums of a slice, of 16 rows of A and 8 columns of B.
 struct SliceSum {
   float4 high, low;
 
-  template <typename X>
-  __device__ __forceinline__ void multiply(const Fragment<X, 4>& x, const Fragment<float, 2>& weight) {
+  // Adds one k16 step: of x as A and the weight as B, or the other way round.
+  template <typename X, int kRegistersOfX, int kRegistersOfWeight>
+  __device__ __forceinline__ void multiply(const Fragment<X, kRegistersOfX>& x,
+                                           const Fragment<float, kRegistersOfWeight>& weight) {
     const auto add = [&](float4& sum, const float4& before, int of_x, int of_weight) {
-      mma_m16n8k16(sum, x.terms[of_x], weight.terms[of_weight][0], weight.terms[of_weight][1], before, bfloat16());
+      const auto& x_term = x.terms[of_x];
+      const auto& weight_term = weight.terms[of_weight];
+      if constexpr (kRegistersOfX == 4) {
+        mma_m16n8k16(sum, x_term, weight_term[0], weight_term[1], before, bfloat16());
+      } else {
+        mma_m16n8k16(sum, weight_term, x_term[0], x_term[1], before, bfloat16());
+      }
     };
     float4 step;
     add(step, {}, 0, 0);

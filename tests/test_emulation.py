@@ -10,6 +10,7 @@ rounds once): for that there is the GPU.
 from __future__ import annotations
 
 import ctypes
+import re
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,8 @@ PROBLEMS = (
     (19, 1096, 136), (66, 2824, 24),
     # float32 weights, and the dtype of x
     (33, 1096, 40, "float32"), (18, 2824, 24, "bfloat16"), (3, 200, 5, "float32"), (1, 17416, 3, "bfloat16"),
+    (8, 2568, 3, "float32"), (5, 4104, 6, "bfloat16"), (1, 8192, 4, "float32"), (2, 8, 1, "bfloat16"),
+    (7, 72, 9, "bfloat16"), (4, 2056, 2, "float32"), (6, 136, 3, "bfloat16"),
 )  # fmt: skip
 
 UNITS = {"sm90_slice_sums.cuh": ("sm90_router_gemm_few_tokens.cu",)}
@@ -104,6 +107,18 @@ FAULTS = {
         "(lane / 4 * 4 ^ lane % 4 * 32)",
         "(lane / 4 * 4)",
         (33, 1096, 40, "float32"),
+    ),
+    "adds the first unit of the next group": (
+        "sm90_router_gemm_float32_one_token.cu",
+        "settled(group_begin(units, group + 1) - begin)",
+        "settled(ceil_div(units, kGroups))",
+        (8, 2568, 3, "float32"),
+    ),
+    "multiplies half a unit before it has come": (
+        "sm90_router_gemm_float32_one_token.cu",
+        "  multiply_half(0);\n  wait_for_copies<0>();\n  __syncwarp();\n  multiply_half(1);\n",
+        "  multiply_half(0);\n  multiply_half(1);\n  wait_for_copies<0>();\n",
+        (7, 72, 9, "bfloat16"),
     ),
     "deals a column out as if it lay straight": (
         "sm90_router_gemm_few_tokens.cu",
@@ -228,7 +243,9 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
     assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
     either = [name.split()[0] for name in examined]
     takes_both = {
-        name for name in either if name.startswith(("naive", "few_16x16", "many", "float32")) and "x80_" not in name
+        name
+        for name in either
+        if name.startswith(("naive", "few_16x16", "many", "float32")) and not re.search("x80_|_one_", name)
     }
     assert {name.split()[0] for each in found for name in each if name.endswith("hidden_experts")} == takes_both
 
