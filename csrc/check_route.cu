@@ -20,14 +20,13 @@ constexpr int kMaxTokens = 1024, kMaxExperts = 1024, kMaxTopK = 32;
 constexpr int kJudged = 256;  // tokens of a case, or all that there are: sixteen of every kind
 
 struct Inputs {
-  int hidden, dtype;
+  int hidden;
   HostArray x, weight;
 
-  Inputs(int of_hidden, int of_dtype, std::mt19937& random)
+  Inputs(int of_hidden, int dtype, int weight_dtype, std::mt19937& random)
       : hidden(of_hidden),
-        dtype(of_dtype),
-        x(size_t(kMaxTokens) * of_hidden, of_dtype, 1.0, 0.0, random),
-        weight(size_t(kMaxExperts) * of_hidden, of_dtype, 1 / sqrt(of_hidden), 0.0, random) {
+        x(size_t(kMaxTokens) * of_hidden, dtype, 1.0, 0.0, random),
+        weight(size_t(kMaxExperts) * of_hidden, weight_dtype, 1 / sqrt(of_hidden), 0.0, random) {
     const size_t row = size_t(hidden);
     for (size_t token = 0; token < kMaxTokens; ++token) {
       for (size_t k = 0; k < row; ++k) {
@@ -48,7 +47,7 @@ struct Inputs {
 
 struct Case {
   jr_routing_spec spec;
-  int experts, hidden, dtype, bias_dtype, correction_dtype, scale_dtype;
+  int experts, hidden, dtype, weight_dtype, bias_dtype, correction_dtype, scale_dtype;
 };
 
 int one_of(std::initializer_list<int> values, std::mt19937& random) { return values.begin()[random() % values.size()]; }
@@ -77,11 +76,12 @@ Case draw_case(int experts, const Inputs& inputs, int variant, std::mt19937& ran
   const int groups = one_of({2, 3, 4, 5, 8, 16, 32}, random), kept = 1 + int(random() % unsigned(groups));
   if (variant % 8 >= 4 && experts % groups == 0 && experts / groups >= 2 && kept * (experts / groups) >= s.top_k)
     s.num_groups = groups, s.group_topk = kept;
-  const int dtype = inputs.dtype;
+  const int dtype = inputs.x.dtype;
   return {s,
           experts,
           inputs.hidden,
           dtype,
+          inputs.weight.dtype,
           one_of({JR_NONE, JR_FLOAT32, dtype}, random),
           one_of({JR_NONE, JR_FLOAT32, dtype}, random),
           one_of({JR_NONE, JR_NONE, JR_FLOAT32, dtype}, random)};
@@ -113,10 +113,11 @@ struct RouteChecker {
     if (++failures > 20) return false;
     const jr_routing_spec& s = c.spec;
     printf(
-        "FAILED routing, %s: %s experts=%d hidden=%d dtype=%d bias=%d correction=%d scale=%d tokens=%d top_k=%d "
+        "FAILED routing, %s: %s experts=%d hidden=%d dtype=%d weight=%d bias=%d correction=%d scale=%d tokens=%d "
+        "top_k=%d "
         "score=%d renormalize=%d,%g,%g scaling=%g on_logits=%d round=%d groups=%d,%d,%d masked=%g\n",
-        what, kernel, c.experts, c.hidden, c.dtype, c.bias_dtype, c.correction_dtype, c.scale_dtype, tokens, s.top_k,
-        s.score_function, s.renormalize, double(s.renormalize_epsilon), double(s.renormalize_min),
+        what, kernel, c.experts, c.hidden, c.dtype, c.weight_dtype, c.bias_dtype, c.correction_dtype, c.scale_dtype,
+        tokens, s.top_k, s.score_function, s.renormalize, double(s.renormalize_epsilon), double(s.renormalize_min),
         double(s.scaling_factor), s.select_on_logits, s.round_logits, s.num_groups, s.group_topk, s.group_score,
         double(s.masked_choice));
     return true;
@@ -206,7 +207,7 @@ struct RouteChecker {
 
     jr_route_args args = {};
     args.gemm = {device_x.data,
-                 device_weight.at(size_t(kMaxExperts - c.experts) * size_t(c.hidden) * 2),
+                 device_weight.at(size_t(kMaxExperts - c.experts) * size_t(c.hidden) * bytes_of(c.weight_dtype)),
                  c.bias_dtype == JR_NONE ? nullptr : device_bias.data,
                  logits.data,
                  workspace.data,
@@ -219,7 +220,7 @@ struct RouteChecker {
                  JR_FLOAT32,
                  -1,
                  JR_EXPERTS_HIDDEN,
-                 c.dtype};
+                 c.weight_dtype};
     args.spec = c.spec;
     args.correction_bias = c.correction_dtype == JR_NONE ? nullptr : device_correction.data;
     args.correction_bias_dtype = c.correction_dtype;
@@ -249,7 +250,7 @@ struct RouteChecker {
       for (const int tokens : tokens_list) {
         start = (tokens + args.config) % 2 == 0 ? max_tokens - tokens : (start + 37) % (max_tokens - tokens + 1);
         args.gemm.tokens = tokens;
-        args.gemm.x = device_x.at(size_t(start) * size_t(c.hidden) * 2);
+        args.gemm.x = device_x.at(size_t(start) * size_t(c.hidden) * bytes_of(c.dtype));
         if (args.config >= 0 && !jr_route_config_fits(args.config, &args)) continue;
         if (args.config >= 0) checked[size_t(args.config)] = true;
         for (const int mode : {0, 1, 2}) {
@@ -274,17 +275,21 @@ struct RouteChecker {
 
 int check_route(Extent extent) {
   struct Shapes {
-    int hidden, dtype, variants;
+    int hidden, dtype, weight_dtype, variants;
   };
   const int variants = extent == Extent::kFull ? 8 : 4;
-  std::vector<Shapes> shapes = {{264, JR_FLOAT16, variants}};
+  std::vector<Shapes> shapes = {{264, JR_FLOAT16, JR_FLOAT16, variants}};
   std::vector<int> experts_list = {3, 65, 256}, tokens_list = {17};
   if (extent != Extent::kTiny) {
-    shapes.push_back({8, JR_BFLOAT16, variants});
+    shapes.insert(
+        shapes.end(),
+        {{8, JR_BFLOAT16, JR_BFLOAT16, variants}, {264, JR_BFLOAT16, JR_FLOAT32, 2}, {72, JR_FLOAT32, JR_FLOAT32, 2}});
     tokens_list = {1, 17, 65};
   }
   if (extent == Extent::kFull) {
-    shapes.insert(shapes.end(), {{264, JR_BFLOAT16, 8}, {2880, JR_BFLOAT16, 4}, {7168, JR_BFLOAT16, 4}});
+    shapes.insert(
+        shapes.end(),
+        {{264, JR_BFLOAT16, JR_BFLOAT16, 8}, {2880, JR_BFLOAT16, JR_BFLOAT16, 4}, {7168, JR_BFLOAT16, JR_BFLOAT16, 4}});
     experts_list = {1, 3, 8, 64, 65, 100, 128, 160, 256, 384, 512, 1024};
     tokens_list = {1, 2, 15, 16, 17, 63, 64, 65, 255, 1024};
   }
@@ -292,7 +297,7 @@ int check_route(Extent extent) {
   RouteChecker checker{extent};
   int variant = 0;
   for (const Shapes& shape : shapes) {
-    const Inputs inputs(shape.hidden, shape.dtype, random);
+    const Inputs inputs(shape.hidden, shape.dtype, shape.weight_dtype, random);
     const DeviceBuffer x(inputs.x.bytes.size()), weight(inputs.weight.bytes.size());
     x.write(inputs.x.bytes.data(), inputs.x.bytes.size());
     weight.write(inputs.weight.bytes.data(), inputs.weight.bytes.size());

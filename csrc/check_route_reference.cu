@@ -194,7 +194,7 @@ std::vector<Range> weights_of(const RoutingRule& rule, const std::vector<float>&
 Verdict judge_routing(const RoutingRule& rule, const float* of_token, const int32_t* replay, const float* weights,
                       const int32_t* experts, RoutingFault& fault) {
   std::vector<float> logits(of_token, of_token + rule.experts);
-  if (rule.spec.round_logits != 0) {
+  if (rule.spec.round_logits != 0 && rule.dtype != JR_FLOAT32) {
     for (float& l : logits)
       l = rule.dtype == JR_BFLOAT16 ? __bfloat162float(__float2bfloat16_rn(l)) : __half2float(__float2half_rn(l));
   }

@@ -3,7 +3,8 @@
 //
 //   unit    64 elements of K, four MMA steps of k16 in ascending K.
 //   slice   up to two units, accumulated by the tensor core from zero. Short, because the tensor core truncates: eight
-//           steps lose at most a few ulps of the slice, a chain of hundreds drifts.
+//           steps lose at most a few ulps of the slice, a chain of hundreds drifts. With float32 weights it is one unit
+//           and the sum of what sm90_float32.cuh says.
 //   group   one of 16 runs of units; group sum = ((0 + slice 0) + slice 1) + ... in float32, round to nearest.
 //   total   a balanced binary tree over the groups, neighbours first: ((g0 + g1) + (g2 + g3)) + ...; then the bias.
 //

@@ -5,13 +5,24 @@
 namespace jax_router {
 namespace {
 
-constexpr int kConfigs = kOneTokenConfigs + kFewTokensConfigs + kManyTokensConfigs + kFloat32Configs;
+constexpr struct {
+  const Config* first;
+  int count;
+} kLists[] = {{one_token_configs, kOneTokenConfigs},
+              {few_tokens_configs, kFewTokensConfigs},
+              {many_tokens_configs, kManyTokensConfigs},
+              {float32_one_token_configs, kFloat32OneTokenConfigs},
+              {float32_configs, kFloat32Configs}};
+constexpr int kConfigs = [] {
+  int count = 0;
+  for (const auto& list : kLists) count += list.count;
+  return count;
+}();
 
 const Config& config_at(int index) {
-  if (index < kOneTokenConfigs) return one_token_configs[index];
-  if (index < kOneTokenConfigs + kFewTokensConfigs) return few_tokens_configs[index - kOneTokenConfigs];
-  if (index < kConfigs - kFloat32Configs) return many_tokens_configs[index - kOneTokenConfigs - kFewTokensConfigs];
-  return float32_configs[index - (kConfigs - kFloat32Configs)];
+  const auto* list = kLists;
+  for (; index >= list->count; ++list) index -= list->count;
+  return list->first[index];
 }
 
 // ---- What is taken -------------------------------------------------------------------------------------------------

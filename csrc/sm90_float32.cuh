@@ -4,11 +4,11 @@
 //   x bfloat16   x*w1 | x*w2 + x*w3
 //   x float32    x1*w1 | x1*w2 + x2*w1 + x1*w3 + x2*w2 + x3*w1
 //
-// What stands before the bar and what stands behind it are chains of their own over a slice, of a k16 step in this
-// order, and the slice's sum is that of both. A slice is one unit here, not two: half as many steps that truncate, and
-// float32 asks for less error than bfloat16. What is left out is at most 2^-23 of a product. The terms of an infinite
-// float32 are an infinity and NaN, so its logits are NaN; those of an infinite bfloat16 are infinite where the terms of
-// the weight have one sign, else NaN too.
+// A slice is one unit of four k16 steps. Of what stands before the bar every step is a sum of its own by the tensor
+// core, and `high` adds these up in float32, to nearest: a tensor core that goes on from a sum truncates it. What
+// stands behind it, about 2^-7 as large, is one chain over the slice in this order, `low`; the slice's sum is high +
+// low. What is left out is at most 2^-23 of a product. The terms of an infinite float32 are an infinity and NaN, so its
+// logits are NaN; those of an infinite bfloat16 are infinite where the terms of the weight have one sign, else NaN too.
 #pragma once
 
 #include "sm90_tile.cuh"
@@ -27,6 +27,17 @@ __device__ __forceinline__ void split(float2 v, uint32_t (&terms)[kTerms]) {
   }
 }
 
+// Rows of one unit of a float32 matrix in shared memory: chunk c of row r lies at c ^ (r % 4 * 2), so that neither
+// copies of whole lines nor loads of pairs meet in a bank. pair_of() is the pair that a lane takes of row lane / 4 in
+// the first half of the unit's first k16 step; in bits of the address the second half differs by kHalf, a step by
+// kStep.
+constexpr int kFloatRowBytes = kUnit * 4;
+constexpr uint32_t kHalf = 32, kStep = 64;
+__device__ __forceinline__ uint32_t pair_of(uint32_t rows, unsigned lane) {
+  const unsigned g = lane / 4, t = lane % 4;
+  return rows + g * kFloatRowBytes + (t / 2 ^ g % 4 * 2) * 16 + t % 2 * 8;
+}
+
 // One operand of a k16 step, as mma.sync takes it: `kRegisters` pairs of elements for each term.
 template <typename Element, int kRegisters>
 struct Fragment {
@@ -42,25 +53,35 @@ struct Fragment {
   }
 };
 
-// The two chains of a slice, of one tile of 16 tokens x 8 experts.
+// The two sums of a slice, of 16 rows of A and 8 columns of B.
 struct SliceSum {
   float4 high, low;
 
-  template <typename X>
-  __device__ __forceinline__ void multiply(const Fragment<X, 4>& x, const Fragment<float, 2>& weight) {
-    const auto add = [&](float4& sum, int of_x, int of_weight) {
-      mma_m16n8k16(sum, x.terms[of_x], weight.terms[of_weight][0], weight.terms[of_weight][1], sum, bfloat16());
+  // Adds one k16 step: of x as A and the weight as B, or the other way round.
+  template <typename X, int kRegistersOfX, int kRegistersOfWeight>
+  __device__ __forceinline__ void multiply(const Fragment<X, kRegistersOfX>& x,
+                                           const Fragment<float, kRegistersOfWeight>& weight) {
+    const auto add = [&](float4& sum, const float4& before, int of_x, int of_weight) {
+      const auto& x_term = x.terms[of_x];
+      const auto& weight_term = weight.terms[of_weight];
+      if constexpr (kRegistersOfX == 4) {
+        mma_m16n8k16(sum, x_term, weight_term[0], weight_term[1], before, bfloat16());
+      } else {
+        mma_m16n8k16(sum, weight_term, x_term[0], x_term[1], before, bfloat16());
+      }
     };
-    add(high, 0, 0);
+    float4 step;
+    add(step, {}, 0, 0);
+    high = high + step;  // never -0, as it begins with +0
     if constexpr (sizeof(X) == 4) {
-      add(low, 0, 1);
-      add(low, 1, 0);
-      add(low, 0, 2);
-      add(low, 1, 1);
-      add(low, 2, 0);
+      add(low, low, 0, 1);
+      add(low, low, 1, 0);
+      add(low, low, 0, 2);
+      add(low, low, 1, 1);
+      add(low, low, 2, 0);
     } else {
-      add(low, 0, 1);
-      add(low, 0, 2);
+      add(low, low, 0, 1);
+      add(low, low, 0, 2);
     }
   }
   __device__ __forceinline__ float4 total() const { return high + low; }

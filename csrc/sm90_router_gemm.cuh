@@ -50,10 +50,12 @@ struct Config {
 constexpr int kOneTokenConfigs = 2;
 constexpr int kFewTokensConfigs = 3;
 constexpr int kManyTokensConfigs = 14;
+constexpr int kFloat32OneTokenConfigs = 8;
 constexpr int kFloat32Configs = 4;
 extern const Config one_token_configs[kOneTokenConfigs];
 extern const Config few_tokens_configs[kFewTokensConfigs];
 extern const Config many_tokens_configs[kManyTokensConfigs];
+extern const Config float32_one_token_configs[kFloat32OneTokenConfigs];
 extern const Config float32_configs[kFloat32Configs];
 extern const void* const sum_parts_kernels[2];  // the second launch of a configuration with splits, by jr_dtype
 

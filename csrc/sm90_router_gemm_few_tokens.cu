@@ -9,7 +9,7 @@
 // Work: grid.x = cluster * token tiles, grid.y = expert tiles; blockIdx.x % cluster is the block's rank and its share
 // of K. Bytes: (tokens + experts) * hidden / cluster * 2 per block. Shared memory: one stage per slice in flight (two
 // units of weight and of x, rows of 128 bytes, chunk c of row r at c ^ (r % 8); weights [hidden, experts] see
-// HiddenExpertsUnit), the slice sums as quads [slot][tile][lane], the cluster's exchange buffer. Alone: csrc/check.cu
+// kColumnTiles), the slice sums as quads [slot][tile][lane], the cluster's exchange buffer. Alone: csrc/check.cu
 // runs it without Python.
 #include <type_traits>
 

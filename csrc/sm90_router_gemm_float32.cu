@@ -7,10 +7,9 @@
 //
 // Work: grid.x = cluster * token tiles, grid.y = expert tiles; blockIdx.x % cluster is the block's rank and its share
 // of K. Bytes: (tokens * bytes of x + experts * 4) * hidden / cluster per block. Shared memory: one stage per unit in
-// flight, the slice sums as quads [slot][tile][lane], the cluster's exchange buffer. In a stage float32 rows have 256
-// bytes, chunk c of row r at c ^ (r % 4 * 2); rows of bfloat16 128, chunk c at c ^ (r % 8); weights [hidden, experts]
-// a row of the tile's experts per element k of K, chunk c of all of them at c ^ (k / 2 % 4 * 2). So neither copies nor
-// loads meet in a bank.
+// flight, the slice sums as quads [slot][tile][lane], the cluster's exchange buffer. In a stage float32 rows lie as in
+// sm90_float32.cuh; rows of bfloat16 have 128 bytes, chunk c of row r at c ^ (r % 8); weights [hidden, experts] a row
+// of the tile's experts per element k of K, chunk c of all of them at c ^ (k / 2 % 4 * 2).
 #include <type_traits>
 
 #include "sm90_float32.cuh"
@@ -22,7 +21,6 @@ namespace jax_router {
 namespace {
 
 constexpr int kCluster = 8;
-constexpr int kFloatRowBytes = kUnit * 4;
 
 template <typename X, int kTokenTiles, int kExpertTiles>
 struct Float32 {
@@ -53,14 +51,6 @@ __device__ __forceinline__ void copy_float_rows(uint32_t to, const uint8_t* sour
 #pragma unroll
   for (int i = 0; i < kRows; i += 2)
     copy_16_bytes<0>((place ^ i % 4 * 32) + i * kFloatRowBytes, source + i * pitch, exists && i + int(row) < rows);
-}
-
-// Where the pair of elements lies that a lane takes of row lane / 4 in the first half of a unit's first k16 step; in
-// bits of the address the second half differs by kHalf, a step by kStep.
-constexpr uint32_t kHalf = 32, kStep = 64;
-__device__ __forceinline__ uint32_t pair_of(uint32_t rows, unsigned lane) {
-  const unsigned g = lane / 4, t = lane % 4;
-  return rows + g * kFloatRowBytes + (t / 2 ^ g % 4 * 2) * 16 + t % 2 * 8;
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ FLOAT32_FAULTS = (
     Fault(
         name="term-left-out",
         what="the products of the weights' smallest terms are not added: 16 of the 24 bits of a float32 count",
-        edits=(Edit(TERMS, "      add(low, 0, 2);\n", "", count=2),),
+        edits=(Edit(TERMS, "      add(low, low, 0, 2);\n", "", count=2),),
         seen_by=("accuracy",),  # where one product is all of a logit: in a sum of thousands it is lost among roundings
         shapes=MODELS,
         extends_to="every launch with float32 weights, the naive kernel's too, so that all bits agree",

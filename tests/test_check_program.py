@@ -26,6 +26,10 @@ RIGHT, OPEN, WRONG = range(3)
 TOKENS = 200
 TIED = np.isin(np.arange(TOKENS) % 20, (0, 1, 5, 10, 15))  # tokens of `a_batch` with many equal logits
 
+CASES = routing_cases.CASES | {
+    "logits of a float32 x": dataclasses.replace(routing_cases.CASES["rounded logits"], dtype="float32")
+}
+
 # What tests/test_check_program.py calls of csrc/check_route_reference.cu.
 JUDGE = """
 #include "check_route_reference.h"
@@ -131,9 +135,9 @@ def by_specification(case: routing_cases.Case, logits: Array, replay: Array | No
     return np.asarray(weights), np.asarray(experts)
 
 
-@pytest.mark.parametrize("name", routing_cases.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_check_program_agrees_with_the_specification(judge: ctypes.CDLL, name: str) -> None:
-    case = routing_cases.CASES[name]
+    case = CASES[name]
     logits = a_batch(case)
     weights, experts = by_specification(case, logits)
     said = verdicts(judge, case, logits, None, weights, experts)
@@ -148,9 +152,9 @@ def test_the_check_program_agrees_with_the_specification(judge: ctypes.CDLL, nam
     assert (verdicts(judge, case, logits, recorded, weights, experts) == RIGHT).all()
 
 
-@pytest.mark.parametrize("name", routing_cases.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_check_program_sees_what_is_wrong(judge: ctypes.CDLL, name: str) -> None:
-    case = routing_cases.CASES[name]
+    case = CASES[name]
     logits = a_batch(case)
     weights, experts = by_specification(case, logits)
     right = verdicts(judge, case, logits, None, weights, experts) == RIGHT

@@ -10,6 +10,7 @@ rounds once): for that there is the GPU.
 from __future__ import annotations
 
 import ctypes
+import re
 
 import ml_dtypes
 import numpy as np
@@ -29,11 +30,17 @@ PROBLEMS = (
     # float32 weights, and the dtype of x
     (33, 1096, 40, "float32"), (18, 2824, 24, "bfloat16"), (3, 200, 5, "float32"), (1, 17416, 3, "bfloat16"),
     (19, 264, 8, "bfloat16"),
+    (8, 2568, 3, "float32"), (5, 4104, 6, "bfloat16"), (1, 8192, 4, "float32"), (2, 8, 1, "bfloat16"),
+    (7, 72, 9, "bfloat16"), (4, 2056, 2, "float32"), (6, 136, 3, "bfloat16"),
 )  # fmt: skip
 
 UNITS = {
     "sm90_slice_sums.cuh": ("sm90_router_gemm_few_tokens.cu",),
-    "sm90_float32.cuh": ("sm90_router_gemm_float32.cu", "sm90_router_gemm_naive.cu"),
+    "sm90_float32.cuh": (
+        "sm90_router_gemm_float32.cu",
+        "sm90_router_gemm_float32_one_token.cu",
+        "sm90_router_gemm_naive.cu",
+    ),
 }
 # What to break: file, old, new, and a problem that shows it; of PROBLEMS, where the kernels as they are pass.
 FAULTS = {
@@ -111,9 +118,21 @@ FAULTS = {
     ),
     "leaves out the smallest terms of a weight": (
         "sm90_float32.cuh",
-        "add(low, 0, 1);\n      add(low, 0, 2);",
-        "add(low, 0, 1);",
+        "add(low, low, 0, 1);\n      add(low, low, 0, 2);",
+        "add(low, low, 0, 1);",
         (19, 264, 8, "bfloat16"),
+    ),
+    "adds the first unit of the next group": (
+        "sm90_router_gemm_float32_one_token.cu",
+        "settled(group_begin(units, group + 1) - begin)",
+        "settled(ceil_div(units, kGroups))",
+        (8, 2568, 3, "float32"),
+    ),
+    "multiplies half a unit before it has come": (
+        "sm90_router_gemm_float32_one_token.cu",
+        "  multiply_half(0);\n  wait_for_copies<0>();\n  __syncwarp();\n  multiply_half(1);\n",
+        "  multiply_half(0);\n  multiply_half(1);\n  wait_for_copies<0>();\n",
+        (7, 72, 9, "bfloat16"),
     ),
     "deals a column out as if it lay straight": (
         "sm90_router_gemm_few_tokens.cu",
@@ -169,6 +188,35 @@ def of_one_product(library: ctypes.CDLL, x: np.ndarray, weight: np.ndarray) -> s
     return "" if (off <= 2.0**-22 * abs(expected)).all() else "a term is missing"
 
 
+def terms(values: np.ndarray, units: int) -> list[np.ndarray]:
+    """v1, v2 and v3 of bfloat16 or float32, in float64, and zeros up to the end of the last unit of K."""
+    found, rest = [], np.zeros((len(values), units * 64), np.float32)
+    rest[:, : values.shape[1]] = values
+    for _ in range(3):
+        found.append(rest.astype(ml_dtypes.bfloat16).astype(np.float64))
+        rest = rest - found[-1].astype(np.float32)
+    return found
+
+
+def float32_tree(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The tree of docs/numerics.md for float32 weights, with steps that are exact and round once."""
+    units = -(-x.shape[1] // 64)
+    of_x, of_weight = terms(x, units), terms(weight, units)
+    smaller = ((0, 1), (1, 0), (0, 2), (1, 1), (2, 0)) if x.dtype == np.float32 else ((0, 1), (0, 2))
+    sums = [np.zeros((len(x), len(weight)), np.float32) for _ in range(16)]
+    for group in range(16):
+        for unit in range(units * group // 16, units * (group + 1) // 16):
+            high, low = np.zeros_like(sums[0]), np.zeros_like(sums[0])
+            for step in (slice(k, k + 16) for k in range(unit * 64, unit * 64 + 64, 16)):
+                high += (of_x[0][:, step] @ of_weight[0][:, step].T).astype(np.float32)
+                for i, j in smaller:
+                    low = (low + of_x[i][:, step] @ of_weight[j][:, step].T).astype(np.float32)
+            sums[group] += high + low
+    while len(sums) > 1:
+        sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
+
+
 def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str | None = None) -> dict[str, str]:
     """What is wrong, by configuration; "" for nothing. In a process of its own: a fault in a kernel ends it."""
     library = ctypes.CDLL(path)
@@ -193,6 +241,9 @@ def examine(path: str, tokens: int, hidden: int, experts: int, with_float32: str
     bound = roundings * 2.0**-24 * magnitude
     bound += np.abs(truth) * float(ml_dtypes.finfo(out_dtype).eps) / 2
     found = {"naive": "" if np.all(np.abs(naive.astype(np.float64) - truth) <= bound) else "wrong logits"}
+    if with_float32:
+        tree = float32_tree(x, weight) + (0 if bias is None else bias.astype(np.float32))
+        found["the tree"] = "" if tree.astype(out_dtype).tobytes() == naive.tobytes() else "other bits than stated"
     for layout in ("experts_hidden", "hidden_experts")[: 1 + (experts % 8 == 0)]:
         for config in (None, *range(library.jr_router_gemm_num_configs())):
             logits = call(library, x, weight, bias, out_dtype, config, layout)
@@ -217,7 +268,9 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel(sources) -> None
     assert len(examined) == 1 + ctypes.CDLL(str(library)).jr_router_gemm_num_configs()
     either = [name.split()[0] for name in examined]
     takes_both = {
-        name for name in either if name.startswith(("naive", "few_16x16", "many", "float32")) and "x80_" not in name
+        name
+        for name in either
+        if name.startswith(("naive", "few_16x16", "many", "float32")) and not re.search("x80_|_one_", name)
     }
     assert {name.split()[0] for each in found for name in each if name.endswith("hidden_experts")} == takes_both
 

@@ -32,9 +32,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   const auto routes = [=](const SelectKernel& c) { return is_one_of(c.kernel); };
   const auto run_with = [&]<typename Parameter>(const Parameter& parameter, const Problem& p) {
     const auto of_kind = [=](int operands) {
-      return std::any_of(std::begin(float32_configs), std::end(float32_configs), [=](const Config& c) {
+      const auto takes = [=](const Config& c) {
         return c.kernel[0][operands] == kernel || c.kernel[1][operands] == kernel;
-      });
+      };
+      return std::any_of(std::begin(float32_configs), std::end(float32_configs), takes) ||
+             std::any_of(std::begin(float32_one_token_configs), std::end(float32_one_token_configs), takes);
     };
     const int of_x = of_kind(JR_FLOAT32) ? 4 : 2, of_weight = of_x == 4 || of_kind(kFloat32Weight) ? 4 : 2;
     grid.x = {static_cast<const uint8_t*>(p.x), p.tokens * p.hidden * of_x};
