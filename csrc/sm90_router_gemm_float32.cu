@@ -216,10 +216,10 @@ constexpr Config config(const char* name, Cost cost, Cost hidden_experts) {
 }  // namespace
 
 const Config float32_configs[kFloat32Configs] = {
-    config<bfloat16, 1, 2>("float32_weight_16x16_c8", {2.3, 0, 0.00732, 0.147}, {2.16, 0, 0.00919, 0.191}),
-    config<bfloat16, 2, 4>("float32_weight_32x32_c8", {2.28, 0.958, 0.0242, 0.0689}, {2.23, 1.22, 0.0215, 0.0528}),
-    config<float, 1, 2>("float32_16x16_c8", {2.3, 0, 0.00732, 0.147}, {2.16, 0, 0.00919, 0.191}),
-    config<float, 2, 4>("float32_32x32_c8", {2.28, 0.958, 0.0242, 0.0689}, {2.23, 1.22, 0.0215, 0.0528}),
+    config<bfloat16, 1, 2>("float32_weight_16x16_c8", {2.2, 0.0673, 0.0204, 0.0633}, {2.16, 0, 0.00919, 0.191}),
+    config<bfloat16, 2, 4>("float32_weight_32x32_c8", {2.51, 0.749, 0.0112, 0.183}, {2.23, 1.22, 0.0215, 0.0528}),
+    config<float, 1, 2>("float32_16x16_c8", {2.46, 0.152, 0.011, 0.188}, {2.16, 0, 0.00919, 0.191}),
+    config<float, 2, 4>("float32_32x32_c8", {1.93, 0.935, 0.0325, 0.0328}, {2.23, 1.22, 0.0215, 0.0528}),
 };
 
 }  // namespace jax_router

@@ -205,14 +205,11 @@ constexpr Config config(const char* name, Cost cost) {
 }  // namespace
 
 const Config float32_one_token_configs[kFloat32OneTokenConfigs] = {
-    config<bfloat16, 1, 1>("float32_weight_one_1x1", {1.3, 0.249, 0.00384, 0.0839}),
-    config<bfloat16, 1, 2>("float32_weight_one_1x2", {1.3, 0.249, 0.00384, 0.0839}),
-    config<bfloat16, 2, 2>("float32_weight_one_2x2", {1.4, 0.249, 0.00384, 0.0839}),
-    config<bfloat16, 4, 2>("float32_weight_one_4x2", {1.6, 0.249, 0.00384, 0.0839}),
-    config<float, 1, 1>("float32_one_1x1", {1.5, 0.249, 0.00384, 0.0839}),
-    config<float, 1, 2>("float32_one_1x2", {1.5, 0.249, 0.00384, 0.0839}),
-    config<float, 2, 2>("float32_one_2x2", {1.7, 0.249, 0.00384, 0.0839}),
-    config<float, 4, 2>("float32_one_4x2", {2.0, 0.249, 0.00384, 0.0839}),
+    config<bfloat16, 1, 1>("float32_weight_one_1x1", {1.73, 0.071, 0.00821, 0.0886}),
+    config<bfloat16, 2, 2>("float32_weight_one_2x2", {1.33, 0.0491, 0.026, 0.0599}),
+    config<float, 1, 1>("float32_one_1x1", {1.78, 0.048, 0.0062, 0.126}),
+    config<float, 2, 2>("float32_one_2x2", {2.4, 0.749, 0.00355, 0.07}),
+    config<float, 4, 2>("float32_one_4x2", {2.8, 0.23, 0.00888, 0.0539}),
 };
 
 }  // namespace jax_router

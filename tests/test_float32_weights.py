@@ -8,7 +8,7 @@ What breaks each test of the GPU, as an edit of csrc that test_emulation.py was 
     the same bits               sm90_router_gemm_float32.cu, `(lane / 4 * 4)` for a place in a column
     the error                   sm90_float32.cuh, `total()` is `high` alone
     not rounded                 route.cu without `spec.round_logits = 0` (test_emulation_route.py)
-    times a power of two        sm90_float32.cuh without `add(low, low, 0, 2)`; without `add(low, low, 2, 0)` for float32 x
+    times a power of two        sm90_float32.cuh without `add(low, low, 0, 2)`; for x in float32 (2, 0)
 """
 
 from __future__ import annotations
@@ -92,21 +92,10 @@ def test_a_token_has_the_same_bits_in_every_batch_and_layout(gpu, subject: Subje
     assert result.figures["rows of the other layout"] > 0
 
 
-BEHIND = pytest.mark.xfail(
-    reason="1.04 of XLA's on an H100 at 256 tokens, which truncates less: docs/kernels.md, Open",
-    strict=False,  # XLA may take another kernel elsewhere
-)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("subject", "kind"),
-    [
-        pytest.param(SUBJECTS[0], "normal"),
-        pytest.param(SUBJECTS[0], "with a mean"),
-        pytest.param(SUBJECTS[1], "normal"),
-        pytest.param(SUBJECTS[1], "with a mean", marks=BEHIND),
-    ],
+    [(subject, kind) for subject in SUBJECTS for kind in ("normal", "with a mean")],
     ids=lambda each: each if isinstance(each, str) else each.shape.models[0],
 )
 def test_the_error_is_at_most_that_of_a_float32_product(gpu, subject: Subject, kind: str) -> None:
