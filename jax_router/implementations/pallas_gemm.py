@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -27,35 +28,72 @@ from jax import lax
 TILE_EXPERTS = 64  # M of one wgmma
 TILE_HIDDEN = 64  # 128 bytes of a 16-bit row: the widest swizzle that TMA and wgmma share
 MAX_SLICES = 16
+QUARTERS = 4
 SHARED_BYTES = 200 * 1024  # of the 227 KB a Hopper block may have
 GROUP_SUM_BYTES = 24 * 1024 * 1024  # half of the H200's L2: beyond it the sums of the slices go through HBM
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """The reduction tree: `count` slices of `tiles` tiles of `TILE_HIDDEN`. The last one may reach beyond hidden."""
+    """The reduction tree: `count` slices of `tiles` tiles of `TILE_HIDDEN`. The last one may reach beyond hidden.
+
+    The slices of a quarter are added in ascending order, then the quarters.
+    """
 
     count: int
     tiles: int
+
+    @property
+    def per_quarter(self) -> int:
+        return tiles_of(self.count, QUARTERS)
+
+    @property
+    def quarters(self) -> int:
+        return tiles_of(self.count, self.per_quarter)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How the same tree is spread over the GPU. Every configuration gives the same bits."""
 
-    tile_tokens: int  # N of one wgmma: a multiple of 8, at most 256 if split and 128 if not, so that sums fit registers
-    split: bool  # True: one block per slice. False: one block walks all slices
+    tile_tokens: int  # N of one wgmma: a multiple of 8, at most 256 if split into slices, else 128: sums fit registers
+    split: int  # blocks that share a tile's K: 16 (one per slice), 4 (one per quarter) or 1
+    warpgroups: int = 1  # each with 64 experts of the block's tile
+    copier: bool = False  # a warpgroup that does nothing but copy
+    multicast: int = 1  # blocks of neighbouring expert tiles in a cluster, which share x; needs a copier
     max_stages: int = 16  # tiles in flight per block, as far as shared memory holds them; at least 2
+    shared_kb: int = 200  # 100: two blocks per multiprocessor
+    pdl: str = (
+        "trigger"  # "": no programmatic launch; "wait"; "trigger": the sums' kernel lets the next one start early
+    )
+    finish: str = "pallas"  # who adds the groups of router_gemm: "xla" or "pallas" (where experts % 32 == 0)
 
 
 CONFIGS = (
-    Config(8, split=True),
-    Config(16, split=True),
-    Config(32, split=True),
-    Config(64, split=True),
-    Config(128, split=True),
-    Config(64, split=False),
-    Config(128, split=False),
+    *(Config(tile, 16, pdl="", finish="xla") for tile in (8, 16, 32, 64, 128)),
+    Config(128, 1, pdl="", finish="xla"),
+    *(Config(tile, 16, pdl="wait") for tile in (8, 64)),
+    *(Config(tile, 16, pdl="trigger", finish="xla") for tile in (8, 64)),
+    *(Config(tile, 16) for tile in (8, 16, 32, 64, 128)),
+    *(Config(tile, 4) for tile in (8, 16, 32, 64, 128)),
+    *(Config(tile, 16, copier=True) for tile in (64, 128)),
+    *(Config(tile, 4, copier=True) for tile in (64, 128)),
+    *(Config(tile, 16, warpgroups=2, copier=True) for tile in (16, 32, 64, 128)),
+    *(Config(tile, 4, warpgroups=2, copier=True) for tile in (32, 64, 128)),
+    *(Config(tile, 4, warpgroups=2, copier=True, shared_kb=100) for tile in (32, 64, 128)),
+    Config(128, 4, copier=True, shared_kb=100),
+    Config(128, 4, copier=True, multicast=2),
+    Config(128, 4, warpgroups=2, copier=True, multicast=2),
+    Config(64, 1),
+    Config(128, 1),
+    Config(128, 1, copier=True),
+    Config(128, 1, copier=True, shared_kb=100),
+    Config(64, 1, warpgroups=2, copier=True),
+    Config(64, 1, warpgroups=2, copier=True, shared_kb=100),
+    Config(128, 1, warpgroups=2, copier=True),
+    Config(128, 1, copier=True, multicast=2),
+    Config(128, 1, warpgroups=2, copier=True, multicast=2),
+    Config(128, 1, copier=True, multicast=4),
 )
 
 
@@ -74,25 +112,34 @@ def pick_config(tokens: int, hidden: int, experts: int) -> Config:
     tile_tokens = next((tile for most, tile in ((8, 8), (16, 16), (128, 32)) if tokens <= most), 64)
     rows, columns = tiles_of(tokens, tile_tokens) * tile_tokens, tiles_of(experts, TILE_EXPERTS) * TILE_EXPERTS
     if slices_of(hidden).count * rows * columns * 4 <= GROUP_SUM_BYTES:
-        return Config(tile_tokens, split=True)
-    return Config(128, split=False)
+        return Config(tile_tokens, split=16)
+    return Config(128, split=1)
 
 
 def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, interpret: Any = None) -> jax.Array:
-    """The kernel: float32 [groups, T padded, E padded], whose sum over the groups in ascending order is x @ weight.T.
+    """The kernel: float32 [groups, T padded, E padded], of which `add_up` makes x @ weight.T.
 
-    Padding is to whole tiles and holds zeros. There is one group per slice if `config.split`, else one in all.
+    Padding is to whole tiles and holds zeros. The groups are the slices, the quarters, or one with everything.
     """
     import jax.experimental.pallas as pl
     import jax.experimental.pallas.mosaic_gpu as plgpu
 
-    tile_tokens = config.tile_tokens
+    tile_tokens, warpgroups, multicast = config.tile_tokens, config.warpgroups, config.multicast
     token_tiles = tiles_of(x.shape[0], tile_tokens)
-    expert_tiles = tiles_of(weight.shape[0], TILE_EXPERTS)
-    groups, slices_per_group = (slices.count, 1) if config.split else (1, slices.count)
-    tiles = slices_per_group * slices.tiles
-    stage_bytes = (TILE_EXPERTS + tile_tokens) * TILE_HIDDEN * x.dtype.itemsize
-    stages = min(tiles, config.max_stages, SHARED_BYTES // stage_bytes)
+    tile_experts = TILE_EXPERTS * warpgroups
+    expert_tiles = tiles_of(tiles_of(weight.shape[0], tile_experts), multicast)  # of a cluster
+    # Slices of every quarter that a block adds up, and blocks.
+    spans: tuple[int, ...]
+    if config.split == 16:
+        groups, spans = slices.count, (1,)
+    elif config.split == 4:
+        groups, spans = slices.quarters, (slices.per_quarter,)  # what is beyond the last slice is zero
+    else:
+        rest = slices.count - (slices.quarters - 1) * slices.per_quarter
+        groups, spans = 1, (slices.per_quarter,) * (slices.quarters - 1) + (rest,)
+    tiles = sum(spans) * slices.tiles
+    stage_bytes = (tile_experts + tile_tokens) * TILE_HIDDEN * x.dtype.itemsize
+    stages = min(tiles, config.max_stages, config.shared_kb * 1024 // stage_bytes)
 
     def rows(buffer: Any, stage: Any, count: int) -> Any:
         """One stage of a shared-memory buffer as plain swizzled rows, the target of a TMA copy.
@@ -104,28 +151,60 @@ def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, 
             return buffer.at[stage]
         return dataclasses.replace(buffer, transforms=buffer.transforms[:1]).at[stage].reshape(count, TILE_HIDDEN)
 
-    def kernel(x_ref: Any, weight_ref: Any, sums_ref: Any, weight_buffer: Any, x_buffer: Any, loaded: Any) -> None:
-        expert = lax.axis_index("expert_tile") * TILE_EXPERTS
-        group = lax.axis_index("group")
-        token = lax.axis_index("token_tile") * tile_tokens
+    def kernel(
+        x_ref: Any, weight_ref: Any, sums_ref: Any, weight_buffer: Any, x_buffer: Any, loaded: Any, consumed: Any = None
+    ) -> None:
+        if interpret is None and config.pdl:
+            plgpu.griddepcontrol_wait()
+            if config.pdl == "trigger":
+                plgpu.griddepcontrol_launch_dependents()
+        group, tile_index = lax.axis_index("group"), lax.axis_index("tile")
+        token = tile_index // expert_tiles * tile_tokens
+        expert = tile_index % expert_tiles * (multicast * tile_experts)
+        if multicast > 1:
+            expert = expert + lax.axis_index("peer") * tile_experts
+        warpgroup = lax.axis_index("warpgroup") if config.copier else 0
 
         def load(tile: Any) -> None:
             stage = tile % stages
             hidden = pl.ds((group * tiles + tile) * TILE_HIDDEN, TILE_HIDDEN)
-            for source, first, buffer, count in (
-                (weight_ref, expert, weight_buffer, TILE_EXPERTS),
-                (x_ref, token, x_buffer, tile_tokens),
-            ):
-                of_tile = source.at[pl.ds(first, count), hidden]
-                plgpu.copy_gmem_to_smem(of_tile, rows(buffer, stage, count), loaded.at[stage])
+            of_weight = weight_ref.at[pl.ds(expert, tile_experts), hidden]
+            plgpu.copy_gmem_to_smem(of_weight, rows(weight_buffer, stage, tile_experts), loaded.at[stage])
+            of_x = x_ref.at[pl.ds(token, tile_tokens), hidden]
+            axes = "peer" if multicast > 1 else None
+            plgpu.copy_gmem_to_smem(of_x, rows(x_buffer, stage, tile_tokens), loaded.at[stage], collective_axes=axes)
+
+        def load_again(tile: Any) -> None:
+            plgpu.barrier_wait(consumed.at[tile % stages])
+            load(tile)
+
+        def load_first() -> None:
+            for tile in range(stages):
+                load(tile)
+
+        def copy() -> None:
+            if interpret is None and warpgroups == 2:
+                plgpu.set_max_registers(40, action="decrease")
+            load_first()
+            if stages < tiles:
+                lax.fori_loop(stages, tiles, lambda tile, _: load_again(tile), None)
 
         def multiply(tile: Any, accumulator: Any) -> None:
             stage = tile % stages
             plgpu.barrier_wait(loaded.at[stage])  # of this very stage: weight and x are both there
-            plgpu.wgmma(accumulator, weight_buffer.at[stage], x_buffer.at[stage].T)
+            of_weight = weight_buffer.at[stage]
+            if warpgroups > 1:
+                of_weight = of_weight.at[pl.ds(warpgroup * TILE_EXPERTS, TILE_EXPERTS)]
+            plgpu.wgmma(accumulator, of_weight, x_buffer.at[stage].T)
             if stages < tiles:
                 plgpu.wgmma_wait(1)  # the tile before has been read, so its stage is free
-                pl.when((tile >= 1) & (tile + stages <= tiles))(lambda: load(tile - 1 + stages))
+
+                @pl.when((tile >= 1) & (tile + stages <= tiles))
+                def _() -> None:
+                    if config.copier:
+                        plgpu.barrier_arrive(consumed.at[(tile - 1) % stages])
+                    else:
+                        load(tile - 1 + stages)
 
         def slice_sum(index: Any) -> jax.Array:
             def chain(accumulator: Any) -> jax.Array:
@@ -139,47 +218,79 @@ def group_sums(x: jax.Array, weight: jax.Array, config: Config, slices: Slices, 
 
             return pl.run_scoped(chain, plgpu.ACC((TILE_EXPERTS, tile_tokens), jnp.float32))
 
-        for tile in range(stages):
-            load(tile)
-        total = slice_sum(0)
-        if slices_per_group > 1:
-            total = lax.fori_loop(1, slices_per_group, lambda index, total: total + slice_sum(index), total)
-        # Transposed on the way out, eight experts of a token side by side: whole 32-byte sectors of [T, E].
-        target = sums_ref.at[group, pl.ds(token, tile_tokens), pl.ds(expert, TILE_EXPERTS)]
-        target.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+        def add_slices() -> None:
+            if interpret is None and warpgroups == 2:
+                plgpu.set_max_registers(232, action="increase")
+            quarters, first = [], 0
+            for span in spans:
+                # From +0, which no sum of -0 survives: slices beyond the last one must not change a bit.
+                total = slice_sum(first) + 0.0
+                if span > 1:
+                    total = lax.fori_loop(first + 1, first + span, lambda index, total: total + slice_sum(index), total)
+                quarters = [total] if not quarters else [quarters[0] + total]
+                first += span
+            # Transposed on the way out, eight experts of a token side by side: whole 32-byte sectors of [T, E].
+            columns = pl.ds(expert + warpgroup * TILE_EXPERTS, TILE_EXPERTS)
+            target = sums_ref.at[group, pl.ds(token, tile_tokens), columns]
+            target.T[...] = plgpu.layout_cast(quarters[0], plgpu.Layout.WGMMA_TRANSPOSED)
+
+        if config.copier:
+            pl.when(warpgroup == warpgroups)(copy)
+            pl.when(warpgroup < warpgroups)(add_slices)
+        else:
+            load_first()
+            add_slices()
 
     def stages_of(count: int) -> Any:
         tiled = plgpu.TilingTransform((8, TILE_HIDDEN))  # type: ignore[abstract]
         swizzled = plgpu.SwizzleTransform(TILE_HIDDEN * x.dtype.itemsize)  # type: ignore[abstract]
         return plgpu.SMEM((stages, count, TILE_HIDDEN), x.dtype, transforms=(tiled, swizzled))
 
-    sums = jax.ShapeDtypeStruct((groups, token_tiles * tile_tokens, expert_tiles * TILE_EXPERTS), jnp.float32)
+    columns = expert_tiles * multicast * tile_experts
+    scratch = [stages_of(tile_experts), stages_of(tile_tokens), plgpu.Barrier(num_arrivals=2, num_barriers=stages)]
+    if config.copier and stages < tiles:
+        if multicast > 1:
+            scratch.append(
+                plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=warpgroups, num_barriers=stages)
+            )
+        else:
+            scratch.append(plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages))
+    threads = {"num_threads": warpgroups + 1, "thread_name": "warpgroup"} if config.copier else {}
+    clusters = {"cluster": (multicast,), "cluster_names": ("peer",)} if multicast > 1 else {}
     call = plgpu.kernel(
         kernel,
-        out_type=sums,
-        grid=(expert_tiles, groups, token_tiles),  # the last one is CUDA's x, the only one that may pass 65535
-        grid_names=("expert_tile", "group", "token_tile"),
-        scratch_types=[
-            stages_of(TILE_EXPERTS),
-            stages_of(tile_tokens),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        ],
+        out_type=jax.ShapeDtypeStruct((groups, token_tiles * tile_tokens, columns), jnp.float32),
+        # The last one is CUDA's x, the only one that may pass 65535. Neighbours have the same x.
+        grid=(groups, token_tiles * expert_tiles),
+        grid_names=("group", "tile"),
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # Warpgroup semantics infers one view per buffer
-            unsafe_no_auto_barriers=stages == tiles,  # no stage is filled twice: there is nothing to order
+            # No stage is filled twice, or barriers say when: there is nothing to order.
+            unsafe_no_auto_barriers=stages == tiles or config.copier,
         ),
         kernel_name="sm90_pallas_router_gemm",
         interpret=interpret,
+        **threads,
+        **clusters,
     )
     return call(x, weight)
 
 
-def add_groups(sums: jax.Array, tokens: int, experts: int) -> jax.Array:
-    """Logits [tokens, experts] in float32 from what `group_sums` returns, by additions in ascending order.
+def add_up(sums: list[Any], slices: Slices) -> Any:
+    """The groups that `group_sums` leaves, added in the order of the tree.
 
-    Explicit additions, because XLA may order a reduction as it likes. It fuses them, the bias and the rounding.
+    Explicit additions, because XLA may order a reduction as it likes.
     """
-    return functools.reduce(jnp.add, [sums[group, :tokens, :experts] for group in range(sums.shape[0])])
+    if len(sums) > slices.quarters:
+        firsts = range(0, len(sums), slices.per_quarter)
+        sums = [functools.reduce(operator.add, sums[first : first + slices.per_quarter]) for first in firsts]
+    return functools.reduce(operator.add, sums)
+
+
+def add_groups(sums: jax.Array, tokens: int, experts: int, slices: Slices) -> jax.Array:
+    """Logits [tokens, experts] in float32 from what `group_sums` returns. XLA fuses the bias and the rounding."""
+    return add_up([sums[group, :tokens, :experts] for group in range(sums.shape[0])], slices)
 
 
 def tiles_of(size: int, tile: int) -> int:
