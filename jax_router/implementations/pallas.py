@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_router.implementations import pallas_routing
-from jax_router.implementations.pallas_gemm import CONFIGS, Config, add_groups, group_sums, pick_config, slices_of
+from jax_router.implementations.pallas_gemm import CONFIGS, add_groups, group_sums, pick_config, slices_of
 from jax_router.routing import Routing, RoutingSpec
 
 if TYPE_CHECKING:
@@ -38,21 +38,7 @@ def router_gemm(
     `config` indexes `CONFIGS`, None picks one; every configuration gives the same bits. Lowering for CUDA needs no GPU.
     """
     del weight_layout  # why_unsupported takes one alone
-    chosen = _config(x, weight, config)
-    slices = slices_of(x.shape[1])
-    sums = group_sums(x, weight, chosen, slices, interpret=_interpreter())
-    if chosen.finish == "pallas" and weight.shape[0] % 32 == 0 and sums.shape[0] > 1:
-        return pallas_routing.logits_of_sums(
-            sums,
-            bias,
-            tokens=x.shape[0],
-            experts=weight.shape[0],
-            out_dtype=out_dtype,
-            slices=slices,
-            pdl=chosen.pdl,
-            interpret=_interpreter(),
-        )
-    logits = add_groups(sums, x.shape[0], weight.shape[0], slices)
+    logits = add_groups(_group_sums(x, weight, config), x.shape[0], weight.shape[0])
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     return logits.astype(out_dtype)
@@ -76,10 +62,8 @@ def route(
     The logits are those of `router_gemm`, bit for bit. `config` is that of the router GEMM.
     """
     del weight_layout  # as in router_gemm
-    chosen = _config(x, weight, config)
-    slices = slices_of(x.shape[1])
     results = pallas_routing.route_sums(
-        group_sums(x, weight, chosen, slices, interpret=_interpreter()),
+        _group_sums(x, weight, config),
         bias,
         correction_bias,
         expert_scale,
@@ -89,8 +73,6 @@ def route(
         experts=weight.shape[0],
         dtype=x.dtype,
         return_logits=return_logits,
-        slices=slices,
-        pdl=chosen.pdl,
         interpret=_interpreter(),
     )
     return Routing(*results)
@@ -130,8 +112,10 @@ def unavailable() -> str | None:
     return None
 
 
-def _config(x: jax.Array, weight: jax.Array, config: int | None) -> Config:
-    return pick_config(*x.shape, weight.shape[0]) if config is None else CONFIGS[config]
+def _group_sums(x: jax.Array, weight: jax.Array, config: int | None) -> jax.Array:
+    tokens, hidden = x.shape
+    chosen = pick_config(tokens, hidden, weight.shape[0]) if config is None else CONFIGS[config]
+    return group_sums(x, weight, chosen, slices_of(hidden), interpret=_interpreter())
 
 
 def _interpreter() -> Any:

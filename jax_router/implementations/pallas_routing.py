@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_router.implementations.pallas_gemm import Slices, add_up
+from jax_router.implementations.pallas_gemm import add_up
 from jax_router.routing import RoutingSpec
 
 LANES = 32
@@ -63,8 +63,6 @@ def route_sums(
     experts: int,
     dtype: Any,
     return_logits: bool,
-    slices: Slices,
-    pdl: str,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The kernel: weights [T, k], experts [T, k] and logits [T, E] or None, from what `group_sums` returns.
@@ -95,8 +93,6 @@ def route_sums(
         return values if rows == 1 else plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (1,)), layout)
 
     def kernel(sums_ref: Any, *others: Any) -> None:
-        if interpret is None and pdl:
-            plgpu.griddepcontrol_wait()
         refs = dict(zip((*operands, *out_types), others, strict=True))
         token = lax.axis_index("token_tile") * rows
         of_block = token if rows == 1 else pl.ds(token, rows)
@@ -107,7 +103,7 @@ def route_sums(
             return load(refs["given"].at[of_block, slot], layout.reduce(1))
 
         of_groups = [sums_ref.at[group].at[of_block, pl.ds(0, columns)] for group in range(sums.shape[0])]
-        logits = add_up([load(ref, layout) for ref in of_groups], slices)
+        logits = add_up([load(ref, layout) for ref in of_groups])
         if bias is not None:
             logits = logits + load_per_expert(refs["bias"])
         if return_logits:
@@ -149,59 +145,6 @@ def route_sums(
     results = dict(zip(out_types, call(sums, *operands.values()), strict=True))
     selected = results["experts"] if given is None else given
     return results["weights"], selected, results["logits"][:, :experts] if return_logits else None
-
-
-def logits_of_sums(
-    sums: jax.Array,
-    bias: jax.Array | None,
-    *,
-    tokens: int,
-    experts: int,
-    out_dtype: Any,
-    slices: Slices,
-    pdl: str,
-    interpret: Any = None,
-) -> jax.Array:
-    """`add_groups`, the bias and the rounding as a kernel that is launched while the sums are computed."""
-    import jax.experimental.pallas as pl
-    import jax.experimental.pallas.mosaic_gpu as plgpu
-
-    assert experts % LANES == 0
-    rows = WARPS if tokens % WARPS == 0 else 1  # tokens of a block: all of them exist
-    shape = (experts,) if rows == 1 else (rows, experts)
-    warps = plgpu.Replicated(WARPS) if rows == 1 else -3
-    tile = (LANES,) if rows == 1 else (WARPS, LANES)
-    layout = plgpu.Layout.TILED(plgpu.Tiling((tile, (1,))), (warps,), (-2,), -1)
-
-    def load(ref: Any, layout: Any) -> jax.Array:
-        return plgpu.load(ref, layout=layout, optimized=False)
-
-    def kernel(sums_ref: Any, *others: Any) -> None:
-        if interpret is None and pdl:
-            plgpu.griddepcontrol_wait()
-        token = lax.axis_index("token_tile") * rows
-        of_block = token if rows == 1 else pl.ds(token, rows)
-        of_groups = [sums_ref.at[group].at[of_block, pl.ds(0, experts)] for group in range(sums.shape[0])]
-        logits = add_up([load(ref, layout) for ref in of_groups], slices)
-        if bias is not None:
-            values = load(others[0], layout if rows == 1 else layout.reduce(0)).astype(jnp.float32)
-            if rows > 1:
-                values = plgpu.layout_cast(lax.broadcast_in_dim(values, shape, (1,)), layout)
-            logits = logits + values
-        others[-1][of_block, pl.ds(0, experts)] = logits.astype(out_dtype)
-
-    call = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((tokens, experts), out_dtype),
-        grid=(tokens // rows,),
-        grid_names=("token_tile",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        kernel_name="sm90_pallas_logits",
-        interpret=interpret,
-    )
-    return call(sums, *(() if bias is None else (bias,)))
 
 
 class _Routing:
