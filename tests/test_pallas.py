@@ -32,6 +32,8 @@ mosaic = pytest.mark.skipif(
 TOKENS = (1, 2, 3, 7, 8, 9, 17, 63, 64, 65, 255, 1024)
 EXPERTS = (1, 3, 8, 31, 33, 72, 160, 384, 896)
 HIDDEN = (8, 72, 720, 2688, 2880, 7168, 16384)
+# Indices of configurations that differ in more than the width of their tiles.
+ONE_OF_A_KIND = {(each.split, each.warpgroups): index for index, each in enumerate(pallas_gemm.CONFIGS)}.values()
 H200, CPU = Device("gpu", "NVIDIA H200", "9.0"), Device("cpu", "cpu")
 
 
@@ -94,11 +96,12 @@ def let_the_detector_see_wgmma() -> None:
 
 def check_no_race() -> None:
     let_the_detector_see_wgmma()
-    small = (Config(8, split=True), Config(16, split=False), Config(16, split=True, max_stages=2))
+    small = (Config(8, split=16), Config(16, split=1), Config(16, split=4, warpgroups=2))
     cases = [(9, 136, 72, pallas_gemm.slices_of(136), config) for config in small]
-    # Shared memory is filled several times over: by a block with one slice, and by one that walks three.
-    cases += [(9, 1152, 3, Slices(3, 6), Config(16, split, max_stages=2)) for split in (True, False)]
-    cases += [(9, 1152, 3, Slices(3, 6), Config(16, split=False, max_stages=5))]
+    # Shared memory is filled several times over, by blocks with a slice, a quarter and everything.
+    cases += [(9, 1152, 3, Slices(3, 6), Config(16, split, max_stages=2)) for split in (16, 1)]
+    cases += [(9, 1152, 3, Slices(6, 3), Config(8, split=4, warpgroups=2, max_stages=2))]
+    cases += [(9, 1152, 65, Slices(3, 6), Config(8, split=1, warpgroups=number, max_stages=5)) for number in (1, 2)]
     for tokens, hidden, experts, slices, config in cases:
         x, weight, _ = random_problem(tokens, hidden, experts)
         sums, races_found = interpret(x, weight, config, slices)
@@ -111,7 +114,7 @@ def check_no_race() -> None:
 
 
 def check_races_are_found() -> None:
-    """Break the kernel in three ways. The detector that found nothing above must find each of them.
+    """Break the kernel in four ways. The detector that found nothing above must find each of them.
 
     Not seen by it: a missing `wgmma_wait`, because the interpreter's wgmma is synchronous.
     """
@@ -128,16 +131,26 @@ def check_races_are_found() -> None:
         waits = itertools.count()
         plgpu.barrier_wait = lambda barrier: wait(barrier) if next(waits) == 0 else None
 
+    def copy_over_what_is_still_read() -> None:  # the copying warpgroup is traced first, and its wait is one
+        waits = itertools.count()
+        plgpu.barrier_wait = lambda barrier: wait(barrier) if next(waits) > 0 else None
+
     def write_all_groups_to_one_place() -> None:
         jax.lax.axis_index = lambda name: axis_index(name) * (name != "group")
 
-    breakages = (never_wait, wait_for_the_first_stage_only, write_all_groups_to_one_place)
-    for breakage, stages in itertools.product(breakages, (16, 2)):
-        if breakage is wait_for_the_first_stage_only and stages == 2:
-            continue  # in a loop, the one wait that is traced runs for every tile
+    unrolled, looping = Config(16, split=16), Config(16, split=16, max_stages=2)
+    copying = Config(8, split=1, warpgroups=2, max_stages=2)
+    for breakage, config in (
+        (never_wait, unrolled),
+        (never_wait, looping),
+        (wait_for_the_first_stage_only, unrolled),  # in a loop, the one wait that is traced runs for every tile
+        (write_all_groups_to_one_place, unrolled),
+        (write_all_groups_to_one_place, looping),
+        (copy_over_what_is_still_read, copying),
+    ):
         breakage()
-        _, races_found = interpret(x, weight, Config(16, split=True, max_stages=stages), Slices(3, 6))
-        assert races_found, (breakage.__name__, stages)
+        _, races_found = interpret(x, weight, config, Slices(3, 6))
+        assert races_found, (breakage.__name__, config)
         plgpu.barrier_wait, jax.lax.axis_index = wait, axis_index
 
 
@@ -163,13 +176,13 @@ def check_parity() -> None:
 
 def check_tree() -> None:
     """Tiles of 64 products that are exact in any order, of magnitudes that differ: only adding up tiles rounds."""
-    tokens, experts = 19, 3
+    tokens, experts = 9, 20
     generator = np.random.default_rng(0)
 
     def in_order(terms: Iterable[np.ndarray]) -> np.ndarray:
         return functools.reduce(np.add, terms)
 
-    for tiles, slices in ((6, Slices(6, 1)), (18, Slices(9, 2))):
+    for tiles, slices, per_quarter in ((5, Slices(5, 1), 2), (18, Slices(9, 2), 3)):
         hidden = (tiles - 1) * 64 + 8
         scale = np.repeat(2.0 ** np.resize([0, 3, 7, 1, 5, 2], tiles), 64)[:hidden]
         x = (generator.integers(-255, 256, (tokens, hidden)) * scale).astype(ml_dtypes.bfloat16)
@@ -182,8 +195,10 @@ def check_tree() -> None:
             for first in range(0, hidden, 64)
         ]
         sums = [in_order(products[first : first + slices.tiles]) for first in range(0, tiles, slices.tiles)]
-        expected = in_order(sums)
-        assert (expected != in_order(reversed(sums))).any(), "this data cannot tell the order of the slices"
+        quarters = [in_order(sums[first : first + per_quarter]) for first in range(0, len(sums), per_quarter)]
+        expected = in_order(quarters)
+        for other in (in_order(sums), in_order(reversed(quarters)), quarters[0] + in_order(quarters[1:])):
+            assert (expected != other).any(), "this data cannot tell the order of the slices"
         assert slices.tiles == 1 or (expected != in_order(products)).any(), "cannot tell slices from one chain"
         for config in range(len(pallas_gemm.CONFIGS)):
             run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
@@ -193,7 +208,7 @@ def check_tree() -> None:
 def check_nan_and_inf_stay_in_their_rows() -> None:
     x, weight, bias = (jnp.asarray(array) for array in random_problem(19, 136, 3))
     poisoned = x.at[5, 130].set(jnp.nan).at[16].set(jnp.inf)
-    for config in (0, 1, len(pallas_gemm.CONFIGS) - 1):
+    for config in ONE_OF_A_KIND:
         run = functools.partial(pallas.router_gemm, out_dtype=jnp.float32, config=config)
         clean, dirty = (np.asarray(run(array, weight, bias)) for array in (x, poisoned))
         others = np.delete(np.arange(19), (5, 16))
@@ -265,11 +280,30 @@ def test_slices_cover_hidden_once(hidden: int) -> None:
 def test_group_sums_are_never_larger_than_allowed(hidden: int, experts: int) -> None:
     for tokens in (*TOKENS, 16384, 10**6):
         config = pallas_gemm.pick_config(tokens, hidden, experts)
-        padded_tokens, padded_experts = -(-tokens // config.tile_tokens) * config.tile_tokens, -(-experts // 64) * 64
-        if config.split:
-            sums = pallas_gemm.slices_of(hidden).count * padded_tokens * padded_experts * 4
-            assert sums <= pallas_gemm.GROUP_SUM_BYTES
-        assert -(-tokens // config.tile_tokens) < 2**31
+        sums = jax.eval_shape(
+            functools.partial(pallas_gemm.group_sums, config=config, slices=pallas_gemm.slices_of(hidden)),
+            *(jax.ShapeDtypeStruct((rows, hidden), jnp.bfloat16) for rows in (tokens, experts)),
+        )
+        assert sums.shape[0] == 1 or sums.size * 4 <= pallas_gemm.GROUP_SUM_BYTES, config
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "experts", "config"),
+    [
+        (1, 7168, 256, Config(8, split=16)),
+        (64, 2880, 128, Config(16, split=16)),
+        (64, 7168, 256, Config(32, split=16)),
+        (64, 4096, 512, Config(64, split=16)),
+        (512, 2880, 128, Config(32, split=4)),
+        (1024, 2880, 128, Config(64, split=4)),
+        (1024, 7168, 256, Config(64, split=4, warpgroups=2)),
+        (2048, 7168, 256, Config(128, split=4, warpgroups=2)),
+        (4096, 2048, 128, Config(64, split=1)),
+        (4096, 4096, 512, Config(64, split=1, warpgroups=2)),
+    ],
+)
+def test_picks_what_was_measured_the_fastest(tokens: int, hidden: int, experts: int, config: Config) -> None:
+    assert pallas_gemm.pick_config(tokens, hidden, experts) == config
 
 
 REFUSALS: list[tuple[Problem, Device, str]] = [

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_router.implementations.pallas_gemm import add_up
 from jax_router.routing import RoutingSpec
 
 LANES = 32
@@ -102,7 +103,7 @@ def route_sums(
             return load(refs["given"].at[of_block, slot], layout.reduce(1))
 
         of_groups = [sums_ref.at[group].at[of_block, pl.ds(0, columns)] for group in range(sums.shape[0])]
-        logits = functools.reduce(jnp.add, [load(ref, layout) for ref in of_groups])
+        logits = add_up([load(ref, layout) for ref in of_groups])
         if bias is not None:
             logits = logits + load_per_expert(refs["bias"])
         if return_logits:
