@@ -276,6 +276,7 @@ def test_slices_cover_hidden_once(hidden: int) -> None:
     assert slices.count <= pallas_gemm.MAX_SLICES
 
 
+@mosaic
 @pytest.mark.parametrize(("hidden", "experts"), [(2880, 128), (7168, 256), (16384, 896)])
 def test_group_sums_are_never_larger_than_allowed(hidden: int, experts: int) -> None:
     for tokens in (*TOKENS, 16384, 10**6):
