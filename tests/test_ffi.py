@@ -231,61 +231,37 @@ def test_second_result_is_the_workspace(call):
         call(*operands, config=4, scratch=(48, 48))
 
 
+X, WEIGHT, WIDE = array(4, 8), array(6, 8), (array(4, 8, dtype=jnp.float32), array(6, 8, dtype=jnp.float32))
+TRANSPOSED, WANTED = {"layout": 1}, "Expected the dtype of x, which is"
+
+
 @pytest.mark.parametrize(
     ("operands", "out", "words"),
     [
-        ((array(8), array(6, 8)), {}, "x is bf16[8]. Expected two axes, (tokens, hidden)"),
-        ((array(4, 8), array(6, 8, 1)), {}, "weight is bf16[6,8,1]. Expected two axes"),
-        ((array(4, 8), array(8, 6)), {}, "weight is bf16[8,6]. Expected (experts, 8) to go with x bf16[4,8]"),
+        ((array(8), WEIGHT), {}, "x is bf16[8]. Expected two axes, (tokens, hidden)"),
+        ((X, array(6, 8, 1)), {}, "weight is bf16[6,8,1]. Expected two axes"),
+        ((X, array(8, 6)), {}, "weight is bf16[8,6]. Expected (experts, 8) to go with x bf16[4,8]"),
+        ((X, WEIGHT), TRANSPOSED, "weight is bf16[6,8]. Expected (8, experts) to go with x bf16[4,8]"),
+        ((X, array(8)), TRANSPOSED, "weight is bf16[8]. Expected two axes, (hidden, experts)"),
+        ((X, WEIGHT), {"layout": 2}, "weight_layout is 2. Expected 0 for (experts, hidden) or 1 for"),
+        ((array(4, 8, dtype=jnp.int8), WEIGHT), {}, "x is dtype2[4,8]. Expected bf16, f16 or f32"),
+        ((X, array(6, 8, dtype=jnp.float16)), {}, f"weight is f16[6,8]. {WANTED} bf16[4,8], or f32. Call"),
+        ((X, array(6, 8, dtype=jnp.int8)), {}, f"weight is dtype2[6,8]. {WANTED} bf16[4,8], or f32. Call"),
+        ((WIDE[0], WEIGHT), {}, f"weight is bf16[6,8]. {WANTED} f32[4,8]. Call"),
+        ((array(4, 8, dtype=jnp.float16), WIDE[1]), {}, f"weight is f32[6,8]. {WANTED} f16[4,8]. Call"),
+        ((*WIDE, array(6)), {}, "bias is bf16[6]. Expected f32 or the dtype of x, which is f32[4,8]"),
         (
-            (array(4, 8), array(6, 8)),
-            {"layout": 1},
-            "weight is bf16[6,8]. Expected (8, experts) to go with x bf16[4,8]",
-        ),
-        ((array(4, 8), array(8)), {"layout": 1}, "weight is bf16[8]. Expected two axes, (hidden, experts)"),
-        ((array(4, 8), array(6, 8)), {"layout": 2}, "weight_layout is 2. Expected 0 for (experts, hidden) or 1 for"),
-        ((array(4, 8, dtype=jnp.int8), array(6, 8)), {}, "x is dtype2[4,8]. Expected bf16, f16 or f32"),
-        (
-            (array(4, 8), array(6, 8, dtype=jnp.float16)),
-            {},
-            "weight is f16[6,8]. Expected the dtype of x, which is bf16[4,8], or f32. Call",
-        ),
-        (
-            (array(4, 8), array(6, 8, dtype=jnp.int8)),
-            {},
-            "weight is dtype2[6,8]. Expected the dtype of x, which is bf16[4,8], or f32. Call",
-        ),
-        (
-            (array(4, 8, dtype=jnp.float32), array(6, 8)),
-            {},
-            "weight is bf16[6,8]. Expected the dtype of x, which is f32[4,8]. Call",
-        ),
-        (
-            (array(4, 8, dtype=jnp.float16), array(6, 8, dtype=jnp.float32)),
-            {},
-            "weight is f32[6,8]. Expected the dtype of x, which is f16[4,8]. Call",
-        ),
-        (
-            (array(4, 8, dtype=jnp.float32), array(6, 8, dtype=jnp.float32), array(6)),
-            {},
-            "bias is bf16[6]. Expected f32 or the dtype of x, which is f32[4,8]",
-        ),
-        (
-            (array(4, 8, dtype=jnp.float32), array(6, 8, dtype=jnp.float32)),
+            WIDE,
             {"out_dtype": jnp.bfloat16},
             "the result is bf16[4,6]. Expected f32 or the dtype of x, which is f32[4,8]",
         ),
-        ((array(4, 8), array(6, 8)), {"out": (4, 5)}, "the result is f32[4,5]. Expected shape (4, 6)"),
-        ((array(4, 8), array(6, 8)), {"out": (24,)}, "the result is f32[24]. Expected shape (4, 6)"),
-        (
-            (array(4, 8), array(6, 8)),
-            {"out_dtype": jnp.float16},
-            "the result is f16[4,6]. Expected f32 or the",
-        ),
-        ((array(4, 8), array(6, 8), array(5)), {}, "bias is bf16[5]. Expected shape (6), one per expert"),
-        ((array(4, 8), array(6, 8), array(1, 6)), {}, "bias is bf16[1,6]. Expected shape (6), one per expert"),
-        ((array(4, 8), array(6, 8), array(6, dtype=jnp.float16)), {}, "bias is f16[6]. Expected f32 or the dtype of x"),
-        ((array(4, 8), array(6, 8), array(6), array(6)), {}, "got 4 operands. Expected x, weight and at most one bias"),
+        ((X, WEIGHT), {"out": (4, 5)}, "the result is f32[4,5]. Expected shape (4, 6)"),
+        ((X, WEIGHT), {"out": (24,)}, "the result is f32[24]. Expected shape (4, 6)"),
+        ((X, WEIGHT), {"out_dtype": jnp.float16}, "the result is f16[4,6]. Expected f32 or the"),
+        ((X, WEIGHT, array(5)), {}, "bias is bf16[5]. Expected shape (6), one per expert"),
+        ((X, WEIGHT, array(1, 6)), {}, "bias is bf16[1,6]. Expected shape (6), one per expert"),
+        ((X, WEIGHT, array(6, dtype=jnp.float16)), {}, "bias is f16[6]. Expected f32 or the dtype of x"),
+        ((X, WEIGHT, array(6), array(6)), {}, "got 4 operands. Expected x, weight and at most one bias"),
     ],
 )
 def test_wrong_operands_are_refused_by_name_and_value(call, operands, out, words):
