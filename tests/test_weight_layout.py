@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import bounds
 import jax
@@ -27,6 +28,14 @@ router_gemm = functools.partial(jr.router_gemm, weight_layout="hidden_experts")
 route = functools.partial(jr.route, spec=SPEC, weight_layout="hidden_experts", return_logits=True)
 
 
+def within_bounds(routing: jr.Routing, x, weight, bias, scale=None) -> None:
+    """Logits and weights of a routing, each beside float64's for its experts."""
+    logits = bounds.gemm(np.reshape(x, (-1, x.shape[-1])), weight, bias)
+    experts = np.reshape(routing.experts, (-1, SPEC.top_k))
+    bounds.within(np.reshape(routing.logits, logits.value.shape), logits)
+    bounds.within(np.reshape(routing.weights, experts.shape), bounds.weights(logits, experts, scale, SPEC))
+
+
 @pytest.mark.parametrize(("x", "weight", "bias"), [(F32, F32, F32), (BF16, BF16, None), (BF16, F32, BF16)])
 def test_both_layouts_have_the_same_logits(x, weight, bias) -> None:
     operands = arrays(2, 3, hidden=72, x=x, weight=weight, bias=bias)
@@ -42,33 +51,47 @@ def test_both_layouts_have_the_same_routing() -> None:
     vectors = {"correction_bias": bias, "expert_scale": bias}
     ours, theirs = route(x, weight.T, bias, **vectors), jr.route(x, weight, bias, spec=SPEC, **vectors)
     np.testing.assert_array_equal(ours.experts, theirs.experts)
-    np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-5)
-    np.testing.assert_allclose(ours.logits, jr.router_gemm(x, weight, bias), rtol=1e-5, atol=1e-5)
+    within_bounds(ours, x, weight, bias, bias)
     empty = route(x[:0], weight.T, bias)
     assert [each.shape for each in empty] == [(0, 3, 2), (0, 3, 2), (0, 3, 5)]
     assert router_gemm(x[:0], weight.T).shape == (0, 3, 5)
 
 
+# What losses are sums of: cotangents that are exact, so that gradients have no errors but their own.
+OF_LOGITS, OF_WEIGHTS = (np.random.default_rng(0).integers(-4, 5, (6, count)).astype(np.float32) for count in (5, 2))
+
+
 def loss(gemm, *operands) -> jax.Array:
-    return jnp.sin(gemm(*operands)).sum()
+    return (gemm(*operands) * OF_LOGITS).sum()
 
 
 def loss_of_route(routed, x, weight, bias) -> jax.Array:
     routing = routed(x, weight, bias, expert_scale=bias)
-    return jnp.sin(routing.weights).sum() + jnp.cos(routing.logits).sum()
+    return (routing.weights * OF_WEIGHTS).sum() + (routing.logits * OF_LOGITS).sum()
 
 
 @pytest.mark.parametrize("of", [loss, loss_of_route])
 def test_gradients_have_the_layout_of_their_primals(of) -> None:
-    x, weight, bias = arrays(6, hidden=8, x=BF16, weight=BF16)
-    plain = jr.router_gemm if of is loss else functools.partial(jr.route, spec=SPEC, return_logits=True)
-    ours, theirs = (router_gemm, plain) if of is loss else (route, plain)
-    gradients = jax.grad(functools.partial(of, ours), (0, 1, 2))(x, weight.T, bias)
-    of_x, of_weight, of_bias = jax.grad(functools.partial(of, theirs), (0, 1, 2))(x, weight, bias)
-    for gradient, expected in zip(gradients, (of_x, of_weight.T, of_bias), strict=True):
-        assert (gradient.shape, gradient.dtype) == (expected.shape, expected.dtype)
-        # Computed in float32 and rounded once: two bfloat16 spacings.
-        np.testing.assert_allclose(np.float32(gradient), np.float32(expected), rtol=2.0**-7, atol=1e-5)
+    operands = x, weight, bias = arrays(6, hidden=8, x=BF16, weight=BF16)
+    if of is loss:
+        expected = gradients_of_logits(x, weight, OF_LOGITS)
+        gradients = jax.grad(functools.partial(of, router_gemm), (0, 1, 2))(x, weight.T, bias)
+    else:
+        experts = np.asarray(jr.route(*operands, spec=SPEC).experts)
+        logits = bounds.gemm(*operands)
+        truth = bounds.gradients(x, weight, logits, experts, bias, SPEC, OF_WEIGHTS, OF_LOGITS)
+        expected = truth.x, truth.weight, truth.bias + truth.scale
+        gradients = jax.grad(functools.partial(of, route), (0, 1, 2))(x, weight.T, bias)
+    for gradient, truth, operand in zip(gradients, expected, (x, weight.T, bias), strict=True):
+        assert (gradient.shape, gradient.dtype) == (operand.shape, operand.dtype)
+        stored = gradient.T if operand.shape == weight.T.shape else gradient
+        bounds.within(stored, truth, rounded_to=operand.dtype)
+
+
+def gradients_of_logits(x, weight, of_logits) -> tuple[bounds.Real, bounds.Real, bounds.Real]:
+    """Of x, weight and bias, of a router GEMM whose logits have this exact cotangent."""
+    of_each, transposed = bounds.given(of_logits), bounds.given(of_logits.T)
+    return bounds.matmul(of_each, np.float64(weight)), bounds.matmul(transposed, np.float64(x)), of_each.sum(0)
 
 
 @pytest.mark.parametrize(("of", "operation"), [(loss, router_gemm), (loss_of_route, route)])
@@ -90,83 +113,77 @@ def test_vmap_of_the_other_layout(in_axes) -> None:
         for operand, axis in zip((x, weight.T, bias), in_axes, strict=True)
     ]
     batched = jax.vmap(router_gemm, in_axes)(*operands)
-    stored = jnp.swapaxes(operands[1], -1, -2)
-    expected = jax.vmap(jr.router_gemm, in_axes)(operands[0], stored, operands[2])
-    np.testing.assert_allclose(batched, expected, rtol=1e-5, atol=1e-5)
     routing = jax.vmap(route, in_axes)(*operands)
-    np.testing.assert_allclose(routing.logits, expected, rtol=1e-5, atol=1e-5)
+    for i in range(2):
+        x, stored, bias = (each if axis is None else each[i] for each, axis in zip(operands, in_axes, strict=True))
+        bounds.within(batched[i], bounds.gemm(x, stored.T, bias))
+        within_bounds(jax.tree.map(lambda each: each[i], routing), x, stored.T, bias)  # noqa: B023
 
 
 def test_jit_scan_and_export_take_the_layout() -> None:
     x, weight, bias = arrays(4, 3)
-    expected = jr.router_gemm(x, weight, bias)
+    truth = bounds.gemm(x.reshape(12, 24), weight, bias)
     jitted = jax.jit(jr.router_gemm, static_argnames="weight_layout")
-    np.testing.assert_allclose(
-        jitted(x, weight.T, bias, weight_layout="hidden_experts"), expected, rtol=1e-5, atol=1e-5
-    )
+    bounds.within(jitted(x, weight.T, bias, weight_layout="hidden_experts").reshape(12, 5), truth)
     _, scanned = jax.lax.scan(lambda carry, row: (carry, router_gemm(row, weight.T, bias)), None, x)
-    np.testing.assert_allclose(scanned, expected, rtol=1e-5, atol=1e-5)
+    bounds.within(scanned.reshape(12, 5), truth)
     tokens = jax.export.symbolic_shape("tokens, 24")
     structures = [
         jax.ShapeDtypeStruct(tokens, F32),
         *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (weight.T, bias)),
     ]
     exported = jax.export.export(jax.jit(router_gemm))(*structures)
-    np.testing.assert_allclose(exported.call(x[0], weight.T, bias), expected[0], rtol=1e-5, atol=1e-5)
+    bounds.within(exported.call(x[0], weight.T, bias), bounds.gemm(x[0], weight, bias))
 
 
-SCRIPT = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import jax_router as jr
+def check_sharded() -> None:
+    """Run by the test below in a process that has four devices."""
+    x, weight, bias = arrays(6, hidden=8, experts=6)
+    x, of_logits = x[:4], np.arange(24, dtype=np.float32).reshape(4, 6) % 5 - 2
+    of_weights = OF_WEIGHTS[:4]
 
-spec = jr.RoutingSpec(2, "sigmoid", renormalize=True)
-x, weight, bias = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 8), (6, 8), (6,)]))
+    def router(*operands):
+        return route(*operands), router_gemm(*operands)
 
-def router(layout):
-    def call(*operands):
-        logits = jr.router_gemm(*operands, weight_layout=layout)
-        return jr.route(*operands, spec=spec, weight_layout=layout, return_logits=True), logits
-    return call
-
-def loss(router):
-    def scalar(*operands):
+    def loss(router, *operands):
         routing, logits = router(*operands)
-        return jnp.sin(logits).sum() + jnp.cos(routing.weights).sum() + jnp.sin(routing.logits).sum()
-    return scalar
+        return (routing.weights * of_weights).sum() + ((routing.logits + 2 * logits) * of_logits).sum()
 
-expected = router("experts_hidden")(x, weight, bias)
-of_x, of_weight, of_bias = jax.grad(loss(router("experts_hidden")), (0, 1, 2))(x, weight, bias)
-expected = jax.tree.leaves((expected, (of_x, of_weight.T, of_bias)))
-operands = x, weight.T, bias
-for axis_type in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    for how, of_weight in (("jit", P()), ("jit", P(None, "model")), ("shard_map", P())):
-        specs = (P("data"), of_weight, P(*of_weight[1:]))
-        sharded = router("hidden_experts")
-        if how == "shard_map":
-            sharded = jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=P("data"))
-        with jax.set_mesh(mesh):
-            placed = [jax.device_put(a, NamedSharding(mesh, each)) for a, each in zip(operands, specs)]
-            results = jax.jit(sharded)(*placed)
-            gradients = jax.jit(jax.grad(loss(sharded), (0, 1, 2)))(*placed)
-        for result in results[0][:2]:
-            assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
-        rows = NamedSharding(mesh, P("data", *of_weight[1:]))
-        for logits in (results[0].logits, results[1]):
-            assert logits.sharding.is_equivalent_to(rows, 2), logits.sharding
-        for result, truth in zip(jax.tree.leaves((results, gradients)), expected, strict=True):
-            np.testing.assert_allclose(result, truth, rtol=1e-5, atol=1e-5)
-"""
+    truth = bounds.gemm(x, weight, bias)
+    experts = np.asarray(route(x, weight.T, bias).experts)
+    routed = bounds.gradients(x, weight, truth, experts, None, SPEC, of_weights, of_logits)
+    of_gemm = gradients_of_logits(x, weight, 2 * of_logits)
+    gradients = [a + b for a, b in zip((routed.x, routed.weight, routed.bias), of_gemm, strict=True)]
+    operands = x, weight.T, bias
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+        for how, of_weight in (("jit", P()), ("jit", P(None, "model")), ("shard_map", P())):
+            specs = (P("data"), of_weight, P(*of_weight[1:]))
+            sharded = router
+            if how == "shard_map":
+                sharded = jax.shard_map(router, mesh=mesh, in_specs=specs, out_specs=P("data"))
+            with jax.set_mesh(mesh):
+                placed = [jax.device_put(a, NamedSharding(mesh, each)) for a, each in zip(operands, specs, strict=True)]
+                routing, logits = jax.jit(sharded)(*placed)
+                found = jax.jit(jax.grad(functools.partial(loss, sharded), (0, 1, 2)))(*placed)
+            for result in routing[:2]:
+                assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
+            rows = NamedSharding(mesh, P("data", *of_weight[1:]))
+            for each in (routing.logits, logits):
+                assert each.sharding.is_equivalent_to(rows, 2), each.sharding
+            np.testing.assert_array_equal(routing.experts, experts)
+            within_bounds(routing, x, weight, bias)
+            bounds.within(logits, truth)
+            for gradient, expected in zip((found[0], found[1].T, found[2]), gradients, strict=True):
+                bounds.within(gradient, expected)
 
 
 def test_sharded_results_and_gradients_are_those_of_one_device() -> None:
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    cpus = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    finished = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=os.environ | cpus, capture_output=True, text=True, check=False
-    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    cpus = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    command = [sys.executable, "-c", "import test_weight_layout; test_weight_layout.check_sharded()"]
+    finished = subprocess.run(command, env=os.environ | cpus, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
 
 
