@@ -9,7 +9,7 @@ import pytest
 from test_verification_bits import ALONE, SHORT, context, exact
 from verification_cases import CPU, EXPERTS, GEMM, GPT_OSS, HIDDEN
 
-from jax_router import ops
+from jax_router import ops, timing
 from jax_router.implementations import cuda
 from jax_router.routing import Routing
 from jax_router.sweep_points import Shape
@@ -74,3 +74,12 @@ def test_chains_hold_launches_of_both_layouts(both_layouts):
     wrong = load.check_graphs(both_layouts(from_eight_tokens_on, GEMM), Context(CPU, tokens=(8,)))
     assert (wrong.passed, wrong.reason) == (False, ALONE)
     assert (wrong.failure.launch, wrong.failure.row) == (load.XS - 1, 7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_chains_of_float32_weights_rotate_as_many_as_four_bytes_ask_for(dtype):
+    wanted = timing.cold_copies(4096 * 224 * 4)
+    assert load.FEWEST_CALLS < wanted < min(load.MOST_CALLS, timing.cold_copies(4096 * 224 * 2))
+    assert (
+        load._launches(Subject("cuda", Shape(4096, 224, False, ()), dtype, weight_dtype="float32"), context()) == wanted
+    )

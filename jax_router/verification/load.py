@@ -21,6 +21,7 @@ from jax_router.verification.data import (
     Subject,
     as_stored,
     draw,
+    dtype_named,
     in_other_layout,
     put,
     random_weights,
@@ -75,7 +76,7 @@ def _tokens(context: Context) -> tuple[int, ...]:
 
 def _launches(subject: Subject, context: Context) -> int:
     """Of one chain."""
-    cold = timing.cold_copies(subject.shape.hidden * subject.shape.experts * 2)
+    cold = timing.cold_copies(subject.shape.hidden * subject.shape.experts * dtype_named(subject.multiplied).itemsize)
     return min(max(cold, FEWEST_CALLS), MOST_CALLS) if context.on_gpu else 8
 
 
