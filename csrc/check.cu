@@ -218,7 +218,7 @@ int check_all(Extent extent) {
     for (size_t kind = 0; kind < std::size(kOperands); ++kind, ++cases) {
       const auto [dtype, weight_dtype] = kOperands[kind];
       const int biases[] = {JR_NONE, JR_FLOAT32, dtype}, outs[] = {JR_FLOAT32, dtype};
-      const size_t variant = shape + kind;  // every kind of operands gets all of these
+      const size_t variant = shape + kind;  // nine shapes give every kind of operands all of these
       checker.check({experts, hidden, dtype, weight_dtype, biases[variant % 3], outs[variant % 2],
                      variant / 3 % 2 ? 0.5 : 0.0, 1.0},
                     random);

@@ -75,7 +75,7 @@ bool fits(int index, const jr_route_args& a) {
 
 // An H200 runs seven clusters of 16 at once. Up to there one launch takes as long for many tiles as for one; two take
 // less for few tokens of more than 64 experts, where 16 multiprocessors read what all of them read in two
-// (docs/kernels.md).
+// (docs/kernels_routing.md).
 int pick(const jr_route_args& a) {
   constexpr int kClustersAtOnce = 7;
   for (int i = 0; i < kFusedConfigs; ++i) {
