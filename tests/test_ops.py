@@ -102,7 +102,8 @@ def test_float32_inputs_are_computed_to_float32_accuracy_whatever_the_default_pr
     operands = arrays(6, hidden=512)
     for precision in ("bfloat16", "tensorfloat32", "float32"):
         with jax.default_matmul_precision(precision):
-            hlo = jax.jit(jr.router_gemm).lower(*operands).as_text()
+            xla = functools.partial(jr.router_gemm, implementation="xla")
+            hlo = jax.jit(xla).lower(*operands).as_text()
             assert "precision = [HIGHEST, HIGHEST]" in hlo, f"{precision}:\n{hlo}"
             worst = np.abs(np.asarray(jr.router_gemm(*operands), np.float64) - reference(*operands)).max()
             # TF32 keeps 10 bits: it would be off by about sqrt(512) * 2**-11 = 1e-2
@@ -279,10 +280,12 @@ def test_abstract_values_are_enough_to_trace() -> None:
     assert (logits.shape, logits.dtype) == ((2, 3, 5), F32)
 
 
-def test_inf_and_nan_stay_in_their_rows() -> None:
-    x, weight, bias = arrays(4)
-    clean = jr.router_gemm(x, weight, bias)
-    logits = jr.router_gemm(x.at[1, 2].set(jnp.nan).at[2, 3].set(jnp.inf), weight, bias)
+@pytest.mark.parametrize(("dtype", "implementation"), [(BF16, None), (F32, "xla")], ids=["bfloat16", "float32 by xla"])
+def test_inf_and_nan_stay_in_their_rows(dtype, implementation) -> None:
+    x, weight, bias = arrays(4, x=dtype, weight=dtype)
+    clean = jr.router_gemm(x, weight, bias, implementation=implementation)
+    x = x.at[1, 2].set(jnp.nan).at[2, 3].set(jnp.inf)
+    logits = jr.router_gemm(x, weight, bias, implementation=implementation)
     assert jnp.isnan(logits[1]).all()
     assert jnp.isinf(logits[2]).all()
     np.testing.assert_array_equal(logits[jnp.array([0, 3])], clean[jnp.array([0, 3])])

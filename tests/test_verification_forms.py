@@ -50,7 +50,7 @@ def test_float32_is_shown_beside_a_float32_product_of_pytorch(monkeypatch, bias)
     subject = Subject("xla", dataclasses.replace(GEMM, bias=bias), weight_dtype="float32", function=function(None))
     [accuracy] = check_numerics(subject, context(torch=torch))
     assert accuracy.passed
-    assert 0 < accuracy.figures["cuBLAS"]["worst"] < 0.1, "16-bit products would be off by far more"
+    assert 0 < accuracy.figures["cuBLAS"]["worst"] < 1, "in units of what float32 may be off by"
 
 
 @pytest.mark.parametrize("part", [0, 1])
