@@ -354,7 +354,7 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
     # The kernels with large tiles are for 16 units of 64 elements of K and more.
     most_tokens = 4096 if problem.hidden > 960 else 256
     if (problem.weight_dtype or problem.dtype) == "float32":
-        # As on an H200 with 256 experts: then cuBLAS comes to be faster, and at one token it is, but for routing.
+        # As on an H200 with 256 experts: then XLA comes to be faster, and at one token it is, but for routing.
         most_tokens = 512 if problem.dtype == "bfloat16" else 256
         fewest_tokens = 1 if problem.spec is not None else 2
         if fewest_tokens <= problem.tokens <= most_tokens and problem.tokens * problem.experts <= 256 * most_tokens:
