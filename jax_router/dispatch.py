@@ -2,8 +2,8 @@
 
 Order: the argument `implementation`, then the environment (`JAX_ROUTER_IMPLEMENTATION` names the one to use,
 `JAX_ROUTER_DISABLE` lists those that must not run), then the measured table of this GPU or its twin, then a heuristic,
-then `xla`. A kernel that failed its verification, or whose measured table is not of verified sources, is chosen by
-argument or environment only.
+then `xla`. A kernel that failed its verification, or whose measured table is not of verified sources or has verified no
+operands of these dtypes, is chosen by argument or environment only.
 Both variables are read while tracing: a function that is already compiled keeps what it was compiled with.
 """
 
@@ -165,7 +165,7 @@ def choose(
             refusal: str | None = f"is switched off by {DISABLE_VARIABLE}={environment[DISABLE_VARIABLE]}"
         else:
             refusal = why_unsupported(problem, device, name) or unavailable.get(name)
-        known = verification.get((problem.operation, name, gate.operands(problem.dtype, problem.weight_dtype)))
+        known = verification.get((problem.operation, name, _dtypes(problem)))
         if refusal is None and known is not None:
             shown.append((name, str(known)))
             refusal = str(known) if known.distrusted and named is None and name != preferred else None
@@ -215,7 +215,7 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
     for name, failure in unavailable.items():
         _warn_once(f'jax_router goes on without implementation="{name}", which {failure}')
     if any(each in choice.rejected for each in choice.verification):
-        _warn_once(standing.warning(device.kind, verification, gate.operands(problem.dtype, problem.weight_dtype)))
+        _warn_once(standing.warning(device.kind, verification, _dtypes(problem)))
     preferred, _ = _read_environment(os.environ)
     if implementation is None and preferred not in (None, choice.implementation):
         refusal = f"{preferred} {dict(choice.rejected)[preferred]}"
@@ -371,6 +371,10 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
             ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
     ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)
     return ranking | {name: ("", slower) for name in IMPLEMENTATIONS if name not in ranking}
+
+
+def _dtypes(problem: Problem) -> gate.Dtypes:
+    return problem.dtype, problem.weight_dtype or problem.dtype
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jax_router import sweep_points
 from jax_router.provenance import gpu_name
 from jax_router.sweep_rows import Row, RowsError, RowsWriter, comparable, finished, identity, read_rows
+from jax_router.tables import load_table
 from jax_router.timing_torch import torch_with_gpu
 from jax_router.verification import gate
 
@@ -143,6 +144,7 @@ def run(
     record = None
     if write_table:
         record = find_record(facts, verification, path.parent)
+        _refuse_to_displace(facts, record)
 
     console.print(
         f"{suite} suite on {facts['gpu'] or 'the CPU'}, sources {facts['source_hash'][:12]}, rows in {path}",
@@ -194,6 +196,18 @@ def own_command(name: str) -> list[str]:
     """How this process was called, up to its options, as the command called `name`."""
     command = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     return [*command, name] if sys.argv[1:2] == [name] else command
+
+
+def _refuse_to_displace(facts: Row, record: tuple[gate.Record, str] | None) -> None:
+    """A table that accepts xla alone takes no verified one's place, be that of this GPU or its twin's."""
+    in_use = load_table(facts["gpu"]) if record is None and facts["gpu"] is not None else None
+    verified = in_use.verification if in_use is not None else None
+    if in_use is not None and verified is not None and verified.source_hash == facts["source_hash"]:
+        raise ValueError(
+            f"--write-table is given, no record of a verification of {facts['gpu']} is here, and {in_use.name} has "
+            "kernels that were verified with these sources. Expected that record, as without it the table accepts xla "
+            "alone; run `jax-router verify --model all` first, or leave out --write-table."
+        )
 
 
 def find_record(facts: Row, named: Path | None, folder: Path) -> tuple[gate.Record, str] | None:

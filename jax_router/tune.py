@@ -93,7 +93,7 @@ def run(
     if write_table and sweep_table.read_table(sweep_table.table_path(facts["gpu"])) is None:
         raise ValueError(
             f"--write-table is given and {facts['gpu']} has no table. Expected one for the winners to stand in; run "
-            "`jax-router sweep --suite headline --write-table` first."
+            "`jax-router verify --model all` and `jax-router sweep --suite headline --write-table` first."
         )
     done = finished(_tuned(resume), facts) if resume is not None else set()
     now = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import warnings
@@ -14,6 +15,8 @@ from synthetic_record import check, record, subject, with_check
 from synthetic_rows import PROVENANCE
 
 from jax_router import build, provenance, sweep
+from jax_router.dispatch import Device, Problem
+from jax_router.implementations import cuda, pallas
 from jax_router.verification import gate
 
 HERE = {"source_hash": PROVENANCE["source_hash"], "gpu": "NVIDIA H200"}
@@ -41,6 +44,21 @@ def test_a_kernel_that_passed_every_required_check_on_this_shape_is_proven(opera
     about = subject(operation, name)
     assert why(record(about), about) is None
     assert why(record(about, interrupted=True), about) is None  # of what is complete
+
+
+def test_every_pair_of_dtypes_that_a_kernel_takes_has_a_standing(monkeypatch) -> None:
+    monkeypatch.setattr(pallas, "FIRST_JAX", (0, 0))
+    dtypes = ("bfloat16", "float16", "float32")
+    for module in (cuda, pallas):
+        taken = {
+            pair
+            for pair in itertools.product(dtypes, dtypes)
+            if module.why_unsupported(
+                Problem(8, 2880, 128, pair[0], weight_dtype=pair[1]), Device("gpu", "NVIDIA H200", "9.0")
+            )
+            is None
+        }
+        assert taken == set(gate.OPERANDS[module.__name__.rpartition(".")[2]])
 
 
 def test_xla_needs_no_verification() -> None:

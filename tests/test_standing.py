@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,19 @@ HERE, OTHER = "0123456789abcdef" * 4, "f" * 64
 H100 = "NVIDIA H100 80GB HBM3"
 ROUTE = Problem(8, 2880, 128, bias_dtype="bfloat16", spec=jr.RoutingSpec(4))
 EVERY = [subject(operation, name) for operation in tables.OPERATIONS for name in gate.KERNELS]
-BF16, MIXED, F32 = gate.OPERANDS["cuda"]
+BF16, F16, MIXED, F32 = gate.OPERANDS["cuda"]
 
 
 def verification(**more: Any) -> dict[str, Any]:
-    launches = {"shapes": 12, "launches": 12_040_000}
-    accepted = {
-        operation: {"cuda": launches, "pallas": {"shapes": 1, "launches": 900}} for operation in tables.OPERATIONS
-    }
+    def launches(of: Mapping[gate.Dtypes, int]) -> dict[str, Any]:
+        by_dtypes = [
+            {"dtype": dtype, "weight_dtype": weight_dtype, "launches": count}
+            for (dtype, weight_dtype), count in of.items()
+        ]
+        return {"shapes": 12, "launches": sum(of.values()), "by_dtypes": by_dtypes}
+
+    cuda, pallas = launches({BF16: 12_040_000, MIXED: 200_000, F32: 100_000}), launches({BF16: 900})
+    accepted = {operation: {"cuda": cuda, "pallas": pallas} for operation in tables.OPERATIONS}
     facts = {"record": "verify-h200.json", "gpu": "NVIDIA H200", "date": "2026-11-26T01:02:03+00:00"}
     return {**facts, "source_hash": HERE, "launches": 48_000_000, "accepted": accepted, **more}
 
@@ -72,6 +77,8 @@ def test_a_table_of_these_sources_vouches_for_what_its_record_passed() -> None:
             "is verified: 12.0 million launches under load, 0 wrong, 2026-11-26, sources 0123456789ab"
         )
         assert "is verified: 900 launches under load" in str(found[operation, "pallas", BF16])
+        assert "is verified: 0.2 million launches under load" in str(found[operation, "cuda", MIXED])
+        assert "is verified: 0.1 million launches under load" in str(found[operation, "cuda", F32])
 
 
 def test_the_record_of_the_twin_is_called_so() -> None:
@@ -80,7 +87,8 @@ def test_the_record_of_the_twin_is_called_so() -> None:
     assert not found["route", "cuda", BF16].distrusted
 
 
-ONLY_CUDA = {"router_gemm": {"cuda": {"shapes": 1, "launches": 1}}}
+ONE_OF_EACH = [{"dtype": dtype, "weight_dtype": weight, "launches": 1} for dtype, weight in (BF16, MIXED, F32)]
+ONLY_CUDA = {"router_gemm": {"cuda": {"shapes": 3, "launches": 3, "by_dtypes": ONE_OF_EACH}}}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ ONLY_CUDA = {"router_gemm": {"cuda": {"shapes": 1, "launches": 1}}}
 )
 def test_a_table_without_a_record_of_these_sources_vouches_for_nothing(table, trusted, reason) -> None:
     found = judge(table)
-    assert len(found) == 8
+    assert len(found) == 12
     for (operation, name, dtypes), each in found.items():
         assert each.distrusted == ((operation, name) not in trusted)
         if each.distrusted:
@@ -111,9 +119,11 @@ def test_a_table_without_a_record_of_these_sources_vouches_for_nothing(table, tr
 
 
 def test_where_nothing_is_known_nothing_is_distrusted() -> None:
-    for (_, _, dtypes), each in judge(None).items():
+    for (_, name, dtypes), each in judge(None).items():
         assert not each.distrusted
-        how = "--quick" if dtypes == BF16 else "--implementation cuda"  # a quick run has no float32 weights
+        how = "--implementation cuda"  # a quick run has no float32 weights
+        if dtypes in (BF16, F16):
+            how = "--quick" if name == "cuda" else "--quick --implementation pallas"
         assert str(each) == f"is not verified on this GPU; run jax-router verify {how}"
 
 
@@ -309,9 +319,8 @@ def test_what_does_not_matter_to_the_choice_is_not_warned_of(on_h200: Path, monk
 def test_a_verified_table_and_a_gpu_without_one_warn_of_nothing(on_h200: Path) -> None:
     choice = explain()
     assert choice.implementation == "cuda"
-    assert choice.verification == tuple(
-        (name, "is not verified on this GPU; run jax-router verify --quick") for name in gate.KERNELS
-    )
+    quick = "is not verified on this GPU; run jax-router verify --quick"
+    assert choice.verification == (("cuda", quick), ("pallas", f"{quick} --implementation pallas"))
     (on_h200 / "nvidia_h100_80gb_hbm3.json").write_text(json.dumps(document(gpu=H100)))
     tables.load_table.cache_clear()
     choice = explain()
@@ -373,7 +382,7 @@ def test_the_import_brings_in_nothing_for_it() -> None:
 
 
 def test_a_table_with_a_broken_verification_is_a_broken_table(on_h200: Path) -> None:
-    for broken in ([], {"accepted": []}, {**verification(), "accepted": {"route": {"cuda": {"launches": "many"}}}}):
+    for broken in ([], {"accepted": []}, {**verification(), "accepted": {"route": {"cuda": {"launches": 1}}}}):
         with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
             Table.parse({**DOCUMENT, "verification": broken})
     (on_h200 / "nvidia_h200.json").write_text(json.dumps({**DOCUMENT, "verification": []}))

@@ -11,13 +11,13 @@ import jax
 import pytest
 import synthetic_rows
 import typer
-from synthetic_record import record_of, subject, with_check
+from synthetic_record import record, record_of, subject, with_check
 from typer.testing import CliRunner
 
 from jax_router import build, dispatch, provenance, sweep, sweep_run, sweep_table
 from jax_router.sweep_points import Point, geometric_mean
 from jax_router.sweep_table import refusals, table_of, table_path, write_table
-from jax_router.tables import Table
+from jax_router.tables import Table, Verification
 from jax_router.verification import gate
 
 
@@ -79,6 +79,11 @@ def test_rows_without_kernel_times_make_no_table() -> None:
 # What is accepted ------------------------------------------------------------------------------------------------
 
 ONE = {"only_models": ["Kimi-K2"], "only_tokens": [16]}
+ONE_MILLION = {
+    "shapes": 1,
+    "launches": 1_000_000,
+    "by_dtypes": [{"dtype": "bfloat16", "weight_dtype": "bfloat16", "launches": 1_000_000}],
+}
 
 
 def winners(table: dict[str, Any]) -> dict[str, str]:
@@ -96,11 +101,10 @@ def test_a_table_names_the_record_that_it_went_by_and_the_launches_of_what_was_a
         "source_hash": synthetic_rows.PROVENANCE["source_hash"],
         "launches": 4_000_000,
         "accepted": {
-            operation: {name: {"shapes": 1, "launches": 1_000_000} for name in ("cuda", "pallas")}
-            for operation in ("route", "router_gemm")
+            operation: dict.fromkeys(("cuda", "pallas"), ONE_MILLION) for operation in ("route", "router_gemm")
         },
     }
-    assert Table.parse(table_of(rows, found)).verification.launches["route", "cuda", gate.IN_16_BITS] == 1_000_000
+    assert Table.parse(table_of(rows, found)).verification.launches["route", "cuda", gate.IN_BFLOAT16] == 1_000_000
 
 
 def test_without_a_record_only_xla_is_accepted() -> None:
@@ -147,7 +151,7 @@ def test_an_implementation_is_accepted_for_the_shapes_that_it_was_verified_on() 
     }  # fmt: skip
     assert by_hidden["route", 2048]["candidates"]["cuda"]["reason"] == "the record does not have this shape"
     assert by_hidden["route", 7168]["candidates"]["pallas"]["reason"] == "the record does not have this shape"
-    assert table_of(rows, partly)["verification"]["accepted"]["route"] == {"cuda": {"shapes": 1, "launches": 1_000_000}}
+    assert table_of(rows, partly)["verification"]["accepted"]["route"] == {"cuda": ONE_MILLION}
 
 
 def test_the_rule_of_a_route_is_part_of_what_is_verified() -> None:
@@ -194,6 +198,14 @@ def test_refusals_say_what_why_and_how_to_verify() -> None:
     assert refusals(table_of(rows, partly), rows) == [
         "cuda on router_gemm of 7168x384, route of 7168x384: the record does not have this shape",
         'To verify: jax-router verify --implementation cuda --model "Kimi-K2"',
+    ]
+
+
+def test_launches_are_counted_by_dtypes_of_what_was_multiplied() -> None:
+    wide = subject(weight_dtype="float32")
+    found = gate.accepted(record(subject(), wide, subject(dtype="float32")), "verify-h200.json", [subject(), wide])
+    assert found["accepted"]["router_gemm"]["cuda"]["by_dtypes"] == [
+        {"dtype": "bfloat16", "weight_dtype": each, "launches": 1_000_000} for each in ("bfloat16", "float32")
     ]
 
 
@@ -255,6 +267,17 @@ def test_the_record_is_looked_for_in_the_results_beside_the_rows_and_in_the_cach
     result = resume(finished, "--write-table")
     assert result.exit_code == 0, result.output
     assert written(tmp_path)["verification"]["record"] == "verify-h200.json"
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_no_table_of_xla_alone_displaces_a_verified_one(verified, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    here = synthetic_rows.PROVENANCE["source_hash"] if verified else "0" * 64
+    in_use = Table("nvidia_h100.json", {}, Verification("NVIDIA H100 80GB HBM3", "2026-11-27", here, {}))
+    monkeypatch.setattr(sweep, "load_table", lambda gpu: in_use if gpu == "NVIDIA H200" else None)
+    result = resume(finished, "--write-table")
+    assert (result.exit_code, (tmp_path / "tables").exists()) == ((2, False) if verified else (1, True))
+    refusal = "no record of a verification of NVIDIA H200 is here, and nvidia_h100.json has kernels that were verified"
+    assert (refusal in result.output) == verified
 
 
 def test_what_is_not_accepted_is_printed_and_the_exit_status_says_so(finished: Path, tmp_path: Path) -> None:

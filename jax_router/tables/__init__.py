@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_router.implementations import NAMES
 from jax_router.routing import RoutingSpec
-from jax_router.verification.gate import Dtypes, operands
+from jax_router.verification.gate import Dtypes, operands_of
 
 if TYPE_CHECKING:
     from jax_router.dispatch import Problem
@@ -48,8 +48,8 @@ class Verification:
     """By which record the kernels of a table were accepted.
 
     Attributes:
-      launches: under load, of an implementation that was accepted in an operation, in all dtypes together. By
-        operation, implementation and the dtypes of operands (`gate.operands`) of which the table has a verified entry.
+      launches: under load, by operation, implementation and dtypes of x and weight, where the table has a verified
+        entry of these.
     """
 
     gpu: str
@@ -154,18 +154,19 @@ def _verification(document: Mapping[str, Any]) -> Verification | None:
     if found is None:
         return None
     verified = {
-        (_operation(entry), name, operands(entry["dtype"], entry.get("weight_dtype")))
+        (_operation(entry), name, operands_of(entry))
         for entry in document["entries"]
         for name, candidate in entry["candidates"].items()
         if candidate["verified"] is True
     }
-    accepted = {
-        (operation, name): int(each["launches"])
+    launches = {
+        (operation, name, operands_of(each)): int(each["launches"])
         for operation, of_operation in found["accepted"].items()
-        for name, each in of_operation.items()
+        for name, accepted in of_operation.items()
+        for each in accepted["by_dtypes"]
     }
-    launches = {key: accepted[key[:2]] for key in verified if key[:2] in accepted}
-    return Verification(str(found["gpu"]), str(found["date"]), str(found["source_hash"]), launches)
+    known = {key: launches[key] for key in verified if key in launches}
+    return Verification(str(found["gpu"]), str(found["date"]), str(found["source_hash"]), known)
 
 
 def _configs(found: Mapping[str, Any] | None) -> Configs | None:

@@ -19,11 +19,11 @@ from typing import Any
 
 KERNELS = ("cuda", "pallas")  # xla needs no verification: it is what runs when nothing is verified
 Dtypes = tuple[str, str]  # of x and weight
-IN_16_BITS: Dtypes = ("bfloat16", "bfloat16")
-# What each kernel multiplies, by the dtypes that are verified: float16 takes the code of bfloat16.
-OPERANDS: Mapping[str, tuple[Dtypes, ...]] = {
-    "cuda": (IN_16_BITS, ("bfloat16", "float32"), ("float32", "float32")),
-    "pallas": (IN_16_BITS,),
+IN_BFLOAT16: Dtypes = ("bfloat16", "bfloat16")
+IN_FLOAT16: Dtypes = ("float16", "float16")
+OPERANDS: Mapping[str, tuple[Dtypes, ...]] = {  # what each kernel multiplies
+    "cuda": (IN_BFLOAT16, IN_FLOAT16, ("bfloat16", "float32"), ("float32", "float32")),
+    "pallas": (IN_BFLOAT16, IN_FLOAT16),
 }
 REQUIRED = ("accuracy", "experts", "bits", "memory", "load", "graphs", "neighbours")
 OF_ROUTE = ("experts",)  # the router GEMM selects none
@@ -123,7 +123,12 @@ def accepted(record: Record, name: str, subjects: Iterable[Mapping[str, Any]]) -
         proofs = [each for each in complete(record, operation, implementation) if _key(each) in keys]
         if proofs:
             figures = {"shapes": len({_key(each) for each in proofs}), "launches": launches_under_load(proofs)}
-            found.setdefault(operation, {})[implementation] = figures
+            by_dtypes = [
+                {"dtype": dtype, "weight_dtype": weight_dtype, "launches": launches_under_load(of_dtypes)}
+                for dtype, weight_dtype in OPERANDS[implementation]
+                if (of_dtypes := [each for each in proofs if operands_of(each) == (dtype, weight_dtype)])
+            ]
+            found.setdefault(operation, {})[implementation] = {**figures, "by_dtypes": by_dtypes}
     return {
         "record": Path(name).name,
         **{fact: record["provenance"][fact] for fact in ("gpu", "date", "source_hash")},
@@ -143,10 +148,9 @@ def how_to_verify(implementations: Iterable[str], models: Iterable[str] = (), *,
     return " ".join(["jax-router verify", *(["--quick"] if quick else []), *parts])
 
 
-def operands(dtype: str, weight_dtype: str | None) -> Dtypes:
-    """Of x in `dtype` and a weight in `weight_dtype`, None for the same: the dtypes whose verification counts."""
-    x, weight = ("bfloat16" if each == "float16" else each for each in (dtype, weight_dtype or dtype))
-    return x, weight
+def operands_of(subject: Mapping[str, Any]) -> Dtypes:
+    """The dtypes of x and of the weight, of a subject of a record or an entry of a table."""
+    return subject["dtype"], subject.get("weight_dtype") or subject["dtype"]
 
 
 def label(subject: Mapping[str, Any]) -> str:

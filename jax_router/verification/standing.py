@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jax_router.tables import OPERATIONS, Table
 from jax_router.verification import gate
@@ -25,7 +26,7 @@ class Standing:
         return f"{self.what}; run {self.remedy}" if self.remedy else self.what
 
 
-Standings = Mapping[tuple[str, str, gate.Dtypes], Standing]  # by operation, implementation and `gate.operands`
+Standings = Mapping[tuple[str, str, gate.Dtypes], Standing]  # by operation, implementation and `gate.OPERANDS`
 
 
 _judged: dict[str, tuple[Table | None, gate.Record | None, str | None, Standings]] = {}
@@ -53,7 +54,8 @@ def judge(
 
     The user's own record comes first, be it that a kernel failed or that it passed, then the table's. Only where
     there is neither is an unverified kernel trusted: the heuristic chooses it as on any GPU that was never measured.
-    What passed is trusted with operands of the dtypes that passed; what failed with some is trusted with none.
+    What passed is trusted with operands of the dtypes that passed, float16 with bfloat16, of which it is the same
+    source, where the user's record has none of its own; what failed with some is trusted with none.
 
     Args:
       gpu: as JAX names it.
@@ -64,13 +66,15 @@ def judge(
     """
     if own is not None and gate.why_of_other(own, source_hash=source_hash, gpu=gpu) is not None:
         own = None
-    found = {
-        (operation, name, dtypes): _of_own(operation, name, dtypes, table, own)
-        or _of_table(operation, name, dtypes, gpu, table, source_hash)
-        for operation in OPERATIONS
-        for name in gate.KERNELS
-        for dtypes in gate.OPERANDS[name]
-    }
+    found: dict[tuple[str, str, gate.Dtypes], Standing] = {}
+    for operation, name in itertools.product(OPERATIONS, gate.KERNELS):
+        for dtypes in gate.OPERANDS[name]:
+            known = _of_own(operation, name, dtypes, table, own)
+            if known is None and dtypes == gate.IN_FLOAT16:
+                known = found[operation, name, gate.IN_BFLOAT16]
+                if not known.remedy:
+                    known = replace(known, what=f"{known.what}, in bfloat16; float16 is the same source, not run")
+            found[operation, name, dtypes] = known or _of_table(operation, name, dtypes, gpu, table, source_hash)
     if library is not None:
         unknown = Standing(f"comes from JAX_ROUTER_LIBRARY={library}, which no verification is of")
         found |= {key: unknown for key in found if key[1] == "cuda"}
@@ -96,11 +100,7 @@ def _of_own(
     failed = gate.failure(own, operation, name)
     if failed is not None:
         return Standing(f"failed its verification on this GPU ({failed})", gate.how_to_verify([name]), distrusted=True)
-    proven = [
-        each
-        for each in gate.complete(own, operation, name)
-        if gate.operands(each["dtype"], each.get("weight_dtype")) == dtypes
-    ]
+    proven = [each for each in gate.complete(own, operation, name) if gate.operands_of(each) == dtypes]
     # A short run says something where nothing else does, and does not make up for a table that is not verified.
     if not proven or (own["quick"] and table is not None):
         return None
@@ -116,8 +116,9 @@ def _of_table(
     operation: str, name: str, dtypes: gate.Dtypes, gpu: str, table: Table | None, source_hash: str | None
 ) -> Standing:
     if table is None:
-        quick = dtypes == gate.IN_16_BITS  # a quick run has no others
-        return Standing("is not verified on this GPU", gate.how_to_verify([] if quick else [name], quick=quick))
+        quick = dtypes == gate.IN_BFLOAT16  # a quick run has no others, and `cuda` alone unless another is named
+        names = [] if quick and name == gate.KERNELS[0] else [name]
+        return Standing("is not verified on this GPU", gate.how_to_verify(names, quick=quick))
     record = table.verification
     if record is None:
         why = f"{table.name} names no verification record"
