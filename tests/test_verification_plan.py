@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from types import SimpleNamespace
 
@@ -225,6 +226,42 @@ def test_a_subject_is_described_by_what_a_record_has():
     }  # fmt: skip
     assert described[1]["rule"]["correction_bias"]
     assert described[0]["rule"] is None
+
+
+def replayed(subject: Subject, options: Options, device) -> list[Subject]:
+    """The subjects that run again for a case of this one: as `command.read_case` asks for them."""
+    return subjects(
+        dataclasses.replace(
+            options, implementations=(subject.implementation,), operations=(subject.operation,),
+            models=() if options.checkpoint else subject.shape.models[:1],
+            subject=json.loads(json.dumps(describe(subject))),
+        ),
+        device,
+    )[0]  # fmt: skip
+
+
+def test_one_subject_alone_is_told_from_its_siblings(on_hopper):
+    options = Options(models=("all",))
+    found, _ = subjects(options, on_hopper)
+    for subject in found:
+        assert replayed(subject, options, on_hopper) == [subject], subject.label
+
+
+def test_one_router_of_a_checkpoint_is_told_from_its_siblings(tmp_path, on_hopper):
+    folder, _ = checkpoint(tmp_path, dtype=np.float32)
+    options = Options(checkpoint=str(folder))
+    found, _ = subjects(options, on_hopper)
+    for subject in found:
+        assert [describe(each) for each in replayed(subject, options, on_hopper)] == [describe(subject)]
+
+
+def test_a_subject_that_is_not_verified_any_more_is_refused(on_hopper, monkeypatch):
+    [subject] = subjects(Options(("cuda",), ("route",), ("gpt-oss-120b",)), on_hopper)[0]
+    gone = dataclasses.replace(subject, shape=dataclasses.replace(subject.shape, experts=120))
+    with pytest.raises(ValueError, match=r"^subject is route of 2880x120 \+bias of gpt-oss-120b.*, random\. Expected"):
+        replayed(gone, Options(), on_hopper)
+    monkeypatch.setattr(cuda, "unavailable", lambda: "has no compiler")
+    assert subjects(Options(("cuda",), subject=describe(subject)), on_hopper) == ([], {"cuda": "has no compiler"})
 
 
 # What XLA is given for a GPU, seen without one.
