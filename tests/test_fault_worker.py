@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -23,6 +24,9 @@ import fault_worker
 def child(monkeypatch):
     device, events = jax.devices("cpu")[0], []
     subjects, _ = plan.subjects(plan.Options(("xla",), models=("gpt-oss-120b", "DeepSeek-V3")), device)
+    # Last, as the real ones come: behind those with weights in bfloat16.
+    wide = plan.float32_routers(plan.Options(models=("MiniMax-M2",)))
+    subjects += [dataclasses.replace(subject, implementation="xla") for subject in wide]
 
     def emit(event: str, **facts: object) -> None:
         events.append({"event": event, **json.loads(json.dumps(facts))})
@@ -70,13 +74,13 @@ def test_trials_have_the_defaults_of_the_command_and_seeds_of_their_own_and_shar
     child(checks, trial=3)
     child(checks, trial=4)
     contexts = [context for _, _, context in seen]
-    assert [context.seed for context in contexts] == [3] * 4 + [4] * 4, "two routers, two operations"
+    assert [context.seed for context in contexts] == [3] * 6 + [4] * 6, "three routers, two operations"
     default = Context(contexts[0].device)
     for context in contexts:
         assert (context.tokens, context.launches, context.quick) == (default.tokens, default.launches, default.quick)
         assert began + 5.0 <= context.deadline <= time.monotonic() + 5.0
         assert context.chains == ["of this trial"]
-    assert len(compiled) == 4, "once for each subject"
+    assert len(compiled) == 6, "once for each subject"
 
 
 def test_a_survey_takes_the_first_router_of_its_operation_and_less_of_everything(child):
@@ -90,9 +94,17 @@ def test_a_trial_of_float32_weights_takes_the_routers_that_have_them(child):
     seen: list = []
     load = {"load": check("load", True, seen)}
     child(load, multiplied="float32")
-    assert seen == []
-    child(load, multiplied="bfloat16", first=True)
-    assert [label for _, label, _ in seen] == ["router_gemm xla gpt-oss-120b"]
+    assert [label for _, label, _ in seen] == ["router_gemm xla MiniMax-M2", "route xla MiniMax-M2"]
+
+
+@pytest.mark.parametrize(
+    ("multiplied", "first"),
+    [("bfloat16", "router_gemm xla gpt-oss-120b"), ("float32", "router_gemm xla MiniMax-M2")],
+)
+def test_a_survey_takes_the_first_router_of_its_dtype(child, multiplied, first):
+    seen: list = []
+    child({"load": check("load", True, seen)}, multiplied=multiplied, first=True)
+    assert [label for _, label, _ in seen] == [first]
 
 
 def test_no_router_begins_after_the_default_minutes(child):

@@ -310,7 +310,7 @@ def test_the_first_wrong_launch_and_row_are_named():
     assert load._first_wrong(subject, where, chain, differing, 0) is None
     differing[5, 1] = (2, 4 * 6 + 1, 17, 19)  # of the experts
     differing[6, 0] = (1, 0, 1, 2)
-    failure = load._first_wrong(subject, where, chain, differing, 1000)
+    failure, _ = load._first_wrong(subject, where, chain, differing, 1000)
     assert (failure.launch, failure.row, failure.expected, failure.got) == (1005, 6, "0x00000011", "0x00000013")
     assert (failure.tokens, failure.data, failure.seed) == (8, "normal", 0)
 

@@ -333,8 +333,9 @@ def test_a_failure_is_saved_and_its_replay_asks_for_that_case_alone(supervised, 
     path = tmp_path / "failure-router_gemm-cuda-load-0.json"
     assert f"run it again with: jax-router verify --replay {path}" in result.output
     options, case = command.read_case(path)
+    of_subject = {name: WRONG[name] for name in (*gate.SUBJECT, "source", "models")}
     assert options == Options(
-        ("cuda",), ("router_gemm",), ("gpt-oss-120b",), (17,), ("load",), launches=77, seed=4
+        ("cuda",), ("router_gemm",), ("gpt-oss-120b",), (17,), ("load",), launches=77, seed=4, subject=of_subject
     )  # fmt: skip
     assert case["failure"] == CASE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from types import SimpleNamespace
 
@@ -227,6 +228,42 @@ def test_a_subject_is_described_by_what_a_record_has():
     assert described[0]["rule"] is None
 
 
+def replayed(subject: Subject, options: Options, device) -> list[Subject]:
+    """The subjects that run again for a case of this one: as `command.read_case` asks for them."""
+    return subjects(
+        dataclasses.replace(
+            options, implementations=(subject.implementation,), operations=(subject.operation,),
+            models=() if options.checkpoint else subject.shape.models[:1],
+            subject=json.loads(json.dumps(describe(subject))),
+        ),
+        device,
+    )[0]  # fmt: skip
+
+
+def test_one_subject_alone_is_told_from_its_siblings(on_hopper):
+    options = Options(models=("all",))
+    found, _ = subjects(options, on_hopper)
+    for subject in found:
+        assert replayed(subject, options, on_hopper) == [subject], subject.label
+
+
+def test_one_router_of_a_checkpoint_is_told_from_its_siblings(tmp_path, on_hopper):
+    folder, _ = checkpoint(tmp_path, dtype=np.float32)
+    options = Options(checkpoint=str(folder))
+    found, _ = subjects(options, on_hopper)
+    for subject in found:
+        assert [describe(each) for each in replayed(subject, options, on_hopper)] == [describe(subject)]
+
+
+def test_a_subject_that_is_not_verified_any_more_is_refused(on_hopper, monkeypatch):
+    [subject] = subjects(Options(("cuda",), ("route",), ("gpt-oss-120b",)), on_hopper)[0]
+    gone = dataclasses.replace(subject, shape=dataclasses.replace(subject.shape, experts=120))
+    with pytest.raises(ValueError, match=r"^subject is route of 2880x120 \+bias of gpt-oss-120b.*, random\. Expected"):
+        replayed(gone, Options(), on_hopper)
+    monkeypatch.setattr(cuda, "unavailable", lambda: "has no compiler")
+    assert subjects(Options(("cuda",), subject=describe(subject)), on_hopper) == ([], {"cuda": "has no compiler"})
+
+
 # What XLA is given for a GPU, seen without one.
 
 
@@ -280,6 +317,37 @@ def test_neighbours_need_a_gpu_and_bits_to_compare():
         assert (result.passed, result.reason) == (None, reason)
 
 
+@pytest.fixture
+def between(monkeypatch):
+    """Check "neighbours" with late words in these blocks of launches, and words that are wrong after a wait in those.
+
+    Blocks count on over the numbers of tokens.
+    """
+
+    def check(late, waited, **changes):
+        monkeypatch.setattr(gpu_tools, "loaded", lambda: None)
+        where, executions = OnGpu(CPU, **changes), iter(range(1000))
+
+        class Between:
+            def as_text(self):
+                return ""
+
+            def __call__(self, wrong, buffers, sources, expected):
+                block = next(executions) // neighbours.READ_EVERY
+                found = [3 * (block in waited), 96 * (block in late), 7, 0, 12 * GEMM.experts, 1, 2, 0]
+                return jnp.array(found, jnp.uint32), buffers
+
+        def call(operands):
+            return (jnp.zeros((len(operands.x), GEMM.experts)),)
+
+        for tokens in where.tokens:
+            where.ahead({("call", tokens): lambda: call, ("between", tokens): Between})
+        with jax.default_device(CPU):
+            return neighbours.check_neighbours(Subject("cuda", GEMM), where)
+
+    return check
+
+
 @pytest.mark.parametrize(
     ("quick", "late", "waited", "passed", "blocks"),
     [
@@ -292,25 +360,8 @@ def test_neighbours_need_a_gpu_and_bits_to_compare():
         (False, (), (6,), False, 7),
     ],
 )
-def test_late_words_are_a_fault_in_many_blocks_and_no_pass_in_some(monkeypatch, quick, late, waited, passed, blocks):
-    monkeypatch.setattr(gpu_tools, "loaded", lambda: None)
-    where = OnGpu(CPU, quick=quick, tokens=(8,))
-    executions = iter(range(1000))
-
-    class Between:
-        def as_text(self):
-            return ""
-
-        def __call__(self, wrong, buffers, sources, expected):
-            block = next(executions) // neighbours.READ_EVERY
-            found = [3 * (block in waited), 96 * (block in late), 7, 0, 12 * GEMM.experts, 1, 2, 0]
-            return jnp.array(found, jnp.uint32), buffers
-
-    subject = Subject("cuda", GEMM)
-    output = jnp.zeros((8, GEMM.experts))
-    where.ahead({("call", 8): lambda: lambda operands: (output,), ("between", 8): Between})
-    with jax.default_device(CPU):
-        result = neighbours.check_neighbours(subject, where)
+def test_late_words_are_a_fault_in_many_blocks_and_no_pass_in_some(between, quick, late, waited, passed, blocks):
+    result = between(late, waited, quick=quick, tokens=(8,))
     assert (result.passed, result.launches) == (passed, blocks * neighbours.BLOCK)
     if passed is not False:
         assert result.figures == {"late_blocks": len(late), "blocks": blocks}
@@ -321,3 +372,11 @@ def test_late_words_are_a_fault_in_many_blocks_and_no_pass_in_some(monkeypatch, 
         assert result.reason.startswith(who)
         assert result.reason.endswith(f"in {len(late)} of {blocks} times 240")
         assert (result.failure.row, result.failure.launch) == (12, (blocks - 1) * neighbours.BLOCK + 7)
+
+
+@pytest.mark.parametrize("late", [(1, 3), (1, 3, 7), (3, 6, 8)])  # five blocks of 8 tokens, then five of 16
+def test_late_words_with_any_number_of_tokens_are_no_pass(between, late):
+    result = between(late, (), quick=True, tokens=(8, 16))
+    assert (result.passed, result.launches) == (None, 10 * neighbours.BLOCK)
+    assert result.figures == {"late_blocks": 2, "blocks": 5}, "the most of one number of tokens"
+    assert " in 2 of 5 times 240 launches" in result.reason

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jax_router.verification import gate
-from jax_router.verification.plan import Options, defaults
+from jax_router.verification.plan import IDENTITY, Options, defaults, identity
 from jax_router.verification.report import failures, markdown, print_record
 from jax_router.verification.supervisor import Event, Record, supervise
 
@@ -203,14 +203,10 @@ def joined(path: Path, record: Record) -> Record:
     ):
         return record
 
-    def key(subject: dict[str, Any]) -> str:
-        names = (*gate.SUBJECT, "source", "models")
-        return json.dumps([subject.get(name) for name in names], sort_keys=True)
-
-    subjects = {key(subject): subject for subject in earlier["subjects"]}
+    subjects = {identity(subject): subject for subject in earlier["subjects"]}
     for subject in record["subjects"]:
-        before = subjects.pop(key(subject), None)
-        subjects[key(subject)] = subject if before is None else _verified_again(before, subject)
+        before = subjects.pop(identity(subject), None)
+        subjects[identity(subject)] = subject if before is None else _verified_again(before, subject)
     whole = all(subject.get("complete", True) for subject in subjects.values())
     return {
         **record,
@@ -244,7 +240,7 @@ def save_failures(record: Record, folder: Path) -> list[Path]:
     for subject, check in failures(record):
         if subject is None or not check.get("failure"):
             continue
-        facts = {name: subject[name] for name in (*gate.SUBJECT, "source", "models")}
+        facts = {name: subject[name] for name in IDENTITY}
         case = {"provenance": record["provenance"], "options": record["options"], "subject": facts, **check}
         name = f"failure-{subject['operation']}-{subject['implementation']}-{check['check']}"
         numbered = (folder / f"{name}-{number}.json" for number in itertools.count())
@@ -290,6 +286,7 @@ def read_case(path: Path) -> tuple[Options, dict[str, Any]]:
             checks=(case["check"],),
             seed=case["failure"]["seed"],
             sanitizers=False,
+            subject=subject,
         )
         options.check()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

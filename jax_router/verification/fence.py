@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from jax_router.implementations import cuda
 from jax_router.verification import gpu_tools
-from jax_router.verification.bits import calls, row_bits
-from jax_router.verification.data import Operands, Subject, as_stored, draw, in_other_layout, put
+from jax_router.verification.bits import calls, layout_in_words, row_bits
+from jax_router.verification.data import Operands, Subject, as_stored, draw, in_its_layouts, put
 from jax_router.verification.result import Context, Failure, Programs, Result
 
 TOKENS, QUICK_TOKENS = (1, 7, 16, 127, 1024), (1, 7, 128)  # as of the memory check
@@ -82,7 +82,8 @@ def _tokens(context: Context) -> tuple[int, ...]:
 def check_fence(subject: Subject, context: Context) -> Result:
     """The check "fence", of `cuda`: every buffer of a launch ends at unmapped memory and starts behind canaries.
 
-    An access beyond ends the process with CUDA's illegal address, which the supervisor reports.
+    In both layouts of the weight, where these are taken. An access beyond ends the process with CUDA's illegal address,
+    which the supervisor reports.
     """
     if subject.implementation != "cuda" or subject.function is not None:
         return Result("fence", None, reason="only the C launchers take memory of ours")
@@ -94,8 +95,7 @@ def check_fence(subject: Subject, context: Context) -> Result:
         return Result("fence", None, reason=str(error))
     started = time.monotonic()
     made, launches = programs(subject, context), 0
-    other = in_other_layout(subject, context.device)
-    forms = [subject, *([] if other is None else [other])]
+    forms = in_its_layouts(subject, context.device)
     for tokens in _tokens(context):
         context.doing(tokens, subject.usual)
         host = draw(subject, subject.usual, tokens, context.seed)
@@ -108,7 +108,8 @@ def check_fence(subject: Subject, context: Context) -> Result:
             found = _launch(form, stored, tokens, scratch, expected)
             context.alive(1)
             if found is not None:
-                reason, row, wanted, got = found
+                what, row, wanted, got = found
+                reason = f"{what}{layout_in_words(form)}"
                 failure = Failure(tokens, subject.usual, context.seed, launches - 1, row, wanted, got)
                 return Result("fence", False, launches, time.monotonic() - started, {}, reason, failure)
     return Result("fence", True, launches, time.monotonic() - started)

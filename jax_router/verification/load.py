@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_router import timing
 from jax_router.verification import gate, gpu_tools
-from jax_router.verification.bits import calls
+from jax_router.verification.bits import calls, layout_in_words
 from jax_router.verification.data import (
     Operands,
     Subject,
@@ -122,10 +122,12 @@ def make_chain(subject: Subject, tokens: int, context: Context) -> Chain:
     chain = Chain(tokens, xs, routers, run, expected)
     if not subject.promises_bits:  # what the same executable gives counts, not what another one gives
         chain.expected = jax.block_until_ready(run(xs, routers, expected)[1])
-    failure = _first_wrong(subject, context, chain, np.asarray(chain.execute()), 0)
+    wrong = _first_wrong(subject, context, chain, np.asarray(chain.execute()), 0)
     context.alive(2 * chain.calls)
-    if failure is not None:
-        raise WrongAloneError(failure, f"launches in one executable, with {tokens} tokens, are not what they are alone")
+    if wrong is not None:
+        failure, layout = wrong
+        what = f"launches in one executable, with {tokens} tokens, are not what they are alone"
+        raise WrongAloneError(failure, f"{what}{layout}")
     return chain
 
 
@@ -166,11 +168,12 @@ def check_load(subject: Subject, context: Context) -> Result:
                 context.doing(chain.tokens, subject.usual)
                 until = min(time.monotonic() + share, context.deadline)
                 wanted, least = (min(each, context.launches) / len(chains) for each in (context.launches, LEAST))
-                for count, failure in _executions(subject, context, chain):
+                for count, wrong in _executions(subject, context, chain):
                     launches += count
                     figures["by tokens"][str(chain.tokens)] = figures["by tokens"].get(str(chain.tokens), 0) + count
-                    if failure is not None:
-                        reason = f"launch {launches} is wrong under load, with {chain.tokens} tokens"
+                    if wrong is not None:
+                        failure, layout = wrong
+                        reason = f"launch {launches} is wrong under load, with {chain.tokens} tokens{layout}"
                         return Result("load", False, launches, time.monotonic() - started, figures, reason, failure)
                     done = figures["by tokens"][str(chain.tokens)]
                     if done >= wanted or (done >= least and time.monotonic() >= until):
@@ -180,8 +183,8 @@ def check_load(subject: Subject, context: Context) -> Result:
         if idle:
             reason = f"the load did nothing of {', '.join(idle)}"
             return Result("load", None, launches, time.monotonic() - started, figures, reason)
-    except WrongAloneError as wrong:
-        return Result("load", False, 1, time.monotonic() - started, figures, wrong.reason, wrong.failure)
+    except WrongAloneError as alone:
+        return Result("load", False, 1, time.monotonic() - started, figures, alone.reason, alone.failure)
     return Result("load", True, launches, time.monotonic() - started, figures)
 
 
@@ -192,7 +195,7 @@ def check_graphs(subject: Subject, context: Context) -> Result:
     executions recorded a graph, or recorded it again for other buffers, and how many replayed one as it was.
     """
     started = time.monotonic()
-    launches, executions, failed = 0, 0, None
+    launches, executions, first = 0, 0, None
     figures = {}
     try:
         at_first = gpu_tools.calls() if context.on_gpu else None
@@ -203,20 +206,21 @@ def check_graphs(subject: Subject, context: Context) -> Result:
             _in_turn(subject, context, chains),
             _threads(subject, context, chains),
         ):
-            for count, failure in verdicts:
+            for count, wrong in verdicts:
                 launches += count
                 executions += 1
-                failed = failed or failure
+                first = first or wrong
                 context.alive(count)
-    except WrongAloneError as wrong:
-        return Result("graphs", False, 1, time.monotonic() - started, {}, wrong.reason, wrong.failure)
+    except WrongAloneError as alone:
+        return Result("graphs", False, 1, time.monotonic() - started, {}, alone.reason, alone.failure)
     if at_first is not None and before is not None:
         now = gpu_tools.calls()
         called = now.launched + now.captured - before.launched - before.captured
         figures = {"recorded": now.captured - at_first.captured, "replayed": executions - called}
-    if failed is not None:
-        reason = f"a replayed chain of launches with {failed.tokens} tokens is wrong"
-        return Result("graphs", False, launches, time.monotonic() - started, figures, reason, failed)
+    if first is not None:
+        failure, layout = first
+        reason = f"a replayed chain of launches with {failure.tokens} tokens is wrong{layout}"
+        return Result("graphs", False, launches, time.monotonic() - started, figures, reason, failure)
     idle = [what for what, count in figures.items() if count <= 0]
     if idle:
         reason = f"XLA {' and '.join(idle)} no CUDA graph of these launches"
@@ -224,7 +228,8 @@ def check_graphs(subject: Subject, context: Context) -> Result:
     return Result("graphs", True, launches, time.monotonic() - started, figures)
 
 
-Verdicts = Iterator[tuple[int, Failure | None]]
+Wrong = tuple[Failure, str]  # and the layout of the weight, as `layout_in_words`
+Verdicts = Iterator[tuple[int, Wrong | None]]
 
 
 def _changing(subject: Subject, context: Context, chain: Chain) -> Verdicts:
@@ -278,7 +283,7 @@ def _executions(subject: Subject, context: Context, chain: Chain) -> Verdicts:
 
 def _first_wrong(
     subject: Subject, context: Context, chain: Chain, differing: np.ndarray, launches: int
-) -> Failure | None:
+) -> Wrong | None:
     """Of `differing` [calls, parts, 4] of one execution."""
     wrong = np.argwhere(differing[..., WORDS] > 0)
     if not len(wrong):
@@ -286,10 +291,12 @@ def _first_wrong(
     launch, part = map(int, wrong[0])
     found = differing[launch, part]
     words_per_row = chain.expected[launch][part].size // chain.tokens
-    return Failure(
+    forms = in_its_layouts(subject, context.device)
+    failure = Failure(
         chain.tokens, subject.usual, context.seed, launches + launch, int(found[FIRST]) // words_per_row,
         f"0x{found[EXPECTED]:08x}", f"0x{found[GOT]:08x}",
     )  # fmt: skip
+    return failure, layout_in_words(forms[_form(forms, launch)])
 
 
 def _differing(outputs: Sequence[Any], expected: Sequence[Any], context: Context) -> jax.Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from jax_router.models import models
 from jax_router.routing import RoutingSpec
 from jax_router.sweep_points import FLOAT32_WEIGHTS, IMPLEMENTATIONS, ROUTE_HEADLINE_MODELS, Shape, route_shapes, shapes
 from jax_router.tables import OPERATIONS
-from jax_router.verification import bits, fence, load, neighbours, numerics
+from jax_router.verification import bits, fence, gate, load, neighbours, numerics
 from jax_router.verification.data import Operands, Subject
 from jax_router.verification.result import Context, Programs, Result
 
@@ -40,6 +41,7 @@ _FLOAT32_ROUTE = Shape(1000, 40, True, (AWKWARD,), _AWKWARD_SPEC, correction_bia
 FLOAT32_AWKWARD = ((_FLOAT32_GEMM, "float32"), (_FLOAT32_ROUTE, "bfloat16"), (_FLOAT32_ROUTE, "float32"))
 DEFAULT_FLOAT32 = (AWKWARD, "MiniMax-M2")
 
+IDENTITY = (*gate.SUBJECT, "source", "models")  # of the subjects in a record
 MINUTES, LAUNCHES = 5.0, 1_000_000
 QUICK_MINUTES, QUICK_LAUNCHES = 0.75, 500_000
 MOST_SEED = 2**31 - 1
@@ -54,7 +56,10 @@ def defaults(minutes: float | None, launches: int | None, *, quick: bool) -> tup
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was asked for; JSON holds all of it. Empty tuples ask for everything, or for the default."""
+    """What the command was asked for; JSON holds all of it. Empty tuples ask for everything, or for the default.
+
+    `subject`, as a record holds it, is the only one of those that the rest asks for.
+    """
 
     implementations: tuple[str, ...] = ()
     operations: tuple[str, ...] = ()
@@ -68,6 +73,7 @@ class Options:
     checkpoint: str | None = None
     activations: str | None = None
     sanitizers: bool = False
+    subject: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Options:
@@ -140,7 +146,11 @@ def float32_routers(options: Options) -> list[Subject]:
 
 
 def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[str, str]]:
-    """Everything to verify on a device, and why each implementation that is left out does not run here."""
+    """Everything to verify on a device, and why each implementation that is left out does not run here.
+
+    Raises:
+      ValueError: `options.subject` is none of it.
+    """
     if options.checkpoint:
         routers = _of_checkpoint(options)
         # As MiniMax-M2 has them: x in bfloat16 beside float32 weights.
@@ -159,12 +169,20 @@ def subjects(options: Options, device: jax.Device) -> tuple[list[Subject], dict[
             break  # one that runs here is what a minute is enough for
         for router in (*routers, *(of_cuda if name == "cuda" else ())):
             subject = _as_taken(dataclasses.replace(router, implementation=name))
+            if options.subject is not None and identity(describe(subject)) != identity(options.subject):
+                continue
             why = dispatch.why_unsupported(subject.problem(1), dispatch.Device.of(device), name)
             why = why or implementations.load(name).unavailable()
             if why is None:
                 found.append(subject)
             else:
                 refused[name] = why
+    if options.subject is not None and not (found or refused):
+        raise ValueError(
+            f"subject is {gate.label(options.subject)} of {', '.join(options.subject['models'])}, "
+            f"{options.subject['source']}. Expected one that this version verifies; run jax-router verify without "
+            "--replay."
+        )
     return found, refused
 
 
@@ -264,3 +282,8 @@ def describe(subject: Subject) -> dict[str, Any]:
         "out_dtype": "float32",
         "rule": shape.rule,
     }
+
+
+def identity(subject: Mapping[str, Any]) -> str:
+    """What tells a subject of a record, or as `describe` returns it, from the others."""
+    return json.dumps([subject.get(name) for name in IDENTITY], sort_keys=True)
