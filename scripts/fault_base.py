@@ -16,7 +16,8 @@ class Fault:
     """One way to break the kernels, and where it shows.
 
     `shapes` are presets of `jax_router.models` or "hidden x experts", such as "720x33": the broken code runs for each
-    of them, in each of `operations`, with each of `tokens`. `extends_to` says how far it goes and what else it takes.
+    of them, in each of `operations`, with some of `tokens`, which pick the kernel. `extends_to` says how far it goes
+    and what else it takes.
     """
 
     name: str

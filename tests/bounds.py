@@ -24,7 +24,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router import RoutingSpec
+from jax_router import RoutingSpec, parity
 from jax_router.dispatch import Device
 from jax_router.parity import FALSE_ALARM, FLUSHED, ROUNDING
 
@@ -139,6 +139,16 @@ def gemm(x, weight, bias=None) -> Real:
     """Logits `[T, E]`."""
     logits = matmul(given(x), given(weight).value.T)
     return logits if bias is None else logits + given(bias)
+
+
+def logits(x, weight, bias=None) -> Real:
+    """Logits `[T, E]` of an x or weight in float32 by what the dispatcher picks: on a GPU `cuda`'s tree may be it."""
+    chain = gemm(x, weight, bias)
+    if Device.default().platform != "gpu":
+        return chain
+    truth = parity.reference(x, weight, bias)
+    of_tree = parity.logit_bound(truth, parity.split_tree(truth.hidden), truth.logits.size)
+    return Real(chain.value, np.maximum(chain.error, of_tree))
 
 
 def exponentials(logits: Real) -> tuple[Real, Array]:

@@ -19,6 +19,7 @@ from jax_router import build
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+import fault_list_float32
 import faults
 from fault_list import CHECKS, FAULTS, Edit, Fault
 
@@ -68,6 +69,7 @@ def test_some_faults_are_in_the_kernel_for_float32_weights_alone():
     kernels = [{edit.file for edit in each.edits} for each in FAULTS]
     assert {"sm90_float32.cuh"} in kernels
     assert {"sm90_router_gemm_float32.cu"} in kernels
+    assert set(fault_list_float32.FILES) == {path.name for path in build.source_files() if "float32" in path.name}
 
 
 def test_parity_tests_miss_the_faults_this_is_about():

@@ -4,7 +4,7 @@ Bits by batch, layout and configuration are in test_row_bits.py, all dtypes agai
 
 What breaks each test of the GPU, as an edit of csrc that test_emulation.py was seen to fail with:
 
-    every kind of data          sm90_float32.cuh without `add(low, low, 0, 2)`: data of one product
+    every kind of data          sm90_float32.cuh without `add(low, low, 0, 2)`: normal data, by the mean square
     the same bits               sm90_router_gemm_float32.cu, `(lane / 4 * 4)` for a place in a column
     the error                   sm90_float32.cuh, `total()` is `high` alone
     not rounded                 route.cu without `spec.round_logits = 0` (test_emulation_route.py)

@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 LOGIT_DEVIATION = 1.5
 NUMERIC_TOKENS = 127  # of every kind: no multiple of a tile, and a remainder of 7 by eight
-ONE_PRODUCT = "one product"  # of float32 alone: in a sum of many a small term of one may be missing unseen
+ONE_PRODUCT = "one product"  # of float32 alone: a term left out shows in single logits, not in their mean square alone
 # Kinds whose products come in no particular order: the tighter of parity's two criteria holds for these alone.
 IN_RANDOM_ORDER = ("normal", "with a mean", "negative", "ties", ONE_PRODUCT, "as given")
 KINDS = (
