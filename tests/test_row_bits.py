@@ -154,15 +154,37 @@ def test_every_configuration_gives_the_bits_of_the_naive_kernel() -> None:
     assert compared == set(names)
 
 
+def what_underflows(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Six values of x and a weight [128, 2880] of one value, whose products are zeros and subnormals of both signs."""
+    tiny = float(ml_dtypes.finfo(dtype_of(dtype)).smallest_subnormal)
+    values = np.array([0.0, -0.0, tiny, -tiny, 1e-30, -1e-30], dtype_of(dtype))
+    return values, np.full((128, 2880), -1e-30 if dtype == "bfloat16" else -tiny, dtype_of(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_underflows_has_one_sign_in_every_batch_of_pallas(dtype: str) -> None:
+    assert pallas.unavailable() is None
+    values, weight = what_underflows(dtype)
+    compute = jax.jit(functools.partial(jr.router_gemm, implementation="pallas"))
+    groups, expected = set(), None
+    for repeats in (1, 8, 50, 100, 300, 1000):
+        config = pallas_gemm.pick_config(6 * repeats, 2880, 128)
+        groups.add(config.split)
+        logits = np.asarray(compute(np.repeat(values, repeats)[:, None].repeat(2880, axis=1), weight))
+        bits = logits.view(np.uint32).reshape(6, repeats, 128)
+        expected = bits[:, :1] if expected is None else expected
+        assert (bits == expected).all(), config
+    assert len(groups) == 3, "one block per tile, four and sixteen"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_what_underflows_has_the_sign_that_the_naive_kernel_gives(dtype: str) -> None:
     # A kernel whose sums start from -0 breaks it; what the tensor core makes of an underflow only a GPU shows.
     assert cuda.unavailable() is None
-    tiny = float(ml_dtypes.finfo(dtype_of(dtype)).smallest_subnormal)
-    values = np.array([0.0, -0.0, tiny, -tiny, 1e-30, -1e-30], dtype_of(dtype))
-    x = jax.device_put(np.repeat(values, 50)[:, None].repeat(2880, axis=1))
-    weight = jax.device_put(np.full((128, 2880), -1e-30 if dtype == "bfloat16" else -tiny, dtype_of(dtype)))
+    values, weight = what_underflows(dtype)
+    x, weight = jax.device_put((np.repeat(values, 50)[:, None].repeat(2880, axis=1), weight))
     problem = dispatch.Problem(len(x), 2880, 128, dtype)
     expected = launch("jr_router_gemm_naive", problem, (x, weight, None))
     for config in range(cuda.shared_library().jr_router_gemm_num_configs()):
