@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_router import checks, checks_route, implementations
+from jax_router import checks, checks_route, heuristic, implementations
 from jax_router.routing import RoutingSpec
 from jax_router.tables import Table, load_table
 from jax_router.verification import gate, standing
@@ -56,6 +56,11 @@ class Problem:
     def operation(self) -> str:
         """ "router_gemm" or "route"."""
         return "router_gemm" if self.spec is None else "route"
+
+    @property
+    def dtypes(self) -> gate.Dtypes:
+        """Of x and weight."""
+        return self.dtype, self.weight_dtype or self.dtype
 
     @property
     def symbolic(self) -> bool:
@@ -165,7 +170,7 @@ def choose(
             refusal: str | None = f"is switched off by {DISABLE_VARIABLE}={environment[DISABLE_VARIABLE]}"
         else:
             refusal = why_unsupported(problem, device, name) or unavailable.get(name)
-        known = verification.get((problem.operation, name, _dtypes(problem)))
+        known = verification.get((problem.operation, name, problem.dtypes))
         if refusal is None and known is not None:
             shown.append((name, str(known)))
             refusal = str(known) if known.distrusted and named is None and name != preferred else None
@@ -215,7 +220,7 @@ def resolve(problem: Problem, device: Device, implementation: str | Sequence[str
     for name, failure in unavailable.items():
         _warn_once(f'jax_router goes on without implementation="{name}", which {failure}')
     if any(each in choice.rejected for each in choice.verification):
-        _warn_once(standing.warning(device.kind, verification, _dtypes(problem)))
+        _warn_once(standing.warning(device.kind, verification, problem.dtypes))
     preferred, _ = _read_environment(os.environ)
     if implementation is None and preferred not in (None, choice.implementation):
         refusal = f"{preferred} {dict(choice.rejected)[preferred]}"
@@ -345,36 +350,7 @@ def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tu
         # xla runs everything, so what stands behind it is never chosen: nothing unverified runs unasked.
         unmeasured = dict.fromkeys(("xla", *IMPLEMENTATIONS), ("runs everything", f"has no verified time {where}"))
         return measured | {name: why for name, why in unmeasured.items() if name not in measured}
-    guess = f"no measurements of this shape on {device.description}; "
-    slower = f"{guess}assumed slower"
-    if device.platform != "gpu":
-        return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("the kernels are for GPUs; xla runs everywhere", slower))
-    ranking = {}
-    fewest_tokens = 2 if problem.bias_dtype is None else 1
-    # The kernels with large tiles are for 16 units of 64 elements of K and more.
-    most_tokens = 4096 if problem.hidden > 960 else 256
-    if (problem.weight_dtype or problem.dtype) == "float32":
-        # As on an H200 with 256 experts: then XLA comes to be faster, and at one token it is, but for routing.
-        most_tokens = 512 if problem.dtype == "bfloat16" else 256
-        fewest_tokens = 1 if problem.spec is not None else 2
-        if fewest_tokens <= problem.tokens <= most_tokens and problem.tokens * problem.experts <= 256 * most_tokens:
-            ranking["cuda"] = (f"{guess}the CUDA kernel for float32 weights up to {most_tokens} tokens", slower)
-    elif problem.spec is not None:
-        if problem.tokens > 0:
-            fused = "kernel, where XLA needs four to eight and a sort"
-            ranking = {"cuda": (f"{guess}the CUDA {fused}", slower), "pallas": (f"{guess}the Pallas {fused}", slower)}
-    # As on an H200: one token without a bias is a matrix-vector product that XLA fuses into one small kernel, and from
-    # about 2^20 logits on cuBLAS fills the GPU.
-    elif fewest_tokens <= problem.tokens <= most_tokens and problem.tokens * problem.experts <= 2**19:
-        ranking["cuda"] = (f"{guess}the CUDA kernel up to {most_tokens} tokens and 2^19 logits", slower)
-        if 16 <= problem.tokens <= 256:
-            ranking["pallas"] = (f"{guess}the Pallas kernel for 16 to 256 tokens", slower)
-    ranking["xla"] = (f"{guess}xla where the kernels do not run or are slower", slower)
-    return ranking | {name: ("", slower) for name in IMPLEMENTATIONS if name not in ranking}
-
-
-def _dtypes(problem: Problem) -> gate.Dtypes:
-    return problem.dtype, problem.weight_dtype or problem.dtype
+    return heuristic.rank(problem, device)
 
 
 def _read_environment(environment: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:

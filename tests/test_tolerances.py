@@ -6,7 +6,8 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from test_parity import DTYPES, exact
+from test_parity import DTYPES
+from test_parity_check import exact
 
 from jax_router import parity
 

@@ -17,7 +17,7 @@ from synthetic_rows import PROVENANCE
 import jax_router as jr
 from jax_router import build, cli
 from jax_router.verification import Verification, gate, report, supervisor
-from jax_router.verification.plan import Options
+from jax_router.verification.plan import IDENTITY, Options
 
 pytest.importorskip("typer")
 
@@ -333,7 +333,7 @@ def test_a_failure_is_saved_and_its_replay_asks_for_that_case_alone(supervised, 
     path = tmp_path / "failure-router_gemm-cuda-load-0.json"
     assert f"run it again with: jax-router verify --replay {path}" in result.output
     options, case = command.read_case(path)
-    of_subject = {name: WRONG[name] for name in (*gate.SUBJECT, "source", "models")}
+    of_subject = {name: WRONG[name] for name in IDENTITY}
     assert options == Options(
         ("cuda",), ("router_gemm",), ("gpt-oss-120b",), (17,), ("load",), launches=77, seed=4, subject=of_subject
     )  # fmt: skip

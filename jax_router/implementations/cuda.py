@@ -73,7 +73,7 @@ class RouterGemmArgs(ctypes.Structure):
         bias_dtype = -1 if problem.bias_dtype is None else DTYPES[problem.bias_dtype]
         dtypes = (DTYPES[problem.dtype], bias_dtype, DTYPES[problem.out_dtype])
         sizes = (problem.tokens, problem.hidden, problem.experts)
-        of_weight = (experts_axis(problem.weight_layout), DTYPES[problem.weight_dtype or problem.dtype])
+        of_weight = (experts_axis(problem.weight_layout), DTYPES[problem.dtypes[1]])
         return cls(x, weight, bias, out, workspace, workspace_bytes, *sizes, *dtypes, config, *of_weight)
 
 
@@ -223,15 +223,14 @@ def route(
 
 def why_unsupported(problem: Problem, device: Device) -> str | None:
     """What the kernel does not take, from static facts; None if it takes the problem."""
-    weight_dtype = problem.weight_dtype or problem.dtype
     if device.platform != "gpu" or device.compute_capability is None:
         return f"needs an NVIDIA GPU of compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
     if device.compute_capability != COMPUTE_CAPABILITY:
         return f"needs compute capability {COMPUTE_CAPABILITY}, this device is {device.description}"
-    if (problem.dtype, weight_dtype) not in MULTIPLIED:
+    if problem.dtypes not in MULTIPLIED:
         return (
             "needs x and weight both bfloat16, both float16 or both float32, or x in bfloat16 and weight in float32, "
-            f"they are {problem.dtype} and {weight_dtype}"
+            f"they are {' and '.join(problem.dtypes)}"
         )
     if problem.bias_dtype not in (None, problem.dtype, "float32"):
         return f"needs a bias in float32 or in x's dtype, it is {problem.bias_dtype}"

@@ -194,13 +194,12 @@ def _spec(rule: Mapping[str, Any] | None) -> RoutingSpec | None:
 
 
 def _shape(entry: Mapping[str, Any]) -> Shape:
-    dtypes = (entry["dtype"], entry.get("weight_dtype", entry["dtype"]))
-    return (_operation(entry), entry["hidden"], entry["experts"], *dtypes, entry["bias"], entry["out_dtype"])
+    sizes = (entry["hidden"], entry["experts"], *operands_of(entry), entry["bias"], entry["out_dtype"])
+    return (_operation(entry), *sizes)
 
 
 def _shape_of(problem: Problem) -> Shape:
-    dtypes = (problem.dtype, problem.weight_dtype or problem.dtype)
-    sizes = (problem.hidden, problem.experts, *dtypes, problem.bias_dtype is not None, problem.out_dtype)
+    sizes = (problem.hidden, problem.experts, *problem.dtypes, problem.bias_dtype is not None, problem.out_dtype)
     return (problem.operation, *sizes)
 
 
