@@ -200,13 +200,16 @@ def own_command(name: str) -> list[str]:
 
 def _refuse_to_displace(facts: Row, record: tuple[gate.Record, str] | None) -> None:
     """A table that accepts xla alone takes no verified one's place, be that of this GPU or its twin's."""
-    in_use = load_table(facts["gpu"]) if record is None and facts["gpu"] is not None else None
+    why: str | None = "there is no verification record of this GPU"
+    if record is not None:
+        why = gate.why_of_other(record[0], source_hash=facts["source_hash"], gpu=facts["gpu"])
+    in_use = load_table(facts["gpu"]) if why is not None and facts["gpu"] is not None else None
     verified = in_use.verification if in_use is not None else None
     if in_use is not None and verified is not None and verified.source_hash == facts["source_hash"]:
         raise ValueError(
-            f"--write-table is given, no record of a verification of {facts['gpu']} is here, and {in_use.name} has "
-            "kernels that were verified with these sources. Expected that record, as without it the table accepts xla "
-            "alone; run `jax-router verify --model all` first, or leave out --write-table."
+            f"--write-table is given, {why}, and {in_use.name} has kernels that were verified with these sources. "
+            "Expected a record that a table can go by, as without one it accepts xla alone; run `jax-router verify "
+            "--model all` first, or leave out --write-table."
         )
 
 

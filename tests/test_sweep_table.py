@@ -269,14 +269,21 @@ def test_the_record_is_looked_for_in_the_results_beside_the_rows_and_in_the_cach
     assert written(tmp_path)["verification"]["record"] == "verify-h200.json"
 
 
+@pytest.mark.parametrize("stale", [True, False])
 @pytest.mark.parametrize("verified", [True, False])
-def test_no_table_of_xla_alone_displaces_a_verified_one(verified, finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_no_table_of_xla_alone_displaces_a_verified_one(
+    verified: bool, stale: bool, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stale:
+        other = {**synthetic_rows.PROVENANCE, "source_hash": "1" * 64}
+        record_file(tmp_path / "rows" / "verify-h200.json", finished, provenance=other)
     here = synthetic_rows.PROVENANCE["source_hash"] if verified else "0" * 64
     in_use = Table("nvidia_h100.json", {}, Verification("NVIDIA H100 80GB HBM3", "2026-11-27", here, {}))
     monkeypatch.setattr(sweep, "load_table", lambda gpu: in_use if gpu == "NVIDIA H200" else None)
     result = resume(finished, "--write-table")
     assert (result.exit_code, (tmp_path / "tables").exists()) == ((2, False) if verified else (1, True))
-    refusal = "no record of a verification of NVIDIA H200 is here, and nvidia_h100.json has kernels that were verified"
+    why = "the record is of other sources, 111111111111" if stale else "there is no verification record of this GPU"
+    refusal = f"--write-table is given, {why}"
     assert (refusal in result.output) == verified
 
 
