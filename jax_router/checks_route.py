@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -21,8 +22,11 @@ def route_inputs(
     expert_scale: Any,
     experts: Any,
     weight_layout: Any,
+    shards: int = 1,
 ) -> tuple[Any, ...]:
     """The checked arrays of `route`: x, weight, bias, correction_bias, expert_scale, experts in int32; None where None.
+
+    Of `shards` devices each has as many experts as this weight, and ids and spec are of all of them.
 
     Raises:
       TypeError: one is no array, spec no `RoutingSpec`, or weight_layout no text.
@@ -31,15 +35,40 @@ def route_inputs(
     """
     x, weight, bias, _ = router_gemm_inputs(x, weight, bias, "float32", weight_layout)
     count = weight.shape[experts_axis(weight_layout)]
-    spec_fits(spec, count)
+    spec_fits(spec, shards * count)
     vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
     for name, vector in vectors.items():
         if vector is not None:
             vectors[name] = as_array(name, vector)
             one_per_expert(name, vectors[name], count)
             dtypes_fit(x.dtype.name, **{name: vectors[name].dtype.name})
-    ids = None if experts is None else expert_ids(experts, (*x.shape[:-1], spec.top_k), count)
+    ids = None if experts is None else expert_ids(experts, (*x.shape[:-1], spec.top_k), shards * count)
     return x, weight, bias, *vectors.values(), ids
+
+
+def shards(axis_name: Any) -> int:
+    """How many devices experts are split over, inside a `shard_map` over the axes `axis_name`; 1 for None.
+
+    Raises:
+      TypeError: it is neither None, nor a name, nor a tuple of names.
+      ValueError: there is no such axis here.
+    """
+    if axis_name is None:
+        return 1
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name is {describe(axis_name)}. Expected None, the name of an axis of the mesh or a tuple of names; "
+            "pass the axes that experts are split over."
+        )
+    here = jax.sharding.get_abstract_mesh().manual_axes
+    for name in names:
+        if name not in here:
+            raise ValueError(
+                f"axis_name names {name!r}, and the axes that are mapped here are {', '.join(here) or 'none'}. "
+                "Expected axes of an enclosing jax.shard_map; leave it None under jit, where a sharded weight says it."
+            )
+    return math.prod(jax.lax.axis_size(name) for name in names)
 
 
 def expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_router import checks, checks_route, dispatch, implementations
-from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights
+from jax_router import checks, checks_route, dispatch, implementations, partitioning
+from jax_router.computation import Decision, Operation, Request, decide, empty, on_a_mesh
+from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights, scale_of_experts
 
-# Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
-Operation = Callable[..., Any]
-BY_TOKEN = (0, 5)  # the operands whose first axis is tokens: x and experts
+BY_TOKEN = (0, partitioning.REPLAYED)  # the operands whose leading axes are tokens: x and experts
 
 
 def router_gemm(
@@ -66,13 +62,8 @@ def router_gemm(
     """
     x, weight, bias, out_dtype = checks.router_gemm_inputs(x, weight, bias, out_dtype, weight_layout)
     checks.implementation_names(implementation)
-    *leading, hidden = x.shape
-    tokens, experts = math.prod(leading), weight.shape[implementations.experts_axis(weight_layout)]
-    if tokens == 0:
-        return jnp.zeros((*leading, experts), out_dtype)
-    operands = x.reshape(tokens, hidden), weight, bias
-    request = _Request.now(implementation, _device(x, weight), out_dtype, weight_layout=weight_layout)
-    return _operation(_decide(*operands, request))(*operands).reshape(*leading, experts)
+    request = Request.now(implementation, _device(x, weight), out_dtype, weight_layout=weight_layout)
+    return _of_tokens(x, weight, bias, request=request)
 
 
 def route(
@@ -87,6 +78,7 @@ def route(
     weight_layout: str = "experts_hidden",
     implementation: str | Sequence[str] | None = None,
     return_logits: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Routing:
     """The experts of every token and their weights: router GEMM, scoring and selection as `RoutingSpec` says them.
 
@@ -119,6 +111,10 @@ def route(
         falls back. A sequence of names is tried in order. `jax_router.explain` says what is picked and why.
       return_logits: return the logits too, those of `router_gemm` of the same implementation: of the kernels bit for
         bit; XLA may compile the two apart on a GPU. They are never rounded, whatever spec.round_logits says.
+      axis_name: inside `jax.shard_map`, the axis or axes of the mesh that experts are split over, or None. Then weight,
+        bias, correction_bias and expert_scale are those of this device's experts, E / n of them, and the results are
+        of all experts, the same on every device of these axes, behind one all-gather of logits. Under jit on a mesh a
+        sharded weight says it by itself.
 
     Returns:
       `Routing(weights, experts, logits)`: float32 `[..., k]`, int32 `[..., k]` with the best expert first, and float32
@@ -133,28 +129,36 @@ def route(
       TypeError: an array is none, spec is no `RoutingSpec`, return_logits no bool, or weight_layout or
         `implementation` no name.
       ValueError: shapes or dtypes that do not fit each other or are not taken; a spec that does not fit the number of
-        experts; an id in experts that is out of range; an unknown layout or implementation.
+        experts; an id in experts that is out of range; an unknown layout or implementation; an axis_name outside of a
+        shard_map over it.
       NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
 
     Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
     Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
     """
-    arrays = checks_route.route_inputs(x, weight, bias, spec, correction_bias, expert_scale, experts, weight_layout)
+    shards = checks_route.shards(axis_name)
+    vectors = correction_bias, expert_scale, experts
+    arrays = checks_route.route_inputs(x, weight, bias, spec, *vectors, weight_layout, shards)
     checks.flag("return_logits", return_logits)
     checks.implementation_names(implementation)
-    tokens_and_hidden, matrix, *vectors, given = arrays
-    *leading, hidden = tokens_and_hidden.shape
-    tokens, count = math.prod(leading), matrix.shape[implementations.experts_axis(weight_layout)]
-    if tokens == 0:
-        logits = jnp.zeros((*leading, count), jnp.float32) if return_logits else None
-        of_each = (*leading, spec.top_k)
-        return Routing(jnp.zeros(of_each, jnp.float32), jnp.zeros(of_each, jnp.int32), logits)
-    given = None if given is None else given.reshape(tokens, spec.top_k)
-    operands = tokens_and_hidden.reshape(tokens, hidden), matrix, *vectors, given
-    device = _device(tokens_and_hidden, matrix)
-    request = _Request.now(implementation, device, "float32", spec, return_logits, weight_layout)
-    routing = _operation(_decide(*operands, request))(*operands)
-    return jax.tree.map(lambda result: result.reshape(*leading, result.shape[-1]), routing)
+    request = Request.now(implementation, _device(*arrays[:2]), "float32", spec, return_logits, weight_layout)
+    if axis_name is None:
+        return _of_tokens(*arrays, request=request)
+    logits = _of_tokens(*arrays[:3], request=request.of_gemm)
+    rule = {"spec": spec, "dtype": arrays[0].dtype.name, "return_logits": return_logits}
+    return partitioning.route_of_shards(logits, *arrays[3:], **rule, axis_name=axis_name)
+
+
+def _of_tokens(*operands: Any, request: Request) -> Any:
+    """The operation on checked operands: with no tokens nothing runs, and one may come without its axis."""
+    x, *others, last = operands
+    if x.ndim == 1:
+        ids = len(operands) > partitioning.REPLAYED and last is not None
+        results = _of_tokens(x[None], *others, last[None] if ids else last, request=request)
+        return jax.tree.map(lambda result: result[0], results)
+    if 0 in x.shape[:-1]:
+        return empty(request, operands)
+    return _operation(decide(*operands, request))(*operands)
 
 
 def _device(*arrays: jax.Array) -> dispatch.Device:
@@ -164,164 +168,30 @@ def _device(*arrays: jax.Array) -> dispatch.Device:
     return dispatch.Device.of(min(arrays[0].devices(), key=lambda device: device.id))
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What the caller wants, apart from the operands."""
-
-    implementation: str | tuple[str, ...] | None
-    device: dispatch.Device
-    out_dtype: str
-    spec: RoutingSpec | None  # None: the router GEMM alone
-    return_logits: bool
-    weight_layout: str
-    environment: tuple[str | None, ...]  # the dispatcher's variables: with others, what was traced is traced again
-
-    @classmethod
-    def now(
-        cls,
-        implementation: str | Sequence[str] | None,
-        device: dispatch.Device,
-        out_dtype: str,
-        spec: RoutingSpec | None = None,
-        return_logits: bool = False,
-        weight_layout: str = "experts_hidden",
-    ) -> _Request:
-        named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
-        variables = (dispatch.PREFER_VARIABLE, dispatch.DISABLE_VARIABLE)
-        environment = tuple(map(os.environ.get, variables))
-        return cls(named, device, out_dtype, spec, return_logits, weight_layout, environment)
-
-    @property
-    def experts_axis(self) -> int:
-        """Of the weight."""
-        return implementations.experts_axis(self.weight_layout)
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """What computes one problem, and the request that it answers."""
-
-    implementation: str
-    config: int | None
-    request: _Request
-
-    @property
-    def portable(self) -> bool:
-        """Whether XLA keeps a choice: under jit for another platform than the default device's, a kernel cannot run."""
-        picked = self.request.implementation is None and self.implementation != "xla"
-        return picked and self.request.device.platform == "gpu"
-
-    @property
-    def with_logits(self) -> _Decision:
-        """The same computation, that returns its logits too."""
-        return replace(self, request=replace(self.request, return_logits=True))
-
-    def function(self, implementation: str) -> Operation:
-        """The operation as an implementation has it, but for the configuration."""
-        module, request = implementations.load(implementation), self.request
-        layout = request.weight_layout
-        if request.spec is None:
-            return functools.partial(module.router_gemm, out_dtype=request.out_dtype, weight_layout=layout)
-        rule = {"spec": request.spec, "return_logits": request.return_logits}
-        return functools.partial(module.route, **rule, weight_layout=layout)
-
-
-def _decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any) -> _Decision:
-    *_, request = others
-    problem = dispatch.Problem(
-        tokens=x.shape[0],
-        hidden=x.shape[1],
-        experts=weight.shape[request.experts_axis],
-        dtype=x.dtype.name,
-        weight_dtype=weight.dtype.name,
-        weight_layout=request.weight_layout,
-        bias_dtype=None if bias is None else bias.dtype.name,
-        out_dtype=request.out_dtype,
-        spec=request.spec,
-    )
-    choice = dispatch.resolve(problem, request.device, request.implementation)
-    return _Decision(choice.implementation, choice.config, request)
-
-
-def _partitioned_by_xla(function: Operation, mesh: Any, shardings: Any) -> Operation:
-    """The function, partitioned by XLA on a mesh with Explicit axes too; its results have these shardings there."""
-    if mesh.empty or not mesh.explicit_axes:
-        return function
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
-
-
-def _on_a_mesh(function: Operation, request: _Request) -> Operation:
-    """The operation with results sharded as x and weight: neither a custom call nor top_k derives that on such axes."""
-
-    def placed(*operands: Any) -> Any:
-        of_x, of_weight = jax.typeof(operands[0]).sharding, jax.typeof(operands[1]).sharding
-
-        def rows(columns: Any) -> jax.sharding.NamedSharding:
-            return jax.sharding.NamedSharding(of_x.mesh, jax.sharding.PartitionSpec(of_x.spec[0], columns))
-
-        shardings: Any = rows(of_weight.spec[request.experts_axis])
-        if request.spec is not None:
-            each: Any = rows(None)
-            shardings = Routing(each, each, shardings if request.return_logits else None)
-        return _partitioned_by_xla(function, of_x.mesh, shardings)(*operands)
-
-    return placed
-
-
-def _varying_as(specification: Operation, kernel: Operation) -> Operation:
-    """The kernel, its results varying over the axes of a shard_map that the specification's vary over."""
-
-    def typed(*operands: Any) -> Any:
-        traced, shapes = jax.make_jaxpr(specification, return_shape=True)(*operands)
-        expected = jax.tree.unflatten(jax.tree.structure(shapes), traced.out_avals)
-
-        def cast(result: jax.Array, expected: Any) -> jax.Array:
-            missing = expected.manual_axis_type.varying - jax.typeof(result).manual_axis_type.varying
-            return jax.lax.pcast(result, tuple(missing), to="varying") if missing else result
-
-        return jax.tree.map(cast, kernel(*operands), expected)
-
-    return typed
-
-
 @functools.cache
-def _forward(decision: _Decision) -> Operation:
-    """The batchable operation of one decision. Every result has the tokens of x as its first axis."""
-    request, specification = decision.request, decision.function("xla")
-    if request.spec is not None:
-        specification = _on_a_mesh(specification, request)
-    bare = functools.partial(decision.function(decision.implementation), config=decision.config)
-    kernel = _varying_as(specification, _on_a_mesh(bare, request))
-
-    def on_platform(for_kernel: Operation, for_specification: Operation, *operands: Any) -> Any:
-        if decision.implementation == "xla":
-            return for_specification(*operands)
-        if not decision.portable:
-            return for_kernel(*operands)
-        return jax.lax.platform_dependent(*operands, cuda=for_kernel, default=for_specification)
+def _forward(decision: Decision) -> Operation:
+    """The batchable operation of one decision. Every result has the tokens of x as its leading axes."""
+    request, specification, computed = decision.request, decision.function("xla"), on_a_mesh(decision)
 
     @jax.custom_batching.custom_vmap
     def forward(*operands: Any) -> Any:
-        if operands[0].shape[0] == 0:  # a vmap over an axis of size 0
-            results = jax.eval_shape(specification, *operands)
-            return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
-        return on_platform(kernel, specification, *operands)
+        if 0 in operands[0].shape[:-1]:  # a vmap over an axis of size 0
+            return empty(request, operands)
+        return computed(*operands)
 
     @forward.def_vmap
     def forward_of_batch(axis_size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[Any, Any]:
         def all_batched(results: Any) -> tuple[Any, Any]:
             return results, jax.tree.map(lambda _: True, results)
 
-        tokens = operands[0].shape[1 if in_batched[0] else 0]
         if not any(is_batched for index, is_batched in enumerate(in_batched) if index not in BY_TOKEN):
-            folded = list(operands)
+            tokens = list(operands)
             for index in BY_TOKEN:
-                if index < len(operands) and operands[index] is not None:
-                    each = operands[index] if in_batched[index] else jnp.stack([operands[index]] * axis_size)
-                    folded[index] = each.reshape(axis_size * tokens, each.shape[-1])
-            again = forward if axis_size * tokens == 0 else _forward(_decide(*folded, request))  # for that many tokens
-            unfold = lambda result: result.reshape(axis_size, tokens, result.shape[-1])  # noqa: E731
-            return all_batched(jax.tree.map(unfold, again(*folded)))
+                if index < len(operands) and operands[index] is not None and not in_batched[index]:
+                    tokens[index] = jnp.stack([operands[index]] * axis_size)
+            if 0 in tokens[0].shape[:-1]:
+                return all_batched(empty(request, tokens))
+            return all_batched(_forward(decide(*tokens, request))(*tokens))  # for that many tokens
 
         def one_by_one(*operands: Any) -> Any:
             batched = [operand for operand, is_batched in zip(operands, in_batched, strict=True) if is_batched]
@@ -334,7 +204,13 @@ def _forward(decision: _Decision) -> Operation:
             return jax.lax.map(one, batched)
 
         in_axes = [0 if is_batched else None for is_batched in in_batched]
-        return all_batched(on_platform(one_by_one, jax.vmap(specification, in_axes), *operands))
+        batched_specification = jax.vmap(specification, in_axes)
+        if decision.implementation == "xla":
+            return all_batched(batched_specification(*operands))
+        if not decision.portable:
+            return all_batched(one_by_one(*operands))
+        either = jax.lax.platform_dependent(*operands, cuda=one_by_one, default=batched_specification)
+        return all_batched(either)
 
     return forward
 
@@ -345,8 +221,21 @@ def _gemm_in_float32(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *,
     return implementations.load("xla").router_gemm(*widened, bias, **options)
 
 
+def _weights_bwd(
+    logits: jax.Array, experts: jax.Array, scale: jax.Array | None, cotangent: jax.Array, *, spec: RoutingSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """The cotangents of logits `[..., E]` and of the scale `[..., k]` of the selected experts, or None, of weights."""
+
+    def weights(logits: jax.Array, scale: jax.Array | None) -> jax.Array:
+        unscaled = routing_weights(logits, experts, None, spec)
+        return unscaled if scale is None else unscaled * scale
+
+    _, pullback = jax.vjp(weights, logits, scale)
+    return pullback(cotangent)
+
+
 @functools.cache
-def _operation(decision: _Decision) -> Operation:
+def _operation(decision: Decision) -> Operation:
     """The differentiable form of `_forward`.
 
     Every implementation has the specification's gradient. JAX derives it, with the types that shardings ask for.
@@ -379,16 +268,21 @@ def _operation(decision: _Decision) -> Operation:
 
     def route_bwd(kept: Any, cotangent: Routing) -> Any:
         of_gemm, logits, experts, expert_scale = kept
-        if spec.round_logits:  # before differentiating: no cotangent is rounded to x's dtype on its way
+        scale, of_scale = None, None
+        if expert_scale is not None:
+            sharding = jax.typeof(experts).sharding
+            of_experts = partitioning.by_xla(scale_of_experts, sharding.mesh, sharding)
+            scale, pullback_scale = jax.vjp(of_experts, expert_scale, experts)
+        if spec.round_logits:
             logits = round_logits(logits, of_gemm[0].dtype)
-        sharding = jax.typeof(experts).sharding
-        weights = _partitioned_by_xla(functools.partial(routing_weights, spec=spec), sharding.mesh, sharding)
-        _, pullback = jax.vjp(weights, logits, experts, expert_scale)
-        of_logits, _, of_scale = pullback(cotangent.weights)
+        of_rows = partitioning.by_tokens(functools.partial(_weights_bwd, spec=spec))
+        of_logits, of_selected = of_rows(logits, experts, scale, cotangent.weights)
+        if expert_scale is not None:
+            of_scale, _ = pullback_scale(of_selected)
         if cotangent.logits is not None:
             of_logits = of_logits + cotangent.logits
-        _, pullback = jax.vjp(in_float32, *of_gemm)
-        return (*pullback(of_logits), None, of_scale, None)  # None: zero
+        primal, pullback = jax.vjp(in_float32, *of_gemm)
+        return (*pullback(partitioning.sharded_as(of_logits, primal)), None, of_scale, None)  # None: zero
 
     operation.defvjp(route_fwd, route_bwd)
     return jax.jit(operation)

@@ -133,8 +133,9 @@ def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
     return logits
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """float32 logits rounded to bfloat16, float16 or float32 and back."""
+    """float32 logits rounded to bfloat16, float16 or float32 and back. The derivative is that of the identity."""
     # Not a cast there and back, which XLA leaves out for the precision gained. Nor are float16's exponents left to
     # reduce_precision, which knows no subnormal numbers.
     info = jnp.finfo(dtype)
@@ -145,6 +146,11 @@ def round_logits(logits: jax.Array, dtype: DTypeLike) -> jax.Array:
     subnormal = spacing * jax.lax.round(logits / spacing, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
     rounded = jnp.where(jnp.abs(rounded) > float(info.max), jnp.copysign(jnp.inf, logits), rounded)
     return jnp.where(jnp.abs(logits) < float(info.tiny), subnormal, rounded)
+
+
+@round_logits.defjvp
+def _round_logits_jvp(dtype: DTypeLike, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return round_logits(*primals, dtype), *tangents
 
 
 def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: RoutingSpec) -> jax.Array:
@@ -172,7 +178,7 @@ def routing_weights(
     logits: jax.Array, experts: jax.Array, expert_scale: jax.Array | None, spec: RoutingSpec
 ) -> jax.Array:
     """The weights `[..., k]` (float32) of given experts `[..., k]`; NaN for an expert that does not exist."""
-    index = jnp.where(experts < 0, logits.shape[-1], experts)  # JAX would count from the end
+    index = _none_from_the_end(experts, logits.shape[-1])
     of_experts = functools.partial(jnp.take_along_axis, indices=index, axis=-1, mode="fill", fill_value=jnp.nan)
     if spec.score_function == "softmax":
         weights = of_experts(scores(logits, spec))
@@ -184,9 +190,17 @@ def routing_weights(
         total = jnp.maximum(weights.sum(-1, keepdims=True), spec.renormalize_min)
         weights = weights / (total + spec.renormalize_epsilon)
     weights = weights * spec.scaling_factor
-    if expert_scale is not None:
-        weights = weights * expert_scale.astype(jnp.float32).at[index].get(mode="fill", fill_value=jnp.nan)
-    return weights
+    return weights if expert_scale is None else weights * scale_of_experts(expert_scale, experts)
+
+
+def scale_of_experts(expert_scale: jax.Array, experts: jax.Array) -> jax.Array:
+    """What a per-expert scale `[E]` multiplies the weights `[..., k]` of given experts with, in float32."""
+    index = _none_from_the_end(experts, expert_scale.shape[0])
+    return expert_scale.astype(jnp.float32).at[index].get(mode="fill", fill_value=jnp.nan)
+
+
+def _none_from_the_end(experts: jax.Array, count: int) -> jax.Array:
+    return jnp.where(experts < 0, count, experts)  # JAX would count negative ones from the end
 
 
 def route_logits(

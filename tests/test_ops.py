@@ -14,7 +14,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jax_router as jr
-from jax_router import dispatch, ops
+from jax_router import computation, dispatch, ops
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -307,8 +307,8 @@ def test_inf_and_nan_stay_in_their_rows(dtype, implementation) -> None:
 def test_a_repeated_call_does_not_trace_again() -> None:
     operands = arrays(3)
     jr.router_gemm(*operands)
-    request = ops._Request.now(None, dispatch.Device.default(), "float32")
-    function = ops._operation(ops._decide(*operands, request))
+    request = computation.Request.now(None, dispatch.Device.default(), "float32")
+    function = ops._operation(computation.decide(*operands, request))
     before = function._cache_size()
     assert before > 0
     jr.router_gemm(*operands)

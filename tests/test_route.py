@@ -15,7 +15,7 @@ import routing_cases as cases
 from test_ops import BF16, F16, F32, arrays, primitives
 
 import jax_router as jr
-from jax_router import dispatch, ops, parity
+from jax_router import computation, dispatch, ops, parity
 
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 SPEC = jr.RoutingSpec(2, "sigmoid", renormalize=True, num_groups=3, group_topk=2)
@@ -328,8 +328,8 @@ def test_inf_and_nan_stay_in_their_rows() -> None:
 def test_a_repeated_call_does_not_trace_again() -> None:
     operands = six(3)
     route(*operands)
-    request = ops._Request.now(None, dispatch.Device.default(), "float32", SPEC)
-    function = ops._operation(ops._decide(*operands, request))
+    request = computation.Request.now(None, dispatch.Device.default(), "float32", SPEC)
+    function = ops._operation(computation.decide(*operands, request))
     before = function._cache_size()
     assert before > 0
     route(*operands)

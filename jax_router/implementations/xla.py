@@ -26,14 +26,15 @@ def router_gemm(
 ) -> jax.Array:
     """`logits[T, E] = x[T, H] @ weight[E, H].T + bias[E]`, accumulated in float32 and rounded once, to `out_dtype`.
 
-    A weight [H, E] is contracted over its first axis: nothing is transposed.
+    A weight [H, E] is contracted over its first axis: nothing is transposed. Here x may have any leading axes: what is
+    sharded over several of them must not be made one.
     """
     del config  # XLA picks its own kernels
     if x.dtype != weight.dtype:
         x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     # DEFAULT would let the GPU multiply float32 as TF32; 16-bit inputs lose nothing to it, their products fit float32.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    contract_hidden = (((1,), (1 - experts_axis(weight_layout),)), ((), ()))
+    contract_hidden = (((x.ndim - 1,), (1 - experts_axis(weight_layout),)), ((), ()))
     logits = jax.lax.dot_general(x, weight, contract_hidden, precision=precision, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)

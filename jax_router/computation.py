@@ -1,0 +1,158 @@
+"""One call: what is asked for, what the dispatcher decides, and the function that computes it, on a mesh or without."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_router import dispatch, implementations, partitioning
+from jax_router.partitioning import Operation
+from jax_router.routing import Routing, RoutingSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller wants, apart from the operands."""
+
+    implementation: str | tuple[str, ...] | None
+    device: dispatch.Device
+    out_dtype: str
+    spec: RoutingSpec | None  # None: the router GEMM alone
+    return_logits: bool
+    weight_layout: str
+    environment: tuple[str | None, ...]  # the dispatcher's variables: with others, what was traced is traced again
+
+    @classmethod
+    def now(
+        cls,
+        implementation: str | Sequence[str] | None,
+        device: dispatch.Device,
+        out_dtype: str,
+        spec: RoutingSpec | None = None,
+        return_logits: bool = False,
+        weight_layout: str = "experts_hidden",
+    ) -> Request:
+        named = implementation if implementation is None or isinstance(implementation, str) else tuple(implementation)
+        variables = (dispatch.PREFER_VARIABLE, dispatch.DISABLE_VARIABLE)
+        environment = tuple(map(os.environ.get, variables))
+        return cls(named, device, out_dtype, spec, return_logits, weight_layout, environment)
+
+    @property
+    def experts_axis(self) -> int:
+        """Of the weight."""
+        return implementations.experts_axis(self.weight_layout)
+
+    @property
+    def of_gemm(self) -> Request:
+        """The logits of the same call alone."""
+        return replace(self, spec=None, return_logits=False)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What computes one problem, and the request that it answers."""
+
+    implementation: str
+    config: int | None
+    request: Request
+
+    @property
+    def portable(self) -> bool:
+        """Whether XLA keeps a choice: under jit for another platform than the default device's, a kernel cannot run."""
+        picked = self.request.implementation is None and self.implementation != "xla"
+        return picked and self.request.device.platform == "gpu"
+
+    @property
+    def with_logits(self) -> Decision:
+        """The same computation, that returns its logits too."""
+        return replace(self, request=replace(self.request, return_logits=True))
+
+    def function(self, implementation: str) -> Operation:
+        """The operation as an implementation has it."""
+        module, request = implementations.load(implementation), self.request
+        options: dict[str, Any] = {"weight_layout": request.weight_layout, "out_dtype": request.out_dtype}
+        function = module.router_gemm
+        if request.spec is not None:
+            function, options["spec"], options["return_logits"] = module.route, request.spec, request.return_logits
+            del options["out_dtype"]
+        if implementation == "xla":
+            return functools.partial(function, **options)
+        config = self.config if implementation == self.implementation else None
+
+        def of_rows(x: jax.Array, *others: Any) -> Any:
+            """The kernels take x [T, H]."""
+            *leading, hidden = x.shape
+            tokens = math.prod(leading)
+            *vectors, last = others
+            if len(others) == partitioning.REPLAYED and last is not None:
+                last = last.reshape(tokens, last.shape[-1])
+            results = function(x.reshape(tokens, hidden), *vectors, last, **options, config=config)
+            return jax.tree.map(lambda result: result.reshape(*leading, result.shape[-1]), results)
+
+        return of_rows
+
+
+def decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any) -> Decision:
+    *_, request = others
+    problem = dispatch.Problem(
+        tokens=math.prod(x.shape[:-1]),
+        hidden=x.shape[-1],
+        experts=weight.shape[request.experts_axis],
+        dtype=x.dtype.name,
+        weight_dtype=weight.dtype.name,
+        weight_layout=request.weight_layout,
+        bias_dtype=None if bias is None else bias.dtype.name,
+        out_dtype=request.out_dtype,
+        spec=request.spec,
+    )
+    choice = dispatch.resolve(problem, request.device, request.implementation)
+    return Decision(choice.implementation, choice.config, request)
+
+
+def _computed(decision: Decision) -> Operation:
+    """The operation of one decision on one device."""
+    specification = decision.function("xla")
+    if decision.implementation == "xla":
+        return specification
+    kernel = partitioning.varying_as(specification, decision.function(decision.implementation))
+    if not decision.portable:
+        return kernel
+    return lambda *operands: jax.lax.platform_dependent(*operands, cuda=kernel, default=specification)
+
+
+def _of_device(*operands: Any, request: Request) -> Any:
+    """The operation on what one device of a mesh has: the dispatcher decides for its tokens and experts."""
+    return _computed(decide(*operands, request))(*operands)
+
+
+def _of_shards(*operands: Any, request: Request, axis_name: tuple[str, ...]) -> Routing:
+    logits = _of_device(*operands[:3], request=request.of_gemm)
+    options = {"spec": request.spec, "dtype": operands[0].dtype.name, "return_logits": request.return_logits}
+    return partitioning.route_of_shards(logits, *operands[3:], **options, axis_name=axis_name)
+
+
+def on_a_mesh(decision: Decision) -> Operation:
+    """The operation, partitioned as `partitioning` says; logits of plain JAX are by XLA itself."""
+    computed, request = _computed(decision), decision.request
+    if decision.implementation == "xla" and request.spec is None:
+        return computed
+    return partitioning.partitioned(
+        computed,
+        functools.partial(_of_device, request=request),
+        None if request.spec is None else functools.partial(_of_shards, request=request),
+        experts_axis=request.experts_axis,
+        return_logits=request.return_logits,
+    )
+
+
+def empty(request: Request, operands: Sequence[Any]) -> Any:
+    """The results for no tokens."""
+    results = jax.eval_shape(Decision("xla", None, request).function("xla"), *operands)
+    return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)

@@ -1,0 +1,139 @@
+"""Run by tests/test_sharding.py in a process with 8 virtual CPU devices: what is sharded is what one device computes.
+
+Arguments: "jit" or "shard_map", and the types of the mesh's three axes, as Auto,Auto,Explicit; then LAYOUTS.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_router as jr
+
+COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
+)
+BATCH, SEQUENCE, HIDDEN, EXPERTS = 8, 4, 32, 16
+SPECS = {
+    "softmax": jr.RoutingSpec(4, "softmax", renormalize=True),
+    "groups": jr.RoutingSpec(4, "sigmoid", renormalize=True, num_groups=4, group_topk=2),
+}
+LAYOUTS = {  # of tokens and of experts
+    "tokens": (P(("data", "sequence", "model")), P()),
+    "experts": (P(), P("model")),
+    "both": (P("data", "sequence"), P("model")),
+}
+
+
+def compiled(function: Callable[..., Any], *operands: jax.Array) -> tuple[Any, list[str]]:
+    """The results, and the names of the collectives that it took."""
+    executable = jax.jit(function).lower(*operands).compile()
+    return executable(*operands), COLLECTIVE.findall(executable.as_text())
+
+
+def arrays() -> tuple[jax.Array, ...]:
+    """x, weight, bias, correction_bias, expert_scale, ids to replay.
+
+    The second half of the experts has the weights of the first: each ties with one of another device.
+    """
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = ((EXPERTS // 2, HIDDEN), *[(EXPERTS // 2,)] * 3)
+    halves = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False)]
+    x = jax.random.normal(keys[4], (BATCH, SEQUENCE, HIDDEN))
+    ids = jax.random.randint(keys[5], (BATCH, SEQUENCE, 4), 0, EXPERTS)
+    return (x, *(jnp.concatenate([half, half]) for half in halves), ids)
+
+
+def operation(name: str, axis_name: str | None = None) -> Callable[..., Any]:
+    """`router_gemm`, or `route` by one of SPECS, or replayed, with logits."""
+
+    def function(x, weight, bias, correction_bias, expert_scale, ids):
+        if name == "logits":
+            return jr.router_gemm(x, weight, bias)
+        vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
+        spec, vectors["experts"] = (SPECS["softmax"], ids) if name == "replay" else (SPECS[name], None)
+        return jr.route(x, weight, bias, spec=spec, **vectors, return_logits=True, axis_name=axis_name)
+
+    return function
+
+
+def loss(function: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """A number that depends on every logit, or weight."""
+
+    def scalar(*operands):
+        results = function(*operands)
+        numbers = results.weights if isinstance(results, jr.Routing) else results
+        return jnp.sin(numbers * jnp.arange(1.0, 1 + numbers.shape[-1])).sum()
+
+    return scalar
+
+
+def of_shards(
+    function: Callable[..., Any], operands: tuple[jax.Array, ...], tokens: Any, mesh: Any
+) -> list[np.ndarray]:
+    """What one device computes of the tokens that each has, put together."""
+    x, *matrices, ids = operands
+    whole: list[np.ndarray] = []
+    alone = jax.jit(function)
+    for index in NamedSharding(mesh, tokens).devices_indices_map(x.shape).values():
+        pieces = jax.tree.leaves(alone(x[index], *matrices, ids[index]))
+        whole = whole or [np.zeros((*x.shape[:-1], piece.shape[-1]), piece.dtype) for piece in pieces]
+        for result, piece in zip(whole, pieces, strict=True):
+            result[index] = piece
+    return whole
+
+
+def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
+    tokens, experts = LAYOUTS[layout]
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), axis_types=axis_types)
+    operands, placement = arrays(), (tokens, *[experts] * 4, tokens)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, placement, strict=True)]
+    split = experts != P()
+    gathers = ["all-gather"] if split else []
+    for name in ("logits", *SPECS, "replay"):
+        function = mapped = operation(name)
+        if how == "shard_map":
+            local = operation(name, "model" if split and name != "logits" else None)
+            out = P(*tokens, *[None] * (2 - len(tokens)), "model") if split and name == "logits" else tokens
+            mapped = jax.shard_map(local, mesh=mesh, in_specs=placement, out_specs=out)
+        case = f"{name}, {layout}"
+        with jax.set_mesh(mesh):
+            results, forward = compiled(mapped, *placed)
+        expected = function(*operands)
+        # The experts exactly, ties and all; logits and weights within the rounding of another order of additions.
+        for result, truth in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(result, truth, rtol=2e-5, atol=2e-5, err_msg=case)
+        if name != "logits":
+            np.testing.assert_array_equal(results.experts, expected.experts, err_msg=case)
+            assert results.weights.sharding.is_equivalent_to(NamedSharding(mesh, tokens), 3), results.weights.sharding
+        if not split:
+            alone = of_shards(function, operands, tokens, mesh)
+            for result, truth in zip(jax.tree.leaves(results), alone, strict=True):
+                np.testing.assert_array_equal(result, truth, err_msg=f"{case}: other bits than those of one device")
+        assert forward == (gathers if name != "logits" else []), f"{case}: {forward}"
+        if name == "groups":
+            continue  # differentiated as the others are
+        with jax.set_mesh(mesh):
+            gradients, backward = compiled(jax.grad(loss(mapped), range(5)), *placed)
+        truths = jax.grad(loss(function), range(5))(*operands)
+        for result, truth in zip(gradients, truths, strict=True):
+            np.testing.assert_allclose(result, truth, rtol=2e-5, atol=2e-5, err_msg=case)
+        # all-reduce: sums over tokens, for the weights; over experts, for x and for the scale of the selected.
+        assert [each for each in backward if each != "all-reduce"] == gathers * (name != "logits"), (
+            f"{case}: {backward}"
+        )
+
+
+if __name__ == "__main__":
+    how, kinds, *layouts = sys.argv[1:]
+    for layout in layouts:
+        check(how, tuple(AxisType[kind] for kind in kinds.split(",")), layout)
