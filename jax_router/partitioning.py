@@ -150,9 +150,13 @@ def partitioned(
 
 
 def by_tokens(function: Operation) -> Operation:
-    """A function of arrays `[..., n]` to such arrays, with the same tokens in the leading axes, which stay split."""
+    """A differentiable function of arrays `[..., n]` to such arrays, with the same tokens in the leading axes.
 
-    def on_a_mesh(*operands: Any) -> Any:
+    They stay split. Derivatives of any order and batches are such functions again.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def split(*operands: Any) -> Any:
         results = jax.eval_shape(function, *operands)
 
         def rows(mesh: Any, operands: Sequence[Any]) -> NamedSharding:
@@ -163,13 +167,45 @@ def by_tokens(function: Operation) -> Operation:
             return mesh, _without_mesh(function), *jax.tree.map(lambda _: each, (results, tuple(operands)))
 
         columns = [f"c{index}" for index in range(len(jax.tree.leaves((operands, results))))]
-        given = len(jax.tree.leaves(operands))
-        of_each = [f"... {column}" for column in columns]
+        of_each, given = [f"... {column}" for column in columns], len(jax.tree.leaves(operands))
         rule = f"{', '.join(of_each[:given])} -> {', '.join(of_each[given:])}"
         of_results = lambda *given: jax.tree.map(lambda _: rows(*given), results)  # noqa: E731
         return _custom(function, operands, partition, of_results, rule, tuple(columns))
 
-    return on_a_mesh
+    @split.def_vmap
+    def split_batch(size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[Any, Any]:
+        pairs = zip(operands, in_batched, strict=True)
+        results = split(*(each if each is None or batched else jnp.stack([each] * size) for each, batched in pairs))
+        return results, jax.tree.map(lambda _: True, results)
+
+    @jax.custom_vjp
+    def differentiable(*operands: Any) -> Any:
+        return split(*operands)
+
+    def fwd(*operands: Any) -> tuple[Any, Any]:
+        return differentiable(*operands), operands
+
+    def bwd(operands: Any, cotangent: Any) -> Any:
+        inexact = [each is not None and jnp.issubdtype(each.dtype, jnp.inexact) for each in operands]
+        cotangents, structure = jax.tree.flatten(cotangent)
+
+        def pulled_back(*operands: Any) -> Any:
+            operands, cotangents = operands[: len(inexact)], operands[len(inexact) :]
+
+            def of_inexact(*given: Any) -> Any:
+                remaining = iter(given)
+                return function(
+                    *(next(remaining) if is_one else each for each, is_one in zip(operands, inexact, strict=True))
+                )
+
+            _, pullback = jax.vjp(of_inexact, *(each for each, is_one in zip(operands, inexact, strict=True) if is_one))
+            return pullback(jax.tree.unflatten(structure, cotangents))
+
+        remaining = iter(by_tokens(pulled_back)(*operands, *cotangents))
+        return tuple(next(remaining) if is_one else None for is_one in inexact)
+
+    differentiable.defvjp(fwd, bwd)
+    return differentiable
 
 
 def _custom(

@@ -168,8 +168,9 @@ def check_sharded() -> None:
                 found = jax.jit(jax.grad(functools.partial(loss, sharded), (0, 1, 2)))(*placed)
             for result in routing[:2]:
                 assert result.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), 2), result.sharding
-            rows = NamedSharding(mesh, P("data", *of_weight[1:]))
-            for each in (routing.logits, logits):
+            # A routing has gathered its logits; those of the router GEMM stay where the experts are.
+            for each, columns in ((routing.logits, ()), (logits, of_weight[1:])):
+                rows = NamedSharding(mesh, P("data", *columns))
                 assert each.sharding.is_equivalent_to(rows, 2), each.sharding
             np.testing.assert_array_equal(routing.experts, experts)
             within_bounds(routing, x, weight, bias)

@@ -1,0 +1,177 @@
+"""Routers in models on this GPU, as a record: the tests of every use, and decode steps of gpt-oss-20b.
+
+    python scripts/models_record.py                 docs/results/models-h200.json, and .md as a page
+    python scripts/models_record.py --no-decode     the tests alone; what the record has of decoding stays
+
+Of the tests a skipped one counts as a failure. Every part of the record has its own provenance.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+from xml.etree import ElementTree as ET
+
+import typer
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from jax_router.provenance import gpu_name, provenance  # noqa: E402
+
+RESULTS = ROOT / "docs/results"
+PATTERNS = ("nnx*", "gpt_oss*", "deepseek_v3", "sharding", "export", "using")
+OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+BATCHES = (1, 16, 64)  # tokens of a decode step
+
+
+def files() -> list[str]:
+    """The test files whose outcome is recorded, from the root of the repository."""
+    found = {path for pattern in PATTERNS for path in (ROOT / "tests").glob(f"test_{pattern}.py")}
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def outcomes(report: Path) -> dict[str, list[str]]:
+    """The ids of tests, `test_nnx.py::test_name[case]`, by outcome, of a report in JUnit's XML."""
+    by_outcome: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    for case in ET.parse(report).getroot().iter("testcase"):
+        outcome = next((OUTCOMES[part.tag] for part in case if part.tag in OUTCOMES), "passed")
+        by_outcome[outcome].append(f"{case.attrib['classname'].removeprefix('tests.')}.py::{case.attrib['name']}")
+    return {outcome: sorted(ids) for outcome, ids in by_outcome.items()}
+
+
+def run_tests(arguments: list[str]) -> dict[str, Any]:
+    """What pytest says of the files, on this machine.
+
+    Raises:
+      RuntimeError: it did not come to its end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(), *arguments]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if status not in (0, 1):
+            raise RuntimeError(f"pytest ended with {status}: nothing is recorded.")
+        return {"provenance": provenance(), **outcomes(report)}
+
+
+def run_decode(layers: int | None, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """The summaries of decode steps, each with the time of every block, in a process of its own."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "rows.jsonl")
+        for tokens in BATCHES:
+            command = [
+                sys.executable,
+                "-m",
+                "examples.gpt_oss",
+                "benchmark",
+                f"--output={output}",
+                f"--tokens={tokens}",
+            ]
+            command += [f"--rounds={rounds}", f"--steps={steps}", "--implementations=xla,cuda,pallas"]
+            command += [] if layers is None else [f"--layers={layers}"]
+            subprocess.run(command, cwd=ROOT, check=True)
+        for line in output.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            row.pop("tokens", None)
+            rows.append(row)
+    blocks = [row for row in rows if row["kind"] == "block"]
+    return [row | {"blocks": _blocks_of(row, blocks)} for row in rows if row["kind"] == "summary"]
+
+
+def _blocks_of(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> list[float]:
+    same = ("implementation", "tokens_per_step")
+    return [row["ms_per_step"] for row in blocks if all(row[name] == summary[name] for name in same)]
+
+
+def page(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    tests, decode = record.get("tests"), record.get("decode", [])
+    facts = (tests or decode[0])["provenance"]
+    lines = [
+        f"# Routers in models on {facts['gpu'] or 'a CPU'}",
+        "",
+        "Written by `python scripts/models_record.py`. "
+        + ", ".join(f"{name} {facts[name]}" for name in ("driver", "jax", "torch", "python", "nvcc") if facts[name])
+        + f"; {facts['date'][:10]}; sources `{facts['source_hash'][:12]}`.",
+    ]
+    if tests is not None:
+        lines += ["", "## Tests", "", "| file | passed | of them with cuda | with pallas | failed | skipped |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+        for file in sorted({name.split("::")[0] for ids in _by_outcome(tests).values() for name in ids}):
+            ids = {
+                name: [each for each in found if each.startswith(file)] for name, found in _by_outcome(tests).items()
+            }
+            named = [sum(kernel in each for each in ids["passed"]) for kernel in ("cuda", "pallas")]
+            counts = (len(ids["passed"]), *named, len(ids["failed"]), len(ids["skipped"]))
+            lines.append(f"| {file} | {' | '.join(map(str, counts))} |")
+    if decode:
+        lines += ["", "## A decode step of gpt-oss with random weights in bfloat16", ""]
+        config = decode[0]["config"]
+        lines += [
+            f"{config['num_hidden_layers']} layers, hidden {config['hidden_size']}, {config['num_local_experts']} "
+            f"experts, {decode[0]['context']} tokens of context; {decode[0]['rounds']} blocks of {decode[0]['steps']} "
+            "steps of each implementation, in turn. Medians (quartiles; least to most); the ratio is that of the times "
+            "of one round.",
+            "",
+            "| tokens | routing | ms per step | tokens per second | time beside xla | tokens other than xla's |",
+            "| ---: | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for row in decode:
+            cells = (_cell(row[name], digits) for name, digits in TABLE)
+            differing = f"{row['tokens_differing']}, in {row['sequences_differing']} sequences"
+            lines.append(f"| {row['tokens_per_step']} | {row['implementation']} | {' | '.join(cells)} | {differing} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLE = (("ms_per_step", 3), ("tokens_per_second", 0), ("ratio", 4))
+
+
+def _by_outcome(tests: dict[str, Any]) -> dict[str, list[str]]:
+    return {outcome: tests[outcome] for outcome in ("passed", "failed", "skipped")}
+
+
+def _cell(spread: dict[str, float], digits: int) -> str:
+    least, first, median, third, most = (f"{spread[name]:.{digits}f}" for name in spread)
+    return f"{median} ({first} to {third}; {least} to {most})"
+
+
+def main(
+    context: typer.Context,
+    tests: Annotated[bool, typer.Option(help="Run the tests.")] = True,
+    decode: Annotated[bool, typer.Option(help="Time decode steps; they need 45 GB on the GPU.")] = True,
+    layers: Annotated[int | None, typer.Option(help="Of gpt-oss-20b's; left out, all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Blocks of steps, of each implementation.")] = 15,
+    steps: Annotated[int, typer.Option(help="Steps of a block.")] = 50,
+    output: Annotated[Path, typer.Option(help="The folder of the record.")] = RESULTS,
+) -> None:
+    """Write the record of this GPU. Arguments behind -- go to pytest."""
+    here = provenance()
+    path = output / f"models-{gpu_name(here)}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if tests:
+        record["tests"] = run_tests(context.args)
+        _write(path, record)
+    if decode:
+        record["decode"] = run_decode(layers, rounds, steps)
+        _write(path, record)
+    Console().print(path.with_suffix(".md").read_text(encoding="utf-8"), soft_wrap=True)
+    if tests and (record["tests"]["failed"] or record["tests"]["skipped"]):
+        raise typer.Exit(1)
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(page(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings={"allow_extra_args": True})(main)
+    app()
