@@ -298,6 +298,10 @@ def _forward(decision: _Decision) -> Operation:
             return for_specification(*operands)
         if not decision.portable:
             return for_kernel(*operands)
+        if decision.implementation == "pallas":
+            from jax_router.lowering import for_cuda_alone
+
+            for_kernel = for_cuda_alone(for_kernel)
         return jax.lax.platform_dependent(*operands, cuda=for_kernel, default=for_specification)
 
     @jax.custom_batching.custom_vmap
