@@ -1,4 +1,4 @@
-"""The router as layers of Flax NNX. Needs flax, which `import jax_router` does not import."""
+"""`GateLinear` and `Router`: the operations with their parameters."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_router import checks, checks_nnx
 from jax_router.implementations import experts_axis
 from jax_router.ops import route, router_gemm
 from jax_router.routing import Routing, RoutingSpec
-
-try:
-    from flax import nnx
-except ImportError as error:
-    raise ImportError(
-        f"jax_router.nnx needs flax, but importing it failed: {error}. Install it, for example with "
-        "pip install 'jax-router[flax]'."
-    ) from error
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 default_kernel_init: Initializer = nnx.initializers.lecun_normal()  # that of nnx.Linear
@@ -73,8 +66,8 @@ class _Gate(nnx.Module):
         checks.flag("use_bias", use_bias)
         self.dtype = None if dtype is None else jnp.dtype(checks.input_dtype("dtype", dtype))
         self.param_dtype = jnp.dtype(checks.input_dtype("param_dtype", param_dtype))
-        checks_nnx.callable_argument("kernel_init", kernel_init)
-        checks_nnx.callable_argument("bias_init", bias_init)
+        checks_nnx.initializer("kernel_init", kernel_init)
+        checks_nnx.initializer("bias_init", bias_init)
         self.weight_layout = checks.layout(weight_layout)
         names = checks.implementation_names(implementation)
         self.implementation = implementation if isinstance(implementation, str) else names  # a list is no static field
@@ -87,7 +80,7 @@ class _Gate(nnx.Module):
     def _operands(self, x: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """x, kernel and bias as `route` takes them."""
         x = checks_nnx.hidden_states(x, self.hidden, self.dtype)
-        kernel = checks_nnx.kernel_of_layer(self.kernel[...], self.hidden, self.experts, self.weight_layout)
+        kernel = checks_nnx.kernel(self.kernel[...], self.hidden, self.experts, self.weight_layout)
         bias = None if self.bias is None else checks.as_array("bias", self.bias[...])
         if self.dtype is None:
             checks_nnx.parameters_fit(x, kernel=kernel, bias=bias)
