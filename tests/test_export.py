@@ -78,7 +78,7 @@ def logits_of(implementation: str | None = None):
     return jax.jit(function)
 
 
-def export(function, tokens, platforms=None, checks=jax_router.export.DISABLED_CHECKS) -> jax.export.Exported:
+def export(function, tokens, platforms, checks=jax_router.export.DISABLED_CHECKS) -> jax.export.Exported:
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((tokens, HIDDEN), (EXPERTS, HIDDEN), (EXPERTS,))]
     return jax.export.export(function, platforms=platforms, disabled_checks=checks)(*shapes)
 
@@ -120,14 +120,13 @@ def assert_routed(routing: jr.Routing, x, weight, bias) -> None:
     bounds.within(routing.weights, weights)
 
 
-@pytest.mark.usefixtures("on_the_cpu")
 def test_a_new_process_on_a_cpu_computes_what_was_exported(tmp_path, cuda_module, monkeypatch) -> None:
     """A fixed and a symbolic number of tokens, gradients, and artifacts that have a kernel for another platform."""
     problems = {name: [problem(tokens) for tokens in (6, 1)] for name in ("xla", "xla, gradients", *KERNELS)}
     problems["xla, gradients"] = [problem(6)]
     artifacts = {
-        "xla": export(router("xla"), symbolic(), checks=()),
-        "xla, gradients": export(router("xla"), 6, checks=()),
+        "xla": export(router("xla"), symbolic(), ("cpu",), checks=()),
+        "xla, gradients": export(router("xla"), 6, ("cpu",), checks=()),
     }
     for name in KERNELS:
         monkeypatch.setenv(dispatch.PREFER_VARIABLE, name)
