@@ -78,7 +78,7 @@ def expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:
       TypeError: it is no array.
       ValueError: it has another shape or no integers, or an id that is no expert.
     """
-    experts = _integers("experts", experts)
+    experts = integers("experts", experts)
     if experts.shape != shape:
         raise ValueError(
             f"experts has shape {experts.shape} but x and spec ask for {shape}. Expected the tokens of x in the "
@@ -103,7 +103,7 @@ def experts_and_mask(experts: Any, num_experts: Any, mask: Any) -> tuple[jax.Arr
       ValueError: a shape or dtype that does not fit.
     """
     size("num_experts", num_experts)
-    experts = jnp.asarray(_integers("experts", experts)).astype(jnp.int32)
+    experts = jnp.asarray(integers("experts", experts)).astype(jnp.int32)
     if experts.ndim < 1:
         raise ValueError(
             "experts has shape (), a scalar. Expected shape (..., k), tokens in the leading axes; pass the experts of "
@@ -156,7 +156,7 @@ def _of_tokens(name: str, value: Any) -> jax.Array:
 def _mask(mask: Any, tokens: tuple[int, ...]) -> jax.Array | None:
     if mask is None:
         return None
-    mask = _integers("mask", mask)
+    mask = integers("mask", mask)
     try:
         fits = np.broadcast_shapes(mask.shape, tokens) == tokens
     except ValueError:
@@ -169,7 +169,7 @@ def _mask(mask: Any, tokens: tuple[int, ...]) -> jax.Array | None:
     return jnp.broadcast_to(jnp.asarray(mask).astype(bool), tokens)
 
 
-def _integers(name: str, value: Any) -> jax.Array | np.ndarray:
+def integers(name: str, value: Any) -> jax.Array | np.ndarray:
     """`value`, if it is an array of integers, or as a mask of bools."""
     if not isinstance(value, jax.Array) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()

@@ -122,8 +122,15 @@ def _computed(decision: Decision) -> Operation:
     if decision.implementation == "xla":
         return specification
     kernel = partitioning.varying_as(specification, decision.function(decision.implementation))
-    if not decision.portable:
-        return kernel
+    return either(decision, kernel, specification) if decision.portable else kernel
+
+
+def either(decision: Decision, kernel: Operation, specification: Operation) -> Operation:
+    """The kernel where it is compiled for CUDA, and elsewhere the specification."""
+    if decision.implementation == "pallas":
+        from jax_router.lowering import for_cuda_alone
+
+        kernel = for_cuda_alone(kernel)
     return lambda *operands: jax.lax.platform_dependent(*operands, cuda=kernel, default=specification)
 
 

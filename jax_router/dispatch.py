@@ -117,7 +117,7 @@ class Choice:
 
 def why_unsupported(problem: Problem, device: Device, implementation: str) -> str | None:
     """What `implementation` cannot do about this problem on this device, or None. Nothing is built to find out."""
-    if problem.symbolic and implementation != "xla":
+    if problem.symbolic and implementation == "pallas":
         return f"needs a fixed number of tokens, it is the symbolic {problem.tokens}"
     return implementations.load(implementation).why_unsupported(problem, device)
 
@@ -339,7 +339,8 @@ def kernels_hash(table: Table | None) -> str | None:
 def _rank(problem: Problem, device: Device, table: Table | None) -> dict[str, tuple[str, str]]:
     """Every implementation, best first: why it is chosen, and why not where it could run but another one is chosen."""
     if problem.symbolic:
-        return dict.fromkeys(("xla", *IMPLEMENTATIONS), ("xla takes any number of tokens", ""))
+        reasons = "needs no library where it is loaded", "takes a symbolic number of tokens where it is named"
+        return dict.fromkeys(("xla", *IMPLEMENTATIONS), reasons)
     row = table.nearest(problem) if table is not None else None
     if table is not None and row is not None:
         where = f"at tokens={row.tokens} in {table.name}"

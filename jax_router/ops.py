@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_router import checks, checks_route, dispatch, implementations, partitioning
-from jax_router.computation import Decision, Operation, Request, decide, empty, on_a_mesh
+from jax_router.computation import Decision, Operation, Request, decide, either, empty, on_a_mesh
 from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights, scale_of_experts
 
 BY_TOKEN = (0, partitioning.REPLAYED)  # the operands whose leading axes are tokens: x and experts
@@ -207,10 +207,8 @@ def _forward(decision: Decision) -> Operation:
         batched_specification = jax.vmap(specification, in_axes)
         if decision.implementation == "xla":
             return all_batched(batched_specification(*operands))
-        if not decision.portable:
-            return all_batched(one_by_one(*operands))
-        either = jax.lax.platform_dependent(*operands, cuda=one_by_one, default=batched_specification)
-        return all_batched(either)
+        batched = either(decision, one_by_one, batched_specification) if decision.portable else one_by_one
+        return all_batched(batched(*operands))
 
     return forward
 

@@ -122,6 +122,9 @@ class Routing(NamedTuple):
     logits: jax.Array | None = None  # float32 [..., E], if asked for
 
 
+jax.export.register_namedtuple_serialization(Routing, serialized_name="jax_router.Routing")
+
+
 def scores(logits: jax.Array, spec: RoutingSpec) -> jax.Array:
     """Scores `[..., E]` of float32 logits `[..., E]` before selection: of "softmax_topk", the logits themselves."""
     if spec.score_function == "softmax":

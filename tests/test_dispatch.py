@@ -74,12 +74,19 @@ def test_the_environment_beats_the_table() -> None:
         assert (choice.implementation, choice.reason) == (name, f"JAX_ROUTER_IMPLEMENTATION={name}")
 
 
-def test_an_open_number_of_tokens_is_left_to_xla() -> None:
+def test_a_symbolic_number_of_tokens_is_left_to_xla_where_nothing_is_named() -> None:
     (tokens,) = jax.export.symbolic_shape("tokens")
     problem = dataclasses.replace(PROBLEM, tokens=tokens)
-    choice = choose(problem, H200, environment={}, table=tables.Table.parse(DOCUMENT))
+    table = tables.Table.parse(DOCUMENT)
+    choice = choose(problem, H200, environment={}, table=table)
     assert choice.implementation == "xla"
-    assert dict(choice.rejected)["cuda"] == "needs a fixed number of tokens, it is the symbolic tokens"
+    assert dict(choice.rejected) == {
+        "cuda": "takes a symbolic number of tokens where it is named",
+        "pallas": "needs a fixed number of tokens, it is the symbolic tokens",
+    }
+    for named in ({"implementation": "cuda"}, {"environment": {dispatch.PREFER_VARIABLE: "cuda"}}):
+        choice = choose(problem, H200, **{"environment": {}} | named, table=table)
+        assert (choice.implementation, choice.config_name) == ("cuda", None)
     problem = dataclasses.replace(PROBLEM, tokens=np.int64(8))
     assert choose(problem, H200, environment={}).implementation == choose(PROBLEM, H200, environment={}).implementation
 

@@ -318,6 +318,22 @@ def test_the_spec_and_sizes_reach_the_kernel_that_routes(route):
     assert lent == cuda.workspace_bytes(70, 6) > 0
 
 
+def test_a_symbolic_number_of_tokens_reaches_the_kernel_as_the_number_of_the_call(shim, monkeypatch):
+    monkeypatch.setattr(cuda, "ROUTE_TARGET", ROUTE_ON_CPU)
+    shapes = jax.export.symbolic_args_specs((array(7, 8), array(256, 8)), ("t, _", None))
+    check = jax.export.DisabledSafetyCheck.custom_call(ROUTE_ON_CPU)
+
+    def call(x, weight):
+        return cuda.route(x, weight, *[None] * 4, spec=SPEC, return_logits=True)
+
+    exported = jax.export.export(jax.jit(call), platforms=("cpu",), disabled_checks=[check])(*shapes)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for tokens in (7, 64, 65, 4096, 4097):
+            facts = np.asarray(exported.call(array(tokens, 8), array(256, 8)).weights).ravel()
+            assert facts[:5].tolist() == [tokens, 8, 256, 1, -1]
+            assert facts[18] == cuda.workspace_bytes(tokens, 256) + 16  # so that it is never empty, with an address
+
+
 @pytest.mark.parametrize("there", [*itertools.product([False, True], repeat=4)])
 def test_optional_operands_reach_the_kernel_that_routes_whichever_others_are_there(route, there):
     values = (

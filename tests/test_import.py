@@ -51,7 +51,7 @@ def test_the_public_names_are_there() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["ops", "dispatch", "losses", "routing"])
+@pytest.mark.parametrize("name", ["ops", "dispatch", "losses", "routing", "nnx.layers", "nnx.lora"])
 def test_the_examples_of_the_docstrings_run(name) -> None:
     result = doctest.testmod(importlib.import_module(f"jax_router.{name}"))
     assert result.attempted > 0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import models_record
 
+ROOT = models_record.ROOT
 RECORDS = sorted(ROOT.glob("docs/results/models-*.json"))
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_nnx" name="test_a[cuda]"/>

@@ -136,6 +136,7 @@ def spec_numbers(spec: RoutingSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 MAX_WORKSPACE_BYTES = 16 << 20
+MOST_TOKENS_WITHOUT_WORKSPACE = 64
 
 
 def workspace_bytes(tokens: int, experts: int) -> int:
@@ -145,8 +146,27 @@ def workspace_bytes(tokens: int, experts: int) -> int:
     same. Up to 64 tokens no configuration that needs it is the fastest, and where four partial sums are too large there
     are tiles enough without it (docs/kernels.md).
     """
-    sums = 4 * 4 * tokens * (-(-experts // 4) * 4)
-    return sums if tokens > 64 and sums <= MAX_WORKSPACE_BYTES else 0
+    sums = _sums_of_a_token(experts) * tokens
+    return sums if tokens > MOST_TOKENS_WITHOUT_WORKSPACE and sums <= MAX_WORKSPACE_BYTES else 0
+
+
+def _sums_of_a_token(experts: int) -> int:
+    return 4 * 4 * (-(-experts // 4) * 4)
+
+
+def _workspace(tokens: int, experts: int) -> list[jax.ShapeDtypeStruct]:
+    """What a call lends the kernel, if anything: a result, because a recorded CUDA graph uses what XLA's scratch frees.
+
+    For a symbolic number of tokens it is `workspace_bytes` of the real one, and 16 bytes that are too few for any
+    configuration: the launcher refuses an empty workspace that has an address.
+    """
+    if not jax.export.is_symbolic_dim(tokens):
+        lent = workspace_bytes(tokens, experts)
+        return [jax.ShapeDtypeStruct((lent,), np.uint8)] if lent else []
+    sums = _sums_of_a_token(experts)
+    wanted = jax.core.min_dim((tokens - 1) // MOST_TOKENS_WITHOUT_WORKSPACE, 1)
+    fits = jax.core.min_dim(MAX_WORKSPACE_BYTES // sums // tokens, 1)
+    return [jax.ShapeDtypeStruct((sums * tokens * wanted * fits + 16,), np.uint8)]
 
 
 def router_gemm(
@@ -165,10 +185,7 @@ def router_gemm(
     gives the same bits. Tracing needs no library: lowering for CUDA works on any machine.
     """
     shape = x.shape[0], weight.shape[experts_axis(weight_layout)]
-    results = [jax.ShapeDtypeStruct(shape, out_dtype)]
-    scratch = workspace_bytes(*shape)
-    if scratch:  # a result, because XLA's scratch allocator frees what a recorded CUDA graph still uses
-        results.append(jax.ShapeDtypeStruct((scratch,), np.uint8))
+    results = [jax.ShapeDtypeStruct(shape, out_dtype), *_workspace(*shape)]
     kernel = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     operands = (x, weight) if bias is None else (x, weight, bias)
     attributes = {
@@ -200,10 +217,8 @@ def route(
         jax.ShapeDtypeStruct((tokens, spec.top_k), np.float32),
         jax.ShapeDtypeStruct((tokens, spec.top_k), np.int32),
         jax.ShapeDtypeStruct((tokens, num_experts), np.float32),
+        *_workspace(tokens, num_experts),
     ]
-    scratch = workspace_bytes(tokens, num_experts)
-    if scratch:
-        results.append(jax.ShapeDtypeStruct((scratch,), np.uint8))
     optional = (bias, correction_bias, expert_scale, experts)
     integers, floats = spec_numbers(spec)
     kernel = jax.ffi.ffi_call(ROUTE_TARGET, results, vmap_method="sequential")
@@ -243,7 +258,7 @@ def why_unsupported(problem: Problem, device: Device) -> str | None:
     if problem.weight_layout == "hidden_experts" and problem.experts % 8 != 0:
         return f"needs experts to be a multiple of 8 in weights [hidden, experts], they are {problem.experts}"
     tiled = problem.tokens * -(-problem.experts // 8) * 8
-    if problem.tokens > MAX_TOKENS or tiled >= MAX_TILED_LOGITS:
+    if not problem.symbolic and (problem.tokens > MAX_TOKENS or tiled >= MAX_TILED_LOGITS):
         return (
             f"needs at most {MAX_TOKENS} tokens and fewer than {MAX_TILED_LOGITS} logits, experts rounded up to eight, "
             f"they are {problem.tokens} and {tiled}"

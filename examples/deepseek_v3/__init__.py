@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts block of DeepSeek-V3 in Flax NNX."""
