@@ -147,6 +147,7 @@ class _LoRA(nnx.Module, Generic[Base]):
         self.param_dtype = jnp.dtype(checks.input_dtype("param_dtype", param_dtype))
         checks_nnx.initializer("a_initializer", a_initializer)
         checks_nnx.initializer("b_initializer", b_initializer)
+        checks_nnx.rngs("rngs", rngs)
 
         def initial(initializer: Initializer, *shape: int) -> jax.Array:
             if num_adapters is None:
