@@ -132,14 +132,18 @@ def test_a_router_is_made_abstract_and_filled() -> None:
     abstract = nnx.eval_shape(lambda: made(rngs=nnx.Rngs(0)))
     assert isinstance(abstract.kernel.get_value(), jax.ShapeDtypeStruct)
     graph, state = nnx.split(abstract)
+    assert graph == nnx.graphdef(nnx.eval_shape(lambda: made(rngs=nnx.Rngs(1))))
+    assert isinstance(hash(graph), int)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, cases.parameters()))
-    x = cases.hidden_states(4)
-    cases.assert_same(nnx.merge(graph, state)(x), router()(x))
+    x, held = cases.hidden_states(6), cases.parameters()
+    filled = nnx.merge(graph, state)
+    cases.assert_routing(filled(x), cases.logits_in_float64(x, held["kernel"], held["bias"]), SPEC, **held)
 
 
 @with_float32
 def test_gradients_are_of_the_parameters_and_not_of_the_correction_bias(implementation) -> None:
     layer, x, cotangent = router(implementation), cases.hidden_states(6), cases.numbers(9, 6, EXPERTS)
+    held = cases.parameters()
 
     def loss(layer):
         return (layer(x, return_logits=True).logits * cotangent).sum()
@@ -154,11 +158,9 @@ def test_gradients_are_of_the_parameters_and_not_of_the_correction_bias(implemen
     np.testing.assert_array_equal(gradients.kernel[...], cotangent.T @ np.asarray(x))
     np.testing.assert_array_equal(gradients.bias[...], cotangent.sum(0))
     assert "correction_bias" not in gradients
-    unscaled = np.asarray(routing.weights, np.float64) / cases.parameters()["expert_scale"][routing.experts]
-    truth = np.zeros(EXPERTS)
-    np.add.at(truth, np.asarray(routing.experts), unscaled)
-    # Each of 12 weights is below 1 and rounded when it is multiplied with its scale; then at most 12 additions.
-    np.testing.assert_allclose(of_scale[...], truth, rtol=0, atol=12 * 13 * 2.0**-24)
+    at = bounds.given(cases.logits_in_float64(x, held["kernel"], held["bias"])), np.asarray(routing.experts)
+    truth = bounds.gradients(x, held["kernel"], *at, held["expert_scale"], SPEC, np.ones((6, 2)))
+    bounds.within(of_scale[...], truth.scale)
 
 
 @with_float32
