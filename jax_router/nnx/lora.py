@@ -68,10 +68,10 @@ def _update_of_each(
     x: jax.Array, adapter: jax.Array, lora_a: jax.Array, lora_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """x @ A @ B of each token's adapter `[..., E]`, and which tokens have a zero one or none `[..., 1]`."""
-    # All adapters for every token, and the others' columns masked: A is read once, and h is [T, n*r]. Gathering A would
-    # write and read [T, H, r], more than A itself from T = n tokens on; ragged_dot needs tokens sorted by adapter, and
-    # where XLA has no kernel for it JAX makes n masked copies of x. For many tokens this multiplies n times as often as
-    # needed, as much as a router of n * r experts.
+    # All adapters for every token, and the others' columns masked: A is copied once, to [H, n*r], and h is [T, n*r].
+    # Gathering A would write and read [T, H, r], more than that from T = n tokens on; ragged_dot needs tokens sorted by
+    # adapter, and where XLA has no kernel for it JAX makes n masked copies of x. For many tokens this multiplies n
+    # times as often as needed, as much as a router of n * r experts.
     number, hidden, rank = lora_a.shape
     mine = adapter[..., None] == jnp.arange(number, dtype=jnp.int32)
     h = _product(x, lora_a.transpose(1, 0, 2).reshape(hidden, number * rank))
@@ -256,7 +256,8 @@ class RouterLoRA(_LoRA[Router]):
     The logits and weights of the base are computed by its implementation. A token without an adapter, or whose update
     is zero, has the base's own logits, experts and weights, bit for bit as `base(x, return_logits=True)` has them (XLA
     may compile the two apart on a GPU). Others have the specification's of the sum. The update is computed and added in
-    float32; `base.spec.round_logits` rounds the sum.
+    float32; `base.spec.round_logits` rounds the sum. An adapter with infinities or NaN gives its own tokens NaN logits
+    and leaves those of others alone.
 
     The gradient is that of the formula, also where B is still zero, with the selection fixed. In x it flows through the
     base and through the update.
@@ -266,8 +267,8 @@ class RouterLoRA(_LoRA[Router]):
       rank: r.
       alpha: a number; the update is scaled by alpha / rank. None: rank, a scale of 1 as in `nnx.LoRA`.
       num_adapters: n. None is one adapter, for every token.
-      freeze_base: stop gradients into the base's kernel, bias and expert_scale. Gradients by `nnx.grad` with
-        `wrt=nnx.LoRAParam` reach the adapters alone without it.
+      freeze_base: stop gradients into the base's kernel, bias and expert_scale. Without it, `nnx.grad` with
+        `argnums=nnx.DiffState(0, nnx.LoRAParam)` asks for those of the adapters alone.
       param_dtype: of A and B when they are made.
       a_initializer, b_initializer: called with (H, r) and (r, E), once for each adapter. B begins as zeros.
       a_metadata, b_metadata: of the variables.
