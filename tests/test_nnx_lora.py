@@ -98,7 +98,7 @@ def test_a_zero_adapter_has_every_bit_of_the_base(implementation) -> None:
 
 @pytest.fixture
 def signed_kernel(cuda_module, monkeypatch) -> None:
-    """In the place of `cuda` one whose first logits are -0.0 and 0.0, and whose weights are not those of XLA."""
+    """In the place of `cuda` one whose first logits are -0.0 and 0.0, and whose experts and weights are not XLA's."""
 
     def router_gemm(*operands, config=None, **options):
         logits = xla.router_gemm(*operands, **options)
@@ -106,8 +106,9 @@ def signed_kernel(cuda_module, monkeypatch) -> None:
 
     def route(x, weight, bias, correction_bias, expert_scale, experts, *, config=None, spec, **options):
         logits = router_gemm(x, weight, bias, out_dtype=F32, weight_layout=options["weight_layout"])
-        given = correction_bias, expert_scale, experts
-        weights, selected = route_logits(logits, *given, spec=spec, dtype=x.dtype.name)
+        if experts is None:
+            experts = jnp.flip(route_logits(logits, correction_bias, None, None, spec=spec)[1], -1)
+        weights, selected = route_logits(logits, None, expert_scale, experts, spec=spec)
         return jr.Routing(jnp.nextafter(weights, 2.0), selected, logits if options["return_logits"] else None)
 
     monkeypatch.setattr(cuda_module, "router_gemm", router_gemm)

@@ -67,7 +67,7 @@ def _with_update(
 def _update_of_each(
     x: jax.Array, adapter: jax.Array, lora_a: jax.Array, lora_b: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """x @ A @ B of each token's adapter `[..., E]`, and which tokens have a zero one or none `[..., 1]`."""
+    """x @ A @ B of each token's adapter `[..., E]`, zero without one, and which tokens' B is zero `[..., 1]`."""
     # All adapters for every token, and the others' columns masked: A is copied once, to [H, n*r], and h is [T, n*r].
     # Gathering A would write and read [T, H, r], more than that from T = n tokens on; ragged_dot needs tokens sorted by
     # adapter, and where XLA has no kernel for it JAX makes n masked copies of x. For many tokens this multiplies n
@@ -81,8 +81,8 @@ def _update_of_each(
     # 0 * NaN is NaN: one adapter's infinities and NaN would reach the tokens of all. They stay with their own.
     broken = jnp.matmul(mine.astype(jnp.float32), (~finite).any(1).astype(jnp.float32)) > 0
     broken |= (adapter >= number)[..., None]
-    silent = (adapter < 0) | (mine & (lora_b == 0).all((1, 2))).any(-1)
-    return jnp.where(broken, jnp.nan, update), silent[..., None]
+    silent = (mine & (lora_b == 0).all((1, 2))).any(-1, keepdims=True)
+    return jnp.where(broken, jnp.nan, update), silent
 
 
 @functools.partial(jax.jit, static_argnames=("replayed", "spec", "scale", "weight_layout"))
