@@ -27,6 +27,16 @@ def initializer(name: str, value: Any) -> None:
         )
 
 
+def rngs(name: str, value: Any) -> None:
+    """Check that `value` makes keys as `flax.nnx.Rngs` does.
+
+    Raises:
+      TypeError: it does not.
+    """
+    if not callable(getattr(value, "params", None)):
+        raise TypeError(f"{name} is {describe(value)}. Expected a flax.nnx.Rngs; pass nnx.Rngs(0).")
+
+
 def finite_number(name: str, value: Any) -> float:
     """`value` as a float.
 

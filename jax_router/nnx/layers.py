@@ -69,6 +69,7 @@ class _Gate(nnx.Module):
         checks_nnx.initializer("kernel_init", kernel_init)
         checks_nnx.initializer("bias_init", bias_init)
         self.weight_layout = checks.layout(weight_layout)
+        checks_nnx.rngs("rngs", rngs)
         names = checks.implementation_names(implementation)
         self.implementation = implementation if isinstance(implementation, str) else names  # a list is no static field
         kernel = kernel_init(rngs.params(), (hidden, experts), self.param_dtype)

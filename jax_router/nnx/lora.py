@@ -16,7 +16,7 @@ from jax_router import checks, checks_nnx
 from jax_router.implementations import experts_axis
 from jax_router.nnx.layers import NO_METADATA, GateLinear, Initializer, Router
 from jax_router.ops import route, router_gemm
-from jax_router.routing import Routing, round_logits, route_logits
+from jax_router.routing import Routing, RoutingSpec, round_logits, route_logits
 
 Base = TypeVar("Base", GateLinear, Router)
 default_a_initializer: Initializer = nnx.initializers.he_uniform()  # these two are those of nnx.LoRA
@@ -35,17 +35,86 @@ def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array
     return primals[0], tangents[1]
 
 
-@functools.partial(jax.jit, static_argnames="weight_layout")  # the compiler drops the product, which nothing reads
-def _with_gradient_of_gemm(
-    logits: jax.Array, x: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, weight_layout: str
-) -> jax.Array:
-    """Logits that `route` computed, differentiated as those of `router_gemm`, but not as part of its weights."""
-    path = router_gemm(x, kernel, bias, weight_layout=weight_layout, implementation="xla")
-    return _with_gradient_of(logits, path)
-
-
 # By A and by B, to float32 accuracy. The backward pass keeps x in its own dtype.
 _product = functools.partial(router_gemm, weight_layout="hidden_experts", implementation="xla")
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _with_update(
+    logits: jax.Array,
+    x: jax.Array,
+    adapter: jax.Array | None,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The base's logits with the update, and which tokens have one `[..., 1]`; the others have the base's bits.
+
+    The gradient is everywhere that of the sum: B gets one while it is still zero.
+    """
+    if adapter is None:
+        update, silent = _product(_product(x, lora_a), lora_b), (lora_b == 0).all()
+    else:
+        update, silent = _update_of_each(x, adapter, lora_a, lora_b)
+    update = scale * update
+    total = logits + update
+    # A zero B is silent also where x is infinite and the product NaN.
+    has_update = (update != 0).any(-1, keepdims=True) & ~silent
+    return _with_gradient_of(jnp.where(has_update, total, logits), total), has_update
+
+
+def _update_of_each(
+    x: jax.Array, adapter: jax.Array, lora_a: jax.Array, lora_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x @ A @ B of each token's adapter `[..., E]`, zero without one, and which tokens' B is zero `[..., 1]`."""
+    # All adapters for every token, and the others' columns masked: A is copied once, to [H, n*r], and h is [T, n*r].
+    # Gathering A would write and read [T, H, r], more than that from T = n tokens on; ragged_dot needs tokens sorted by
+    # adapter, and where XLA has no kernel for it JAX makes n masked copies of x. For many tokens this multiplies n
+    # times as often as needed, as much as a router of n * r experts.
+    number, hidden, rank = lora_a.shape
+    mine = adapter[..., None] == jnp.arange(number, dtype=jnp.int32)
+    h = _product(x, lora_a.transpose(1, 0, 2).reshape(hidden, number * rank))
+    h = jnp.where(mine[..., None], h.reshape(*mine.shape, rank), 0).reshape(h.shape)
+    finite = jnp.isfinite(lora_b)
+    update = _product(h, jnp.where(finite, lora_b, 0).reshape(number * rank, -1))
+    # 0 * NaN is NaN: one adapter's infinities and NaN would reach the tokens of all. They stay with their own.
+    broken = jnp.matmul(mine.astype(jnp.float32), (~finite).any(1).astype(jnp.float32)) > 0
+    broken |= (adapter >= number)[..., None]
+    silent = (mine & (lora_b == 0).all((1, 2))).any(-1, keepdims=True)
+    return jnp.where(broken, jnp.nan, update), silent
+
+
+@functools.partial(jax.jit, static_argnames=("replayed", "spec", "scale", "weight_layout"))
+def _route_with_update(
+    routing: Routing,
+    operands: tuple[jax.Array, jax.Array, jax.Array | None],
+    vectors: tuple[jax.Array | None, jax.Array | None],
+    adapters: tuple[jax.Array | None, jax.Array, jax.Array],
+    *,
+    replayed: bool,
+    spec: RoutingSpec,
+    scale: float,
+    weight_layout: str,
+) -> Routing:
+    """The base's routing where a token has no update, else the specification of the sum; the gradient is of the sum.
+
+    The routing comes without a gradient. That of its logits is taken from another router GEMM, whose value nothing
+    reads, so that it is not computed: through `route` the weights' would go along, NaN where the base's weights are.
+    """
+    (x, *_), (correction_bias, expert_scale) = operands, vectors
+    path = router_gemm(*operands, weight_layout=weight_layout, implementation="xla")
+    logits, has_update = _with_update(_with_gradient_of(routing.logits, path), x, *adapters, scale=scale)
+    rounded, rule = logits, replace(spec, round_logits=False)
+    if spec.round_logits:
+        rounded = _with_gradient_of(round_logits(logits, x.dtype), logits)
+    experts = routing.experts
+    if not replayed:
+        _, selected = route_logits(jax.lax.stop_gradient(rounded), correction_bias, None, None, spec=rule)
+        experts = jnp.where(has_update, selected, experts)
+    weights, _ = route_logits(rounded, None, expert_scale, experts, spec=rule)
+    weights = _with_gradient_of(jnp.where(has_update, weights, routing.weights), weights)
+    return Routing(weights, experts, logits)
 
 
 class _LoRA(nnx.Module, Generic[Base]):
@@ -78,6 +147,7 @@ class _LoRA(nnx.Module, Generic[Base]):
         self.param_dtype = jnp.dtype(checks.input_dtype("param_dtype", param_dtype))
         checks_nnx.initializer("a_initializer", a_initializer)
         checks_nnx.initializer("b_initializer", b_initializer)
+        checks_nnx.rngs("rngs", rngs)
 
         def initial(initializer: Initializer, *shape: int) -> jax.Array:
             if num_adapters is None:
@@ -123,49 +193,16 @@ class _LoRA(nnx.Module, Generic[Base]):
         lora_b = checks_nnx.parameter("lora_b", self.lora_b[...], (*stack, self.rank, self.base.experts))
         return lora_a.astype(jnp.float32), lora_b.astype(jnp.float32)
 
-    def _base_operands(self, x: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    def _operands(self, x: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """x, kernel and bias as `route` takes them."""
         hidden_states, kernel, bias = self.base._operands(x)
         if self.freeze_base:
             kernel, bias = jax.lax.stop_gradient((kernel, bias))
         return hidden_states, kernel, bias
 
-    def _updated(self, logits: jax.Array, x: jax.Array, adapter: Any) -> tuple[jax.Array, jax.Array]:
-        """The base's logits with the update, and which tokens have one `[..., 1]`; the others have the base's bits.
-
-        The gradient is everywhere that of the sum: B gets one while it is still zero.
-        """
-        adapter = checks_nnx.adapters(adapter, x.shape[:-1], self.num_adapters)
-        lora_a, lora_b = self._matrices()
-        if adapter is None:
-            update, silent = _product(_product(x, lora_a), lora_b), (lora_b == 0).all()
-        else:
-            update, silent = self._update_per_token(x, adapter, lora_a, lora_b)
-        update = self.scale * update
-        total = logits + update
-        # A zero B is silent also where x is infinite and the product NaN.
-        has_update = (update != 0).any(-1, keepdims=True) & ~silent
-        return _with_gradient_of(jnp.where(has_update, total, logits), total), has_update
-
-    def _update_per_token(
-        self, x: jax.Array, adapter: jax.Array, lora_a: jax.Array, lora_b: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """x @ A @ B of each token's adapter `[..., E]`, and which tokens have a zero one or none `[..., 1]`."""
-        # All adapters for every token, and the others' columns masked: A is read once, and h is [T, n*r]. Gathering A
-        # would write and read [T, H, r], more than A itself from T = n tokens on; ragged_dot needs tokens sorted by
-        # adapter and outside a TPU makes n masked copies of x. For many tokens and adapters this multiplies n times as
-        # often as needed, no more than a router GEMM with n * r experts.
-        number, hidden, rank = lora_a.shape
-        mine = adapter[..., None] == jnp.arange(number, dtype=jnp.int32)
-        h = _product(x, lora_a.transpose(1, 0, 2).reshape(hidden, number * rank))
-        h = jnp.where(mine[..., None], h.reshape(*mine.shape, rank), 0).reshape(h.shape)
-        finite = jnp.isfinite(lora_b)
-        update = _product(h, jnp.where(finite, lora_b, 0).reshape(number * rank, -1))
-        # 0 * NaN is NaN: one adapter's infinities and NaN would reach the tokens of all. They stay with their own.
-        of_token = mine.astype(jnp.float32)
-        broken = jnp.matmul(of_token, (~finite).any(1).astype(jnp.float32)) > 0
-        broken |= (adapter >= number)[..., None]
-        silent = (adapter < 0)[..., None] | (mine & (lora_b == 0).all((1, 2))).any(-1, keepdims=True)
-        return jnp.where(broken, jnp.nan, update), silent
+    def _adapters(self, x: jax.Array, adapter: Any) -> tuple[jax.Array | None, jax.Array, jax.Array]:
+        """Which adapter each token has, None of one for all, and A and B."""
+        return checks_nnx.adapters(adapter, x.shape[:-1], self.num_adapters), *self._matrices()
 
 
 class GateLinearLoRA(_LoRA[GateLinear]):
@@ -195,10 +232,11 @@ class GateLinearLoRA(_LoRA[GateLinear]):
           x: `[..., H]`.
           adapter: `[...]` as in `RouterLoRA`.
         """
-        x, kernel, bias = self._base_operands(x)
-        checks.dtypes_fit(x.dtype.name, out_dtype=self.base.out_dtype.name)
-        logits = router_gemm(x, kernel, bias, **self.base._options())
-        return self._updated(logits, x, adapter)[0].astype(self.base.out_dtype)
+        hidden_states, kernel, bias = self._operands(x)
+        checks.dtypes_fit(hidden_states.dtype.name, out_dtype=self.base.out_dtype.name)
+        adapters = self._adapters(hidden_states, adapter)
+        logits = router_gemm(hidden_states, kernel, bias, **self.base._options())
+        return _with_update(logits, hidden_states, *adapters, scale=self.scale)[0].astype(self.base.out_dtype)
 
 
 class RouterLoRA(_LoRA[Router]):
@@ -218,7 +256,8 @@ class RouterLoRA(_LoRA[Router]):
     The logits and weights of the base are computed by its implementation. A token without an adapter, or whose update
     is zero, has the base's own logits, experts and weights, bit for bit as `base(x, return_logits=True)` has them (XLA
     may compile the two apart on a GPU). Others have the specification's of the sum. The update is computed and added in
-    float32; `base.spec.round_logits` rounds the sum.
+    float32; `base.spec.round_logits` rounds the sum. An adapter with infinities or NaN gives its own tokens NaN logits
+    and leaves those of others alone.
 
     The gradient is that of the formula, also where B is still zero, with the selection fixed. In x it flows through the
     base and through the update.
@@ -228,8 +267,8 @@ class RouterLoRA(_LoRA[Router]):
       rank: r.
       alpha: a number; the update is scaled by alpha / rank. None: rank, a scale of 1 as in `nnx.LoRA`.
       num_adapters: n. None is one adapter, for every token.
-      freeze_base: stop gradients into the base's kernel, bias and expert_scale. Gradients by `nnx.grad` with
-        `wrt=nnx.LoRAParam` reach the adapters alone without it.
+      freeze_base: stop gradients into the base's kernel, bias and expert_scale. Without it, `nnx.grad` with
+        `argnums=nnx.DiffState(0, nnx.LoRAParam)` asks for those of the adapters alone.
       param_dtype: of A and B when they are made.
       a_initializer, b_initializer: called with (H, r) and (r, E), once for each adapter. B begins as zeros.
       a_metadata, b_metadata: of the variables.
@@ -266,23 +305,14 @@ class RouterLoRA(_LoRA[Router]):
           return_logits: return the float32 logits `[..., E]`, with the update, too.
         """
         checks.flag("return_logits", return_logits)
-        base, (x, kernel, bias) = self.base, self._base_operands(x)
-        correction_bias, expert_scale = base._correction_bias(), base._expert_scale()
+        base, operands = self.base, self._operands(x)
+        adapters = self._adapters(operands[0], adapter)
+        vectors = base._correction_bias(), base._expert_scale()
         if self.freeze_base:
-            expert_scale = jax.lax.stop_gradient(expert_scale)
-        of_route = jax.lax.stop_gradient((x, kernel, bias, correction_bias, expert_scale))
-        vectors = {"correction_bias": of_route[3], "expert_scale": of_route[4]}
-        options = {**vectors, **base._options()}
-        routing = route(*of_route[:3], spec=base.spec, experts=experts, return_logits=True, **options)
-        logits = _with_gradient_of_gemm(routing.logits, x, kernel, bias, weight_layout=base.weight_layout)
-        logits, has_update = self._updated(logits, x, adapter)
-        rounded, rule = logits, replace(base.spec, round_logits=False)
-        if base.spec.round_logits:
-            rounded = _with_gradient_of(round_logits(logits, x.dtype), logits)
-        selected = routing.experts
-        if experts is None:
-            _, of_sum = route_logits(jax.lax.stop_gradient(rounded), correction_bias, None, None, spec=rule)
-            selected = jnp.where(has_update, of_sum, selected)
-        weights, _ = route_logits(rounded, None, expert_scale, selected, spec=rule)
-        weights = _with_gradient_of(jnp.where(has_update, weights, routing.weights), weights)
-        return Routing(weights, selected, logits if return_logits else None)
+            vectors = jax.lax.stop_gradient(vectors)
+        (x, kernel, bias), (correction_bias, expert_scale) = jax.lax.stop_gradient((operands, vectors))
+        options = {"correction_bias": correction_bias, "expert_scale": expert_scale, **base._options()}
+        routing = route(x, kernel, bias, spec=base.spec, experts=experts, return_logits=True, **options)
+        rule = {"spec": base.spec, "scale": self.scale, "weight_layout": base.weight_layout}
+        routing = _route_with_update(routing, operands, vectors, adapters, replayed=experts is not None, **rule)
+        return routing if return_logits else routing._replace(logits=None)
