@@ -1,0 +1,1 @@
+"""Models that use jax_router, whole and readable."""
