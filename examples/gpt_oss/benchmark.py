@@ -178,6 +178,10 @@ def command(
     try:
         chosen = _config(config, layers)
         names = tuple(name.strip() for name in implementations.split(","))
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"--implementations is {implementations!r}. Expected different names, separated by commas."
+            )
         for name, value in (("tokens", tokens), ("context", context), ("rounds", rounds), ("steps", steps)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}. Expected at least 1.")

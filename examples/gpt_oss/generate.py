@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import jax
@@ -35,21 +36,7 @@ class Decoder:
     def __init__(self, model: GptOss, *, length: int):
         self.config, self.dtype, self.length = model.config, model.dtype, length
         graph, self.state = nnx.split(model)
-
-        def decoded(state: nnx.State, ids: jax.Array, cache: Cache, decode: bool) -> Decoded:
-            output = nnx.merge(graph, state)(ids, cache, decode=decode, last_only=True)
-            logits = output.logits[:, 0]
-            assert output.cache is not None
-            return Decoded(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, output.cache)
-
-        def prefill(state: nnx.State, prompt: jax.Array, cache: Cache) -> Decoded:
-            return decoded(state, prompt, cache, decode=False)
-
-        def step(state: nnx.State, tokens: jax.Array, cache: Cache) -> Decoded:
-            return decoded(state, tokens[:, None], cache, decode=True)
-
-        self.prefill = jax.jit(prefill, donate_argnums=2)
-        self.step = jax.jit(step, donate_argnums=2)
+        self.prefill, self.step = _compiled(graph)
 
     def decode(self, prompt: ArrayLike) -> Iterator[Decoded]:
         """Token after token behind prompts `[B, T]` of one length, until `length` is reached; none is waited for."""
@@ -60,6 +47,25 @@ class Decoder:
         for _ in range(self.length - tokens):
             decoded = self.step(self.state, decoded.tokens, decoded.cache)
             yield decoded
+
+
+@functools.cache
+def _compiled(graph: nnx.GraphDef[GptOss]) -> tuple[Callable[..., Decoded], Callable[..., Decoded]]:
+    """(state, prompt [B, T], cache) and (state, tokens [B], cache) to what is decoded; once for all alike models."""
+
+    def decoded(state: nnx.State, ids: jax.Array, cache: Cache, decode: bool) -> Decoded:
+        output = nnx.merge(graph, state)(ids, cache, decode=decode, last_only=True)
+        logits = output.logits[:, 0]
+        assert output.cache is not None
+        return Decoded(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, output.cache)
+
+    def prefill(state: nnx.State, prompt: jax.Array, cache: Cache) -> Decoded:
+        return decoded(state, prompt, cache, decode=False)
+
+    def step(state: nnx.State, tokens: jax.Array, cache: Cache) -> Decoded:
+        return decoded(state, tokens[:, None], cache, decode=True)
+
+    return jax.jit(prefill, donate_argnums=2), jax.jit(step, donate_argnums=2)
 
 
 def stream(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int] = ()) -> Iterator[np.ndarray]:
