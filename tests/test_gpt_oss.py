@@ -27,6 +27,7 @@ from examples.gpt_oss.config import Config, Yarn  # noqa: E402
 from examples.gpt_oss.generate import Decoder  # noqa: E402
 from examples.gpt_oss.model import GptOss, Output, load  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
 STEPS = 200
 ONE_BIT = 2
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
