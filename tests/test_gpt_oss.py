@@ -160,8 +160,11 @@ def test_every_token_goes_to_the_experts_of_transformers_in_every_layer(ours, ca
 @in_cases(rounded=(False,))
 def test_greedy_decoding_with_the_cache_makes_the_tokens_of_transformers(ours, case, references) -> None:
     decoder = Decoder(ours.model, length=len(cases.PROMPT) + STEPS - 1)
-    made = np.array([int(decoded.tokens[0]) for decoded in list(decoder.decode(cases.PROMPT[None]))])
-    np.testing.assert_array_equal(made, references[case[0]].tokens)
+    decoded = [(each.tokens[0], each.logits[0]) for each in decoder.decode(cases.PROMPT[None])]
+    tokens, logits = map(np.stack, zip(*decoded, strict=True))
+    np.testing.assert_array_equal(tokens, references[case[0]].tokens)
+    theirs, exact = (references[name].logits[len(cases.PROMPT) - 1 : -1] for name in (case[0], "float64"))
+    assert_as_near(logits, theirs, exact)
 
 
 @pytest.mark.parametrize("dtype", BY_DTYPE)

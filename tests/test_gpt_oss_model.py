@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ ROPE = PUBLISHED["rope_scaling"]
         ({"torch_dtype": "float8"}, "dtype is 'float8'. Expected one of float32, bfloat16, float16"),
         ({"rope_scaling": {**ROPE, "rope_type": "llama3"}}, "rope_scaling.rope_type is 'llama3'"),
         ({"rope_scaling": {**ROPE, "mscale": 0.7}}, "rope_scaling.mscale is 0.7. Expected none"),
+        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters.full_attention is 'a dict'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor, rope_parameters.original_max_pos"),
     ],
 )
@@ -210,3 +212,9 @@ def test_a_config_json_that_is_none_is_refused(tmp_path: Path, text: str | None,
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config\.json {message}"):
         Config.read(tmp_path)
+
+
+def test_the_code_of_the_page_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "gpt_oss.md"
+    [block] = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})

@@ -26,7 +26,7 @@ from jax_router.provenance import provenance
 
 Row = dict[str, Any]
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
-WARM_UP = 4  # steps before a block is timed: XLA records a CUDA graph at the second call and replays it from then on
+WARM_UP = 4  # steps before a block is timed, for what first calls with new buffers cost, recording CUDA graphs too
 
 
 def measure(

@@ -145,6 +145,10 @@ def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta and yarn, from `rope_parameters` (transformers 5) or from `rope_scaling` beside `rope_theta`."""
     name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
     rope = fields.get(name) or {}
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    _expect(
+        not nested, ", ".join(f"{name}.{key}" for key in nested), "a dict", "the same for all layers, without a dict"
+    )
     kind = rope.get("rope_type", rope.get("type", "default"))
     _expect(kind in ("default", "yarn"), f"{name}.rope_type", kind, "'default' or 'yarn'")
     for unsupported in ("mscale", "mscale_all_dim", "partial_rotary_factor"):

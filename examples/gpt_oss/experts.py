@@ -38,8 +38,11 @@ class Experts(nnx.Module):
         pairs = experts.reshape(-1)
         count = self.gate_up_proj.shape[0]
         gather = pairs.size <= count
-        order = jnp.arange(pairs.size) if gather else jnp.argsort(pairs)
-        of_rows = pairs[order]
+        if gather:
+            of_rows, rows = pairs, jnp.repeat(x, top_k, axis=0)
+        else:
+            order = jnp.argsort(pairs)
+            of_rows, rows = pairs[order], x[order // top_k]
 
         def product(rows: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
             if gather:
@@ -54,10 +57,11 @@ class Experts(nnx.Module):
                 )
             return result.astype(rows.dtype) + bias[of_rows]
 
-        gate_up = product(x[order // top_k], self.gate_up_proj[...], self.gate_up_proj_bias[...])
+        gate_up = product(rows, self.gate_up_proj[...], self.gate_up_proj_bias[...])
         outputs = product(self.activation(gate_up), self.down_proj[...], self.down_proj_bias[...])
-        by_token = jnp.zeros_like(outputs).at[order].set(outputs).reshape(tokens, top_k, -1)
-        weighted = by_token.astype(weights.dtype) * weights[..., None]
+        if not gather:
+            outputs = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+        weighted = outputs.reshape(tokens, top_k, -1).astype(weights.dtype) * weights[..., None]
         return weighted.astype(jnp.float32).sum(1).astype(x.dtype)
 
     def activation(self, gate_up: jax.Array) -> jax.Array:

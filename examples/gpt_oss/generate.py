@@ -29,8 +29,8 @@ class Decoder:
 
     The model is split once, and its parameters are arguments of both functions. The cache is donated: each step writes
     into the buffers of the one before. A step is one call of a jitted function from Python, its layers unrolled, and
-    not a `jax.lax.scan` over steps: on a GPU, XLA captures straight-line code in CUDA graphs, the addresses of the
-    buffers stay the same from step to step, and the host, which waits for no result, runs ahead of the device.
+    not a `jax.lax.scan` over steps: straight-line code on buffers that stay where they are is what XLA can capture in
+    CUDA graphs, and the host, which waits for no result, can run ahead of the device.
     """
 
     def __init__(self, model: GptOss, *, length: int):
