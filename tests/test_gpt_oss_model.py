@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import jax_router as jr
 from examples.gpt_oss import generate
 from examples.gpt_oss.config import Config, Yarn
 from examples.gpt_oss.experts import Experts
-from examples.gpt_oss.model import GptOss, expected_tensors, from_tensors, named_tensors
+from examples.gpt_oss.model import MLP, GptOss, expected_tensors, from_tensors, named_tensors
 
 CONFIG = replace(cases.CONFIG, num_hidden_layers=2, layer_types=())
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -104,6 +105,22 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
         bound[token] += weight * (error @ np.abs(out) + (48 + 2 + 5) * UNIT * magnitude)
     assert clamped > 10
     assert (np.abs(computed - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_logits_and_weights_are_rounded_to_the_dtype_of_the_model_on_request_alone(rounded: bool) -> None:
+    options = {"implementation": "xla", "dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    mlp = MLP(replace(CONFIG, initializer_range=0.2), round_logits=rounded, **options)
+    x = jax.random.normal(jax.random.key(0), (1, 5, 64), jnp.bfloat16)
+    mixed, routing = mlp(x)
+    logits = jr.router_gemm(x[0], mlp.router.kernel[...], mlp.router.bias[...], implementation="xla")
+    if rounded:
+        logits = jax.lax.reduce_precision(logits, 8, 7)
+    highest, experts = jax.lax.top_k(logits, 4)
+    np.testing.assert_array_equal(routing.experts, experts)
+    np.testing.assert_allclose(routing.weights, jax.nn.softmax(highest), rtol=8 * UNIT)  # exp, sum and division
+    weights = routing.weights.astype(jnp.bfloat16 if rounded else jnp.float32)
+    np.testing.assert_array_equal(mixed[0], mlp.experts(x[0], experts, weights))
 
 
 def test_parameters_are_named_and_laid_out_as_in_a_checkpoint() -> None:
