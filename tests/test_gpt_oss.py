@@ -186,7 +186,7 @@ def test_no_selection_and_no_token_of_these_tests_hangs_on_rounding(dtype, refer
     [
         Config(),
         cases.CONFIG,
-        replace(cases.CONFIG, head_dim=8, yarn=Yarn(8.0, 32, 16.0, 2.0, truncate=True)),
+        replace(Config(), yarn=Yarn(16.0, 4096, 24.0, 2.0, truncate=True)),
         replace(cases.CONFIG, yarn=Yarn(8.0, 64, attention_factor=1.25)),
         replace(cases.CONFIG, yarn=Yarn(1.0, 64)),
     ],
