@@ -115,7 +115,15 @@ def test_a_shard_with_routers_that_is_missing_is_named(tmp_path: Path) -> None:
     refused(FileNotFoundError, r"^b\.safetensors is missing in .*, but has .*\. Expected .*; download ", tmp_path)
 
 
-@pytest.mark.parametrize(("index", "what"), [("{", "is no JSON: .*"), ({}, "has no weight_map"), ([], "has no weight")])
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [
+        ("{", "is no JSON: .*"),
+        ({}, "has no weight_map of file names"),
+        ([], "has no weight_map of file names"),
+        ({"weight_map": {WEIGHT: 1}}, "has no weight_map of file names"),
+    ],
+)
 def test_an_index_that_is_none_is_refused(index: Any, what: str, tmp_path: Path) -> None:
     write(tmp_path, {"a.safetensors": tensors()}, index=index)
     refused(ValueError, rf"^model\.safetensors\.index\.json in .* {what}.*\. Expected .*; download ", tmp_path)

@@ -5,21 +5,17 @@ Only the router tensors are read, and only the files that have them are opened: 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jax_router import checks, hf
+from jax_router import checks, hf, safetensors_files
 from jax_router.routing import RoutingSpec
 
-STORED = ("BF16", "F16", "F32")  # the dtypes of router tensors that are taken, as safetensors names them
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # Names of parts of a model whose routers are not those of its text model, and have another spec.
 OTHER_PARTS = re.compile(r"(^|\.)(talker|code2wav|visual|vision|audio)")
@@ -139,17 +135,14 @@ def routers(directory: str | Path) -> tuple[CheckpointRouter, ...]:
 
     Source: save_pretrained and conversion_mapping.py of transformers 5.23.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"directory is {str(directory)!r}, which is no directory. Expected one with config.json and *.safetensors; "
-            "pass the folder that a checkpoint was downloaded or saved to."
-        )
-    config = _json(directory / "config.json", "the configuration of the model; download or copy it too")
+    directory = safetensors_files.folder(directory)
+    config = safetensors_files.read_json(
+        directory / "config.json", "the configuration of the model; download or copy it too"
+    )
     spec = RoutingSpec.from_hf_config(config)
     model_type, part = hf.text_model(config)
     hidden = hf.read_field(config if model_type == "dbrx" else part, model_type, ("hidden_size", "d_model"))
-    files = _files(directory)
+    files = safetensors_files.tensor_files(directory)
     found = list(_find(files, model_type))
     if not found:
         names = " or ".join(f"layers.N.{layout.weight}" for layout in LAYOUTS if model_type in layout.families)
@@ -215,69 +208,6 @@ def activations(path: str | Path, hidden: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(-1, hidden))
 
 
-def _json(file: Path, what: str) -> Any:
-    """What a JSON file has; `what` it is and what to do complete the message."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.name} is missing in {str(file.parent)!r}. Expected {what}.") from None
-    except ValueError as error:
-        raise ValueError(f"{file.name} in {str(file.parent)!r} is no JSON: {error}. Expected {what}.") from None
-
-
-def _files(directory: Path) -> Mapping[str, Path]:
-    """The file of every tensor, found as transformers finds it: model.safetensors, the index, or else all there are."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if index.exists() and not single.exists():
-        what = "the index of the shards, with a weight_map; download it again"
-        content = _json(index, what)
-        names = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(names, dict):
-            raise ValueError(f"{index.name} in {str(directory)!r} has no weight_map. Expected {what}.")
-        return {name: directory / shard for name, shard in names.items()}
-    found: dict[str, Path] = {}
-    for file in [single] if single.exists() else sorted(directory.glob("*.safetensors")):
-        with _open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118, it is no mapping
-                if name in found:
-                    raise ValueError(
-                        f"{name} is both in {found[name].name} and in {file.name} of {str(directory)!r}. Expected "
-                        "every tensor once; move the files of one checkpoint away, or add model.safetensors.index.json."
-                    )
-                found[name] = file
-    if not found:
-        raise FileNotFoundError(
-            f"directory is {str(directory)!r}, which has no tensors in *.safetensors. Expected model.safetensors or "
-            "shards; download them, or save the model with save_pretrained."
-        )
-    return found
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """A safetensors file, of which nothing but the table of its tensors is read yet."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(
-            'reading a checkpoint needs safetensors, which is missing. Run pip install ".[verify]" in the checkout of '
-            "jax_router."
-        ) from error
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file.name} is missing in {str(file.parent)!r}, but has routers by model.safetensors.index.json. "
-            "Expected every shard that has; download it too."
-        )
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file.name} in {str(file.parent)!r} is no whole safetensors file: {error}. Expected one; download it "
-            "again."
-        ) from None
-
-
 def _find(files: Mapping[str, Path], model_type: str) -> Iterator[tuple[Layout, int, dict[str, str]]]:
     """The layout, the layer and the tensors of every router by their role, in the order of the layers."""
     found = []
@@ -305,22 +235,11 @@ def _find(files: Mapping[str, Path], model_type: str) -> Iterator[tuple[Layout, 
 def _tensors(files: Mapping[str, Path]) -> dict[str, np.ndarray]:
     """These tensors and no others, each file opened once."""
     tensors = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as opened:
-            present = set(opened.keys())
-            for name in (name for name in files if files[name] == file):
-                if name not in present:
-                    raise ValueError(
-                        f"{name} is not in {file.name}, where model.safetensors.index.json has it. Expected an index "
-                        "of these shards; download both again."
-                    )
-                dtype = opened.get_slice(name).get_dtype()
-                if dtype not in STORED:
-                    raise ValueError(
-                        f"{name} is stored as {dtype} in {file.name}. Expected {', '.join(STORED)}; save the model "
-                        "with its router dequantized."
-                    )
-                tensors[name] = opened.get_tensor(name)
+    for file, names in safetensors_files.by_file(files).items():
+        with safetensors_files.opened(file, names) as stored:
+            for name in names:
+                safetensors_files.stored_as(name, stored.get_slice(name).get_dtype(), file)
+                tensors[name] = stored.get_tensor(name)
     return tensors
 
 

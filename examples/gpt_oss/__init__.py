@@ -1,0 +1,1 @@
+"""gpt-oss in JAX, read from Hugging Face checkpoints."""

@@ -1,0 +1,71 @@
+"""The experts: a clamped SwiGLU between two products, computed by pairs of token and expert."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from examples.gpt_oss.config import Config
+from examples.gpt_oss.layers import contract, normal
+
+
+class Experts(nnx.Module):
+    """All experts of a layer; parameters named and laid out as in the checkpoint, MXFP4 dequantized."""
+
+    def __init__(self, config: Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        deviation = config.initializer_range
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.gate_up_proj = normal((experts, hidden, 2 * width), deviation, dtype, rngs)
+        self.gate_up_proj_bias = nnx.Param(jnp.zeros((experts, 2 * width), dtype))
+        self.down_proj = normal((experts, width, hidden), deviation, dtype, rngs)
+        self.down_proj_bias = nnx.Param(jnp.zeros((experts, hidden), dtype))
+
+    def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
+        """The weighted sum of each token's experts, `[T, H]` in x's dtype.
+
+        Args:
+          x: `[T, H]`.
+          experts: int32 `[T, k]`.
+          weights: `[T, k]`. The products with them are in their dtype, the sums in float32.
+
+        Up to as many pairs as there are experts, the weights of each pair's expert are gathered, and experts that
+        nobody selected are not read. With more pairs they are sorted by expert for `jax.lax.ragged_dot`.
+        """
+        tokens, top_k = experts.shape
+        pairs = experts.reshape(-1)
+        count = self.gate_up_proj.shape[0]
+        gather = pairs.size <= count
+        if gather:
+            of_rows, rows = pairs, jnp.repeat(x, top_k, axis=0)
+        else:
+            order = jnp.argsort(pairs)
+            of_rows, rows = pairs[order], x[order // top_k]
+
+        def product(rows: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+            if gather:
+                result = contract("nh,nhi->ni", rows, weight[of_rows])
+            else:
+                result = jax.lax.ragged_dot(
+                    rows,
+                    weight,
+                    jnp.bincount(pairs, length=count),
+                    precision=jax.lax.Precision.HIGHEST,
+                    preferred_element_type=jnp.float32,
+                )
+            return result.astype(rows.dtype) + bias[of_rows]
+
+        gate_up = product(rows, self.gate_up_proj[...], self.gate_up_proj_bias[...])
+        outputs = product(self.activation(gate_up), self.down_proj[...], self.down_proj_bias[...])
+        if not gather:
+            outputs = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+        weighted = outputs.reshape(tokens, top_k, -1).astype(weights.dtype) * weights[..., None]
+        return weighted.astype(jnp.float32).sum(1).astype(x.dtype)
+
+    def activation(self, gate_up: jax.Array) -> jax.Array:
+        """(up + 1) gate sigmoid(alpha gate) of `[..., 2I]` with gate and up interleaved, both clamped before."""
+        gate = jnp.minimum(gate_up[..., ::2], self.limit)
+        up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
+        return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))

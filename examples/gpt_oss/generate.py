@@ -1,0 +1,106 @@
+"""Greedy decoding with a cache: one jitted function reads the prompt, another one makes every further token."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from examples.gpt_oss.model import Cache, GptOss
+
+
+class Decoded(NamedTuple):
+    """The next token of every sequence."""
+
+    tokens: jax.Array  # int32 [B]
+    logits: jax.Array  # [B, V], of which it is the highest
+    cache: Cache
+
+
+class Decoder:
+    """A model's two compiled functions, for sequences of up to `length` tokens.
+
+    The model is split once, and its parameters are arguments of both functions. The cache is donated: each step writes
+    into the buffers of the one before. A step is one call of a jitted function from Python, its layers unrolled, and
+    not a `jax.lax.scan` over steps: straight-line code on buffers that stay where they are is what XLA can capture in
+    CUDA graphs, and the host, which waits for no result, can run ahead of the device.
+    """
+
+    def __init__(self, model: GptOss, *, length: int):
+        self.config, self.dtype, self.length = model.config, model.dtype, length
+        graph, self.state = nnx.split(model)
+        self.prefill, self.step = _compiled(graph)
+
+    def decode(self, prompt: ArrayLike) -> Iterator[Decoded]:
+        """Token after token behind prompts `[B, T]` of one length, until `length` is reached; none is waited for."""
+        prompt = jnp.asarray(prompt, jnp.int32)
+        batch, tokens = prompt.shape
+        decoded = self.prefill(self.state, prompt, Cache.empty(self.config, batch, self.length, self.dtype))
+        yield decoded
+        for _ in range(self.length - tokens):
+            decoded = self.step(self.state, decoded.tokens, decoded.cache)
+            yield decoded
+
+
+@functools.cache
+def _compiled(graph: nnx.GraphDef[GptOss]) -> tuple[Callable[..., Decoded], Callable[..., Decoded]]:
+    """(state, prompt [B, T], cache) and (state, tokens [B], cache) to what is decoded; once for all alike models."""
+
+    def decoded(state: nnx.State, ids: jax.Array, cache: Cache, decode: bool) -> Decoded:
+        output = nnx.merge(graph, state)(ids, cache, decode=decode, last_only=True)
+        logits = output.logits[:, 0]
+        assert output.cache is not None
+        return Decoded(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, output.cache)
+
+    def prefill(state: nnx.State, prompt: jax.Array, cache: Cache) -> Decoded:
+        return decoded(state, prompt, cache, decode=False)
+
+    def step(state: nnx.State, tokens: jax.Array, cache: Cache) -> Decoded:
+        return decoded(state, tokens[:, None], cache, decode=True)
+
+    return jax.jit(prefill, donate_argnums=2), jax.jit(step, donate_argnums=2)
+
+
+def stream(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int] = ()) -> Iterator[np.ndarray]:
+    """Greedy continuations, token after token: int32 `[B]` each.
+
+    Args:
+      prompt: token ids `[B, T]`: B prompts of one length, without padding.
+      steps: how many tokens to make at most.
+      end: ids of which one ends a sequence. A sequence that has ended goes on while others have not; what comes
+        behind the first of these ids is to be ignored.
+
+    Raises:
+      ValueError: a prompt that has no token, or an id that is not in the vocabulary; steps is not positive.
+    """
+    ids = np.asarray(prompt)
+    vocabulary = model.config.vocab_size
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"prompt is {ids.dtype} of shape {ids.shape}. Expected integers [B, T], one or more.")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(f"prompt has ids from {ids.min()} to {ids.max()}. Expected ids in [0, {vocabulary}).")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}. Expected at least 1.")
+    decoder = Decoder(model, length=ids.shape[1] + steps - 1)
+    ended = np.zeros(ids.shape[0], bool)
+    of_step = (decoded.tokens for decoded in decoder.decode(ids))
+    made = next(of_step)
+    for following in itertools.chain(of_step, [None]):  # the device makes it while the host looks at the one before
+        tokens = np.asarray(made)
+        yield tokens
+        ended |= np.isin(tokens, list(end))
+        if following is None or ended.all():
+            return
+        made = following
+
+
+def generate(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int] = ()) -> np.ndarray:
+    """All that `stream` yields: int32 `[B, steps]`, or fewer columns where every sequence has ended."""
+    return np.stack(list(stream(model, prompt, steps, end=end)), axis=1)

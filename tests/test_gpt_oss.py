@@ -1,0 +1,211 @@
+"""The example gpt-oss computes what transformers' GptOssForCausalLM computes from the same checkpoint.
+
+Every comparison has the same model in float64 as its judge. Both sides round at the same places, to the same dtypes,
+and differ in the order of their sums, so the RMS error of one is that of the other but for a bit: at most twice as
+large. The largest error is that of one element, of few that differ much, since tokens recur: a bit more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import gpt_oss_cases as cases  # noqa: E402
+
+from examples.gpt_oss import rotary  # noqa: E402
+from examples.gpt_oss.config import Config, Yarn  # noqa: E402
+from examples.gpt_oss.generate import Decoder  # noqa: E402
+from examples.gpt_oss.model import GptOss, Output, load  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+STEPS = 200
+RMS, LARGEST = 2, 4  # the errors here, at most, in those of transformers
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+BY_DTYPE = {"float32": ("xla", "cuda"), "bfloat16": ("xla", "cuda", "pallas")}
+CASES = [
+    pytest.param(dtype, implementation, rounded, marks=[] if implementation == "xla" else [pytest.mark.gpu])
+    for dtype, implementations in BY_DTYPE.items()
+    for implementation in implementations
+    for rounded in ((False,) if dtype == "float32" else (False, True))
+]
+
+
+class Reference(NamedTuple):
+    """transformers in one dtype, on the prompt and the tokens that it makes of it, everything widened to float64."""
+
+    layers: list[np.ndarray]  # [T, H] that each layer returns
+    router_logits: list[np.ndarray]  # [T, E]
+    logits: np.ndarray  # [T, V]
+    tokens: np.ndarray | None  # [STEPS] of its greedy decoding with its cache
+
+
+class Ours(NamedTuple):
+    model: GptOss
+    output: Output  # of prompt and tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch is slower with threads at this size, and other tests have the other cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved by transformers in several files with their index."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**cases.hf_fields(cases.CONFIG)))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in cases.tensors().items()})
+    model.save_pretrained(directory, max_shard_size="100KB")
+    assert len(list(directory.glob("model-*-of-*.safetensors"))) > 2
+    return directory
+
+
+@pytest.fixture(scope="module")
+def references(checkpoint: Path) -> dict[str, Reference]:
+    """By dtype. The tokens are made in float32 and bfloat16, and read in float64 as well."""
+    models = {
+        name: transformers.GptOssForCausalLM.from_pretrained(
+            checkpoint, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        for name, dtype in DTYPES.items()
+    }
+    # transformers turns heads by float32 angles in every dtype; the judge does it in float64.
+    rotary_embedding = models["float64"].model.rotary_emb
+
+    def rotate_in_float64(x: Any, position_ids: Any) -> tuple[Any, Any]:
+        angles = position_ids[..., None].double() * rotary_embedding.original_inv_freq.double()
+        scale = rotary_embedding.attention_scaling
+        return angles.cos() * scale, angles.sin() * scale
+
+    rotary_embedding.forward = rotate_in_float64
+    prompt = torch.tensor(cases.PROMPT)[None]
+    made = {
+        name: models[name].generate(prompt, do_sample=False, min_new_tokens=STEPS, max_new_tokens=STEPS)[0]
+        for name in BY_DTYPE
+    }
+    return {name: read(model, made["float32"], made.get(name)) for name, model in models.items()}
+
+
+def read(model: Any, ids: Any, made: Any) -> Reference:
+    layers: list[np.ndarray] = []
+
+    def widened(tensor: Any) -> np.ndarray:
+        return tensor.detach().double().numpy()
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: layers.append(widened(output[0])))
+    with torch.no_grad():
+        output = model(ids[None], output_router_logits=True)
+    tokens = None if made is None else made[len(cases.PROMPT) :].numpy()
+    return Reference(layers, list(map(widened, output.router_logits)), widened(output.logits[0]), tokens)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path, references: dict[str, Reference], request: pytest.FixtureRequest) -> Ours:
+    """The example's model of a case, and what it computes of prompt and tokens."""
+    dtype, implementation, rounded = request.param
+    model = load(checkpoint, dtype=dtype, implementation=implementation, round_logits=rounded)
+    ids = np.concatenate((cases.PROMPT, references["float32"].tokens))
+    graph, state = nnx.split(model)
+    return Ours(model, jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, jnp.asarray(ids[None])))
+
+
+def in_cases(*, rounded: tuple[bool, ...]) -> Callable[[Any], Any]:
+    """Run a test with `ours` of every case, which stands in `case`."""
+    chosen = [case for case in CASES if case.values[2] in rounded]
+    both = [pytest.param(*[case.values] * 2, marks=case.marks, id="-".join(map(str, case.values))) for case in chosen]
+    return pytest.mark.parametrize(("ours", "case"), both, indirect=["ours"], scope="module")
+
+
+def assert_as_near(mine: Any, theirs: np.ndarray, exact: np.ndarray) -> None:
+    """The errors are at most RMS and LARGEST times those of transformers."""
+    own, other = (np.abs(np.asarray(each, np.float64).reshape(exact.shape) - exact) for each in (mine, theirs))
+    assert np.sqrt((own**2).mean()) <= RMS * np.sqrt((other**2).mean())
+    assert own.max() <= LARGEST * other.max()
+
+
+@in_cases(rounded=(False, True))
+def test_hidden_states_and_logits_are_as_near_to_float64_as_those_of_transformers(ours, case, references) -> None:
+    exact, theirs = references["float64"], references[case[0]]
+    output = ours.output
+    for mine, other, true in zip(output.hidden_states[1:], theirs.layers, exact.layers, strict=True):
+        assert_as_near(mine, other, true)
+    assert_as_near(output.logits, theirs.logits, exact.logits)
+
+
+@in_cases(rounded=(False, True))
+def test_every_token_goes_to_the_experts_of_transformers_in_every_layer(ours, case, references) -> None:
+    top_k = cases.CONFIG.num_experts_per_tok
+    selected = [np.argsort(-logits, kind="stable")[:, :top_k] for logits in references[case[0]].router_logits]
+    assert len({tuple(sorted(experts)) for layer in selected for experts in layer}) > 20
+    for mine, other in zip(ours.output.routings, selected, strict=True):
+        np.testing.assert_array_equal(np.sort(mine.experts), np.sort(other))
+
+
+@in_cases(rounded=(False,))
+def test_greedy_decoding_with_the_cache_makes_the_tokens_of_transformers(ours, case, references) -> None:
+    decoder = Decoder(ours.model, length=len(cases.PROMPT) + STEPS - 1)
+    decoded = [(each.tokens[0], each.logits[0]) for each in decoder.decode(cases.PROMPT[None])]
+    tokens, logits = map(np.stack, zip(*decoded, strict=True))
+    np.testing.assert_array_equal(tokens, references[case[0]].tokens)
+    theirs, exact = (references[name].logits[len(cases.PROMPT) - 1 : -1] for name in (case[0], "float64"))
+    assert_as_near(logits, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", BY_DTYPE)
+def test_no_selection_and_no_token_of_these_tests_hangs_on_rounding(dtype, references) -> None:
+    """In float64 experts differ by more than twice the error of transformers' router logits, and tokens by more than
+    twice the error that is allowed here: rounding moves neither side of a gap beyond the other."""
+    exact, rounded = references["float64"], references[dtype]
+    top_k = cases.CONFIG.num_experts_per_tok
+    for true, other in zip(exact.router_logits, rounded.router_logits, strict=True):
+        ranked = np.sort(true)[:, ::-1]
+        assert (ranked[:, top_k - 1] - ranked[:, top_k] > 2 * np.abs(other - true).max()).all()
+    ranked = np.sort(exact.logits[len(cases.PROMPT) - 1 : -1])
+    assert (ranked[:, -1] - ranked[:, -2]).min() > 2 * LARGEST * np.abs(rounded.logits - exact.logits).max()
+    assert len(set(rounded.tokens)) > 8
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        cases.CONFIG,
+        replace(Config(), yarn=Yarn(16.0, 4096, 24.0, 2.0, truncate=True)),
+        replace(cases.CONFIG, yarn=Yarn(8.0, 64, attention_factor=1.25)),
+        replace(cases.CONFIG, yarn=Yarn(1.0, 64)),
+    ],
+    ids=["gpt-oss-20b", "small", "truncated", "attention factor", "factor 1"],
+)
+def test_the_rotary_embedding_has_the_frequencies_and_the_scale_of_transformers(config: Config) -> None:
+    """transformers rounds to float32 at up to six steps behind a power that is good to one ulp; here it is once."""
+    hf = transformers.GptOssConfig(**cases.hf_fields(config))
+    frequencies, scale = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](hf)
+    np.testing.assert_allclose(rotary.inverse_frequencies(config), frequencies.numpy(), rtol=8 * 2**-24, atol=0)
+    assert config.yarn is not None
+    assert config.yarn.scale == scale
+
+
+def test_the_rotary_embedding_without_scaling_has_the_frequencies_of_transformers() -> None:
+    hf = transformers.GptOssConfig(**cases.hf_fields(cases.CONFIG))
+    theta = 500.0
+    hf.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    embedding = transformers.models.gpt_oss.modeling_gpt_oss.GptOssRotaryEmbedding(hf)
+    found = rotary.inverse_frequencies(replace(cases.CONFIG, rope_theta=theta, yarn=None))
+    np.testing.assert_allclose(found, embedding.inv_freq.numpy(), rtol=4 * 2**-24, atol=0)
+    assert embedding.attention_scaling == 1

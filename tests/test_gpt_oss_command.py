@@ -1,0 +1,188 @@
+"""The commands of the example gpt-oss: decoding a checkpoint, and the benchmark of decode steps."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpt_oss_cases as cases
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors")
+typer_testing = pytest.importorskip("typer.testing")
+
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+from examples.gpt_oss import __main__ as command_line  # noqa: E402
+from examples.gpt_oss import benchmark  # noqa: E402
+from examples.gpt_oss.config import Config  # noqa: E402
+from examples.gpt_oss.generate import generate  # noqa: E402
+from examples.gpt_oss.model import load  # noqa: E402
+
+CONFIG = replace(cases.CONFIG, num_hidden_layers=1, layer_types=(), eos_token_ids=(61, 63))
+pytestmark = pytest.mark.usefixtures("compiled_in_haste")
+PROMPT = ",".join(map(str, cases.PROMPT))
+
+
+def run(*arguments: Any) -> Any:
+    return typer_testing.CliRunner().invoke(command_line.app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    (directory / "config.json").write_text(json.dumps(cases.hf_fields(CONFIG)))
+    save_file(cases.tensors(CONFIG), directory / "model.safetensors")
+    return directory
+
+
+def test_generate_prints_the_ids_of_greedy_decoding_and_loading_shows_its_progress(checkpoint: Path) -> None:
+    result = run("generate", checkpoint, "--prompt-ids", PROMPT, "--steps", 5, "--implementation", "xla")
+    assert result.exit_code == 0, result.output
+    progress = Progress(console=Console(quiet=True))
+    model = load(checkpoint, implementation="xla", progress=progress)
+    assert progress.finished
+    [made] = generate(model, cases.PROMPT[None], 5)
+    assert result.stdout.split() == list(map(str, made))
+
+
+def test_generate_ends_at_the_ids_of_the_config(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(model: Any, prompt: np.ndarray, steps: int, *, end: tuple[int, ...]) -> Iterator[np.ndarray]:
+        return iter([np.array([each]) for each in end])
+
+    monkeypatch.setattr(command_line, "stream", ends)
+    assert run("generate", checkpoint, "--prompt-ids", PROMPT).stdout.split() == ["61", "63"]
+
+
+def test_generate_reads_and_writes_text_with_the_tokenizer_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(checkpoint / name)
+    words = {f"w{index}": index for index in range(CONFIG.vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = "--steps", 5, "--implementation", "xla"
+    ids = run("generate", tmp_path, "--prompt-ids", PROMPT, *options).stdout.split()
+    text = " ".join(f"w{index}" for index in cases.PROMPT)
+    said = run("generate", tmp_path, "--text", text, *options).stdout.splitlines()
+    assert said == [" ".join(ids) + " ", " ".join(f"w{index}" for index in ids)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt-ids and --text: expected one of the two"),
+        (["--prompt-ids", "1", "--text", "a"], "--prompt-ids and --text: expected one of the two"),
+        (["--prompt-ids", "1,a"], "--prompt-ids is '1,a'. Expected token ids, separated by commas"),
+        (["--prompt-ids", "1,64"], "prompt has ids from 1 to 64"),
+        (["--prompt-ids", "1", "--dtype", "int8"], "int8"),
+        (["--prompt-ids", "1", "--implementation", "none"], "implementation"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_its_arguments(checkpoint: Path, arguments: list[str], message: str) -> None:
+    result = run("generate", checkpoint, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.lstrip().startswith("gpt_oss generate: ")
+    assert message in result.stderr
+
+
+def test_generate_says_what_a_checkpoint_lacks(checkpoint: Path, tmp_path: Path) -> None:
+    assert "config.json cannot be read" in run("generate", tmp_path, "--prompt-ids", "1").stderr
+    (tmp_path / "config.json").symlink_to(checkpoint / "config.json")
+    assert "tokenizer.json, which is not there" in _no_tokenizer(tmp_path)
+    lacking = run("generate", tmp_path, "--prompt-ids", "1")
+    assert lacking.exit_code == 2
+    assert "safetensors" in lacking.stderr
+
+
+def _no_tokenizer(directory: Path) -> str:
+    pytest.importorskip("tokenizers")
+    return run("generate", directory, "--text", "a").stderr
+
+
+def test_generate_that_is_interrupted_has_printed_what_it_made(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+        yield np.array([7])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "stream", interrupted)
+    result = run("generate", checkpoint, "--prompt-ids", "1")
+    assert (result.exit_code, result.stdout.split()) == (130, ["7"])
+    assert "interrupted" in result.stderr
+
+
+@pytest.mark.parametrize("implementations", ["xla", pytest.param("xla,cuda", marks=pytest.mark.gpu)])
+def test_the_benchmark_writes_a_row_per_block_and_a_summary(
+    checkpoint: Path, tmp_path: Path, implementations: str
+) -> None:
+    rows_file = tmp_path / "rows.jsonl"
+    options = {"tokens": 2, "context": 8, "implementations": implementations, "rounds": 2, "steps": 3}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    result = run("benchmark", "--config", checkpoint, *arguments, "--output", rows_file)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    names = implementations.split(",")
+    assert [(row["kind"], row["implementation"]) for row in rows] == [
+        *(("block", name) for turn in (names, names[::-1]) for name in turn),
+        *(("summary", name) for name in names),
+    ]
+    for row in rows:
+        assert row["config"]["hidden_size"] == CONFIG.hidden_size
+        assert len(row["provenance"]["source_hash"]) == 64
+        assert (row["tokens_per_step"], row["context"], row["steps"]) == (2, 8, 3)
+        if row["kind"] == "block":
+            assert np.shape(row["tokens"]) == (benchmark.WARM_UP + 3, 2)
+            assert row["tokens"] == rows[0]["tokens"]
+            assert row["ms_per_step"] >= row["host_ms_per_step"] > 0
+        else:
+            assert (row["tokens_differing"], row["sequences_differing"], row["rounds"]) == (0, 0, 2)
+
+
+def test_the_benchmark_of_gpt_oss_20b_has_its_dimensions() -> None:
+    assert benchmark._config(None, None) == Config()
+    assert benchmark._config(None, 3).layer_types == Config().layer_types[:3]
+
+
+def test_the_summary_compares_blocks_of_one_round_and_counts_tokens_that_differ() -> None:
+    def block(name: str, number: int, time: float, tokens: list[list[int]]) -> dict[str, Any]:
+        times = {"ms_per_step": time, "host_ms_per_step": time / 2}
+        return {"kind": "block", "implementation": name, "round": number, "tokens": tokens, **times}
+
+    same, other = [[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 9], [5, 8]]
+    blocks = [block("xla", 0, 2.0, same), block("cuda", 0, 1.0, same)]
+    blocks += [block("cuda", 1, 3.0, other), block("xla", 1, 4.0, same), block("xla", 2, 8.0, same)]
+    xla, cuda = benchmark.summarize(blocks, batch=2)
+    assert (xla["ms_per_step"]["median"], xla["tokens_differing"], xla["ratio"]["max"]) == (4.0, 0, 1.0)
+    assert cuda["ratio"] == {"min": 0.5, "quartile_1": 0.5625, "median": 0.625, "quartile_3": 0.6875, "max": 0.75}
+    assert cuda["tokens_per_second"]["max"] == 2000.0
+    assert (cuda["ratio_to"], cuda["tokens_differing"], cuda["sequences_differing"]) == ("xla", 2, 1)
+    console = Console(width=300, file=io.StringIO())
+    console.print(benchmark.table_of([xla, cuda]))
+    assert "0.6250 (0.5625 to 0.6875; 0.5000 to 0.7500) of xla" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", 0], "--steps is 0. Expected at least 1"),
+        (["--layers", 2], "--layers is 2. Expected 1 to 1"),
+        (["--implementations", "xla,,"], "--implementations is 'xla,,'. Expected different names"),
+        (["--implementations", "xla,xla"], "--implementations is 'xla,xla'. Expected different names"),
+    ],
+)
+def test_the_benchmark_says_what_is_wrong_with_its_arguments(
+    checkpoint: Path, tmp_path: Path, arguments: list[Any], message: str
+) -> None:
+    result = run("benchmark", "--config", checkpoint, "--output", tmp_path / "rows.jsonl", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
