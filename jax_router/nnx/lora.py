@@ -99,8 +99,9 @@ def _route_with_update(
 ) -> Routing:
     """The base's routing where a token has no update, else the specification of the sum; the gradient is of the sum.
 
-    The routing comes without a gradient. That of its logits is taken from another router GEMM, whose value nothing
-    reads, so that it is not computed: through `route` the weights' would go along, NaN where the base's weights are.
+    The routing comes without a gradient, and nothing is kept for one. That of its logits is taken from another router
+    GEMM, whose value nothing reads, so that it is not computed: through `route` the weights' would go along, NaN where
+    the base's weights are.
     """
     (x, *_), (correction_bias, expert_scale) = operands, vectors
     path = router_gemm(*operands, weight_layout=weight_layout, implementation="xla")
