@@ -153,9 +153,7 @@ class _LoRA(nnx.Module, Generic[Base]):
         def initial(initializer: Initializer, *shape: int) -> jax.Array:
             if num_adapters is None:
                 return initializer(rngs.params(), shape, self.param_dtype)
-            keys = jax.random.split(
-                rngs.params(), num_adapters
-            )  # each adapter as one alone: the fan-in is H, not n * H
+            keys = jax.random.split(rngs.params(), num_adapters)  # each as one alone: the fan-in is H, not n * H
             return jax.vmap(lambda key: initializer(key, shape, self.param_dtype))(keys)
 
         self.lora_a = nnx.LoRAParam(initial(a_initializer, base.hidden, rank), **a_metadata)
