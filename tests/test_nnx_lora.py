@@ -53,6 +53,11 @@ def test_the_update_is_added_to_the_logits(implementation) -> None:
     cases.assert_routing(with_adapter(base)(x, return_logits=True), truth, SPEC, **held)
     assert (truth != base(x, return_logits=True).logits).any(-1).all(), "a token without an update"
     assert with_adapter(base)(x).logits is None
+    in_16_bits = with_adapter(cases.gate())
+    lora_a, lora_b = (each.astype(BF16) for each in cases.matrices())
+    nnx.update(in_16_bits, {"lora_a": lora_a, "lora_b": lora_b})
+    exact = logits_in_float64(x, cases.parameters(), *cases.matrices())
+    np.testing.assert_array_equal(in_16_bits(x.astype(F32)), exact)
     for out_dtype in (F32, BF16):
         logits = with_adapter(cases.gate(implementation, BF16, out_dtype=out_dtype))(x)
         assert logits.dtype == out_dtype
@@ -63,33 +68,30 @@ def test_the_update_is_added_to_the_logits(implementation) -> None:
 def test_each_token_has_the_update_of_its_adapter_and_a_negative_one_none(implementation) -> None:
     x, held = cases.hidden_states(6, dtype=BF16), cases.parameters(BF16)
     base, truth = cases.router(implementation, BF16), logits_of_chosen(x, held)
-    layer = with_adapter(base, num_adapters=ADAPTERS)
-    routing = layer(x, adapter=CHOSEN, return_logits=True)
+    x, adapter = x.reshape(2, 3, HIDDEN), jnp.asarray(CHOSEN.reshape(2, 3), jnp.int8)
+    routing = with_adapter(base, num_adapters=ADAPTERS)(x, adapter=adapter, return_logits=True)
     cases.assert_routing(routing, truth, SPEC, **held)
-    without = jax.tree.map(lambda result: result[CHOSEN < 0], (routing, base(x, return_logits=True)))
+    without = jax.tree.map(lambda result: result[adapter < 0], (routing, base(x, return_logits=True)))
     assert_same(*without)
-    in_rows = layer(x.reshape(2, 3, HIDDEN), adapter=jnp.asarray(CHOSEN.reshape(2, 3), jnp.int8), return_logits=True)
-    cases.assert_routing(in_rows, truth, SPEC, **held)
     gate = with_adapter(cases.gate(implementation, BF16), num_adapters=ADAPTERS)
-    np.testing.assert_array_equal(gate(x, adapter=CHOSEN), truth)
+    np.testing.assert_array_equal(gate(x, adapter=adapter).reshape(6, EXPERTS), truth)
 
 
 @every_implementation
 def test_a_zero_adapter_has_every_bit_of_the_base(implementation) -> None:
     """Also beside infinities and NaN in x, and with an expert that its bias switches off."""
     x = cases.hidden_states(6, dtype=BF16).at[1, 3].set(jnp.inf).at[2, 5].set(jnp.nan)
-    for spec in (SPEC, jr.RoutingSpec(3, "softmax", renormalize=True)):
-        base = cases.router(implementation, BF16, spec=spec)
-        base.bias[...] = jnp.asarray(base.bias[...]).at[4].set(-jnp.inf)
-        plain = base(x, return_logits=True)
-        assert np.isnan(plain.logits).any()
-        assert (plain.logits[0] == -np.inf).any()
-        one, many = with_adapter(base), with_adapter(base, num_adapters=ADAPTERS)
-        one.lora_b[...] *= 0
-        assert_same(one(x, return_logits=True), plain)
-        assert_same(many(x, adapter=np.full(6, -1), return_logits=True), plain)
-        many.lora_b[...] = many.lora_b[...].at[1].set(0)
-        assert_same(many(x, adapter=np.full(6, 1), return_logits=True), plain)
+    base = cases.router(implementation, BF16, spec=jr.RoutingSpec(3, "softmax", renormalize=True))
+    base.bias[...] = jnp.asarray(base.bias[...]).at[4].set(-jnp.inf)
+    plain = base(x, return_logits=True)
+    assert np.isnan(plain.logits).any()
+    assert (plain.logits[0] == -np.inf).any()
+    one, many = with_adapter(base), with_adapter(base, num_adapters=ADAPTERS)
+    one.lora_b[...] *= 0
+    assert_same(one(x, return_logits=True), plain)
+    assert_same(many(x, adapter=np.full(6, -1), return_logits=True), plain)
+    many.lora_b[...] = many.lora_b[...].at[1].set(0)
+    assert_same(many(x, adapter=np.full(6, 1), return_logits=True), plain)
     gate = cases.gate(implementation, BF16)
     layer = with_adapter(gate)
     layer.lora_b[...] *= 0

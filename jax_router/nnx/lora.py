@@ -99,8 +99,9 @@ def _route_with_update(
 ) -> Routing:
     """The base's routing where a token has no update, else the specification of the sum; the gradient is of the sum.
 
-    The routing comes without a gradient. That of its logits is taken from another router GEMM, whose value nothing
-    reads, so that it is not computed: through `route` the weights' would go along, NaN where the base's weights are.
+    The routing comes without a gradient, and nothing is kept for one. That of its logits is taken from another router
+    GEMM, whose value nothing reads, so that it is not computed: through `route` the weights' would go along, NaN where
+    the base's weights are.
     """
     (x, *_), (correction_bias, expert_scale) = operands, vectors
     path = router_gemm(*operands, weight_layout=weight_layout, implementation="xla")
@@ -152,9 +153,7 @@ class _LoRA(nnx.Module, Generic[Base]):
         def initial(initializer: Initializer, *shape: int) -> jax.Array:
             if num_adapters is None:
                 return initializer(rngs.params(), shape, self.param_dtype)
-            keys = jax.random.split(
-                rngs.params(), num_adapters
-            )  # each adapter as one alone: the fan-in is H, not n * H
+            keys = jax.random.split(rngs.params(), num_adapters)  # each as one alone: the fan-in is H, not n * H
             return jax.vmap(lambda key: initializer(key, shape, self.param_dtype))(keys)
 
         self.lora_a = nnx.LoRAParam(initial(a_initializer, base.hidden, rank), **a_metadata)
