@@ -47,8 +47,9 @@ def test_decoding_with_the_cache_is_a_full_forward() -> None:
     """
     prompt = np.stack((cases.PROMPT, cases.PROMPT[::-1]))
     decoder = generate.Decoder(model(), length=prompt.shape[1] + STEPS - 1)
-    decoded = [(each.tokens, each.logits) for each in decoder.decode(prompt)]
-    tokens, logits = (np.stack(each, axis=1) for each in zip(*decoded, strict=True))
+    decoded = list(decoder.decode(prompt))
+    assert all(each.cache.layers[0].keys.is_deleted() for each in decoded[:-1]), "a step copies the cache"
+    tokens, logits = (np.stack(each, axis=1) for each in zip(*(each[:2] for each in decoded), strict=True))
     ids = np.concatenate((prompt, tokens), axis=1)
     full = full_forward(model(), ids)
     slack = 2 * 64**0.5 * BFLOAT16_TO_FLOAT32 * np.abs(full_forward(model("bfloat16"), ids) - full).max()
