@@ -148,6 +148,21 @@ def test_the_benchmark_writes_a_row_per_block_and_a_summary(
             assert (row["tokens_differing"], row["sequences_differing"], row["rounds"]) == (0, 0, 2)
 
 
+def test_a_benchmark_that_is_interrupted_keeps_its_rows(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
+        yield {"kind": "block"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure", interrupted)
+    rows_file = tmp_path / "rows.jsonl"
+    result = run("benchmark", "--config", checkpoint, "--output", rows_file)
+    assert result.exit_code == 130
+    assert f"what was measured is in {rows_file}" in result.stderr
+    assert [json.loads(line)["kind"] for line in rows_file.read_text().splitlines()] == ["block"]
+
+
 def test_the_benchmark_of_gpt_oss_20b_has_its_dimensions() -> None:
     assert benchmark._config(None, None) == Config()
     assert benchmark._config(None, 3).layer_types == Config().layer_types[:3]

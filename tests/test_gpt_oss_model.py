@@ -19,7 +19,7 @@ import jax_router as jr
 from examples.gpt_oss import generate
 from examples.gpt_oss.config import Config, Yarn
 from examples.gpt_oss.experts import Experts
-from examples.gpt_oss.model import MLP, GptOss, expected_tensors, from_tensors, named_tensors
+from examples.gpt_oss.model import GptOss, expected_tensors, from_tensors, named_tensors
 
 CONFIG = replace(cases.CONFIG, num_hidden_layers=2, layer_types=())
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -47,8 +47,9 @@ def test_decoding_with_the_cache_is_a_full_forward() -> None:
     """
     prompt = np.stack((cases.PROMPT, cases.PROMPT[::-1]))
     decoder = generate.Decoder(model(), length=prompt.shape[1] + STEPS - 1)
-    decoded = [(each.tokens, each.logits) for each in decoder.decode(prompt)]
-    tokens, logits = (np.stack(each, axis=1) for each in zip(*decoded, strict=True))
+    decoded = list(decoder.decode(prompt))
+    assert all(each.cache.layers[0].keys.is_deleted() for each in decoded[:-1]), "a step copies the cache"
+    tokens, logits = (np.stack(each, axis=1) for each in zip(*(each[:2] for each in decoded), strict=True))
     ids = np.concatenate((prompt, tokens), axis=1)
     full = full_forward(model(), ids)
     slack = 2 * 64**0.5 * BFLOAT16_TO_FLOAT32 * np.abs(full_forward(model("bfloat16"), ids) - full).max()
@@ -109,9 +110,8 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_logits_and_weights_are_rounded_to_the_dtype_of_the_model_on_request_alone(rounded: bool) -> None:
-    options = {"implementation": "xla", "dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
-    mlp = MLP(replace(CONFIG, initializer_range=0.2), round_logits=rounded, **options)
-    x = jax.random.normal(jax.random.key(0), (1, 5, 64), jnp.bfloat16)
+    mlp = model("bfloat16", round_logits=rounded, implementation="xla").model.layers[0].mlp
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 64)), jnp.bfloat16)
     mixed, routing = mlp(x)
     logits = jr.router_gemm(x[0], mlp.router.kernel[...], mlp.router.bias[...], implementation="xla")
     if rounded:

@@ -64,12 +64,9 @@ def measure(
 
     @jax.jit
     def cache() -> Cache:
-        shape = batch, length, config.num_key_value_heads, config.head_dim
-        keys = jax.random.split(key_of_cache, (config.num_hidden_layers, 2))
-        layers = (
-            LayerCache(*(jax.random.normal(key, shape, jnp.dtype(config.dtype)) for key in pair)) for pair in keys
-        )
-        return Cache(jnp.int32(context), tuple(layers))
+        shape = config.num_hidden_layers, 2, batch, length, config.num_key_value_heads, config.head_dim
+        drawn = jax.random.normal(key_of_cache, shape, jnp.dtype(config.dtype))
+        return Cache(jnp.int32(context), tuple(LayerCache(*pair) for pair in drawn))
 
     def block(decoder: Decoder) -> tuple[float, float, list[jax.Array]]:
         tokens, holding, made = start, cache(), []

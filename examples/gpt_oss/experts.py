@@ -43,18 +43,14 @@ class Experts(nnx.Module):
         else:
             order = jnp.argsort(pairs)
             of_rows, rows = pairs[order], x[order // top_k]
+            sizes = jnp.bincount(pairs, length=count)
 
         def product(rows: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
             if gather:
                 result = contract("nh,nhi->ni", rows, weight[of_rows])
             else:
-                result = jax.lax.ragged_dot(
-                    rows,
-                    weight,
-                    jnp.bincount(pairs, length=count),
-                    precision=jax.lax.Precision.HIGHEST,
-                    preferred_element_type=jnp.float32,
-                )
+                exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+                result = jax.lax.ragged_dot(rows, weight, sizes, **exact)
             return result.astype(rows.dtype) + bias[of_rows]
 
         gate_up = product(rows, self.gate_up_proj[...], self.gate_up_proj_bias[...])
