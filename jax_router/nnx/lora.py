@@ -108,7 +108,7 @@ def _route_with_update(
     logits, has_update = _with_update(_with_gradient_of(routing.logits, path), x, *adapters, scale=scale)
     rounded, rule = logits, replace(spec, round_logits=False)
     if spec.round_logits:
-        rounded = _with_gradient_of(round_logits(logits, x.dtype), logits)
+        rounded = round_logits(logits, x.dtype)
     experts = routing.experts
     if not replayed:
         _, selected = route_logits(jax.lax.stop_gradient(rounded), correction_bias, None, None, spec=rule)
