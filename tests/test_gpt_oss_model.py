@@ -40,7 +40,7 @@ def full_forward(of: GptOss, ids: np.ndarray) -> np.ndarray:
 
 
 def test_decoding_with_the_cache_is_a_full_forward() -> None:
-    """Two sequences, so that six of their tokens' pairs are gathered and those of the prompt are sorted by expert.
+    """Two sequences, whose pairs are sorted by expert; those of the one that tests/test_gpt_oss.py decodes are gathered.
 
     Both programs round where the model in bfloat16 does, and its distance to float32 tells what that comes to with its
     larger unit. In float32 each step of a sum rounds too, of 64 terms to sqrt(64) times the error of one rounding.
@@ -60,7 +60,7 @@ def test_decoding_with_the_cache_is_a_full_forward() -> None:
     assert len(np.unique(tokens)) > 4
 
 
-@pytest.mark.parametrize("tokens", [3, 4], ids=["gathered", "sorted"])
+@pytest.mark.parametrize("tokens", [1, 2], ids=["gathered", "sorted"])
 def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(tokens: int) -> None:
     """Against float64, with the error that every float32 operation can have carried to the result.
 
@@ -84,7 +84,7 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
     x, weights = drawn(tokens, 64), random.uniform(0.1, 1, (tokens, 4)).astype(np.float32)
     chosen = np.argsort(random.random((tokens, 12)))[:, :4].astype(np.int32)
     traced = jax.jit(lambda *operands: nnx.merge(*nnx.split(experts))(*operands)).trace(x, chosen, weights)
-    assert ("ragged_dot" in str(traced.jaxpr)) == (tokens * 4 > 12)
+    assert ("ragged_dot" in str(traced.jaxpr)) == (3 * tokens * 4 > 12)
     computed = np.asarray(traced.lower().compile()(x, chosen, weights), np.float64)
 
     exact, bound = np.zeros((2, tokens, 64))

@@ -27,7 +27,8 @@ class Decoded(NamedTuple):
 class Decoder:
     """A model's two compiled functions, for sequences of up to `length` tokens.
 
-    The model is split once, and its parameters are arguments of both functions. The cache is donated: each step writes
+    The model is split once, and its parameters are arguments of both functions, as a plain list: JAX takes an
+    `nnx.State` of a thousand arrays apart in milliseconds, at every call. The cache is donated: each step writes
     into the buffers of the one before. A step is one call of a jitted function from Python, its layers unrolled, and
     not a `jax.lax.scan` over steps: straight-line code on buffers that stay where they are is what XLA can capture in
     CUDA graphs, and the host, which waits for no result, can run ahead of the device.
@@ -35,35 +36,39 @@ class Decoder:
 
     def __init__(self, model: GptOss, *, length: int):
         self.config, self.dtype, self.length = model.config, model.dtype, length
-        graph, self.state = nnx.split(model)
-        self.prefill, self.step = _compiled(graph)
+        graph, state = nnx.split(model)
+        self.parameters, structure = jax.tree.flatten(state)
+        self.prefill, self.step = _compiled(graph, structure)
 
     def decode(self, prompt: ArrayLike) -> Iterator[Decoded]:
         """Token after token behind prompts `[B, T]` of one length, until `length` is reached; none is waited for."""
         prompt = jnp.asarray(prompt, jnp.int32)
         batch, tokens = prompt.shape
-        decoded = self.prefill(self.state, prompt, Cache.empty(self.config, batch, self.length, self.dtype))
+        decoded = self.prefill(self.parameters, prompt, Cache.empty(self.config, batch, self.length, self.dtype))
         yield decoded
         for _ in range(self.length - tokens):
-            decoded = self.step(self.state, decoded.tokens, decoded.cache)
+            decoded = self.step(self.parameters, decoded.tokens, decoded.cache)
             yield decoded
 
 
 @functools.cache
-def _compiled(graph: nnx.GraphDef[GptOss]) -> tuple[Callable[..., Decoded], Callable[..., Decoded]]:
-    """(state, prompt [B, T], cache) and (state, tokens [B], cache) to what is decoded; once for all alike models."""
+def _compiled(
+    graph: nnx.GraphDef[GptOss], structure: jax.tree_util.PyTreeDef
+) -> tuple[Callable[..., Decoded], Callable[..., Decoded]]:
+    """Of parameters and a prompt [B, T] or tokens [B] and a cache: what is decoded. Once for all alike models."""
 
-    def decoded(state: nnx.State, ids: jax.Array, cache: Cache, decode: bool) -> Decoded:
-        output = nnx.merge(graph, state)(ids, cache, decode=decode, last_only=True)
+    def decoded(parameters: list[jax.Array], ids: jax.Array, cache: Cache, decode: bool) -> Decoded:
+        model = nnx.merge(graph, jax.tree.unflatten(structure, parameters))
+        output = model(ids, cache, decode=decode, last_only=True)
         logits = output.logits[:, 0]
         assert output.cache is not None
         return Decoded(jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, output.cache)
 
-    def prefill(state: nnx.State, prompt: jax.Array, cache: Cache) -> Decoded:
-        return decoded(state, prompt, cache, decode=False)
+    def prefill(parameters: list[jax.Array], prompt: jax.Array, cache: Cache) -> Decoded:
+        return decoded(parameters, prompt, cache, decode=False)
 
-    def step(state: nnx.State, tokens: jax.Array, cache: Cache) -> Decoded:
-        return decoded(state, tokens[:, None], cache, decode=True)
+    def step(parameters: list[jax.Array], tokens: jax.Array, cache: Cache) -> Decoded:
+        return decoded(parameters, tokens[:, None], cache, decode=True)
 
     return jax.jit(prefill, donate_argnums=2), jax.jit(step, donate_argnums=2)
 

@@ -10,7 +10,13 @@ from jax.typing import DTypeLike
 
 def contract(equation: str, *operands: jax.Array) -> jax.Array:
     """`jnp.einsum` accumulated in float32, without TF32, and returned so."""
-    return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, *operands, precision=precision(*operands), preferred_element_type=jnp.float32)
+
+
+def precision(*operands: jax.Array) -> jax.lax.Precision:
+    """What keeps float32 from being multiplied as TF32. Products of 16 bits fit float32, and need nothing."""
+    in_float32 = any(each.dtype == jnp.float32 for each in operands)
+    return jax.lax.Precision.HIGHEST if in_float32 else jax.lax.Precision.DEFAULT
 
 
 def normal(shape: tuple[int, ...], deviation: float, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
