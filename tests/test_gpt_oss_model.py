@@ -40,7 +40,7 @@ def full_forward(of: GptOss, ids: np.ndarray) -> np.ndarray:
 
 
 def test_decoding_with_the_cache_is_a_full_forward() -> None:
-    """Two sequences, whose pairs are sorted by expert; those of the one that tests/test_gpt_oss.py decodes are gathered.
+    """Two sequences, whose pairs are sorted by expert; those of the one in tests/test_gpt_oss.py are gathered.
 
     Both programs round where the model in bfloat16 does, and its distance to float32 tells what that comes to with its
     larger unit. In float32 each step of a sum rounds too, of 64 terms to sqrt(64) times the error of one rounding.
