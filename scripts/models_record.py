@@ -3,7 +3,8 @@
     python scripts/models_record.py                 docs/results/models-h200.json, and .md as a page
     python scripts/models_record.py --no-decode     the tests alone; what the record has of decoding stays
 
-Of the tests a skipped one counts as a failure. Every part of the record has its own provenance.
+Of the tests a skipped one counts as a failure. Every part of the record has its own provenance, and a GPU may have a
+record of one part alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree as ET
 
+import jax
 import typer
 from rich.console import Console
 
@@ -57,7 +59,7 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status not in (0, 1):
             raise RuntimeError(f"pytest ended with {status}: nothing is recorded.")
-        return {"provenance": provenance(), **outcomes(report)}
+        return {"provenance": provenance(), "gpus": len(jax.local_devices()), **outcomes(report)}
 
 
 def run_decode(layers: int | None, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -93,16 +95,15 @@ def _blocks_of(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> list[fl
 def page(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     tests, decode = record.get("tests"), record.get("decode", [])
-    facts = (tests or decode[0])["provenance"]
-    lines = [
-        f"# Routers in models on {facts['gpu'] or 'a CPU'}",
-        "",
-        "Written by `python scripts/models_record.py`. "
-        + ", ".join(f"{name} {facts[name]}" for name in ("driver", "jax", "torch", "python", "nvcc") if facts[name])
-        + f"; {facts['date'][:10]}; sources `{facts['source_hash'][:12]}`.",
-    ]
+    gpu = (tests or decode[0])["provenance"]["gpu"]
+    lines = [f"# Routers in models on {gpu or 'a CPU'}", "", "Written by `python scripts/models_record.py`."]
     if tests is not None:
-        lines += ["", "## Tests", "", "| file | passed | of them with cuda | with pallas | failed | skipped |"]
+        lines += [
+            "",
+            f"## Tests, on {tests['gpus']} of them",
+            "",
+            "| file | passed | of them with cuda | with pallas | failed | skipped |",
+        ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         for file in sorted({name.split("::")[0] for ids in _by_outcome(tests).values() for name in ids}):
             ids = {
@@ -111,6 +112,7 @@ def page(record: dict[str, Any]) -> str:
             named = [sum(kernel in each for each in ids["passed"]) for kernel in ("cuda", "pallas")]
             counts = (len(ids["passed"]), *named, len(ids["failed"]), len(ids["skipped"]))
             lines.append(f"| {file} | {' | '.join(map(str, counts))} |")
+        lines += ["", _measured_with(tests["provenance"])]
     if decode:
         lines += ["", "## A decode step of gpt-oss with random weights in bfloat16", ""]
         config = decode[0]["config"]
@@ -127,7 +129,13 @@ def page(record: dict[str, Any]) -> str:
             cells = (_cell(row[name], digits) for name, digits in TABLE)
             differing = f"{row['tokens_differing']}, in {row['sequences_differing']} sequences"
             lines.append(f"| {row['tokens_per_step']} | {row['implementation']} | {' | '.join(cells)} | {differing} |")
+        lines += ["", _measured_with(decode[0]["provenance"])]
     return "\n".join(lines) + "\n"
+
+
+def _measured_with(facts: dict[str, Any]) -> str:
+    named = (f"{name} {facts[name]}" for name in ("driver", "jax", "torch", "python", "nvcc") if facts[name])
+    return f"{', '.join(named)}; {facts['date'][:10]}; sources `{facts['source_hash'][:12]}`."
 
 
 TABLE = (("ms_per_step", 3), ("tokens_per_second", 0), ("ratio", 4))
