@@ -61,6 +61,10 @@ def shards(axis_name: Any) -> int:
             f"axis_name is {describe(axis_name)}. Expected None, the name of an axis of the mesh or a tuple of names; "
             "pass the axes that experts are split over."
         )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"axis_name is {axis_name}. Expected every axis once; pass the axes that experts are split over."
+        )
     here = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
         if name not in here:
@@ -69,6 +73,23 @@ def shards(axis_name: Any) -> int:
                 "Expected axes of an enclosing jax.shard_map; leave it None under jit, where a sharded weight says it."
             )
     return math.prod(jax.lax.axis_size(name) for name in names)
+
+
+def same_along(axis_name: Any, **arrays: jax.Array | None) -> None:
+    """Check that arrays do not differ between the devices of the axes `axis_name`, as far as their types say it.
+
+    Raises:
+      ValueError: one does.
+    """
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    for name, array in arrays.items():
+        for axis in names:
+            if array is not None and axis in jax.typeof(array).manual_axis_type.varying:
+                raise ValueError(
+                    f"{name} varies over the axis {axis!r}, which axis_name names. Expected the same tokens on every "
+                    f"device that has some of their experts; gather {name} over {axis!r}, or split experts over "
+                    "another axis."
+                )
 
 
 def expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:

@@ -112,6 +112,8 @@ def decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any
         out_dtype=request.out_dtype,
         spec=request.spec,
     )
+    if not problem.symbolic and problem.tokens == 0:
+        return Decision("xla", None, request)  # nothing is launched
     choice = dispatch.resolve(problem, request.device, request.implementation)
     return Decision(choice.implementation, choice.config, request)
 
@@ -142,24 +144,35 @@ def _of_device(*operands: Any, request: Request) -> Any:
 def _of_shards(*operands: Any, request: Request, axis_name: tuple[str, ...]) -> Routing:
     logits = _of_device(*operands[:3], request=request.of_gemm)
     options = {"spec": request.spec, "dtype": operands[0].dtype.name, "return_logits": request.return_logits}
-    return partitioning.route_of_shards(logits, *operands[3:], **options, axis_name=axis_name)
+    return partitioning.route_of_shards(logits, *operands[3:], **options, axis_name=axis_name, invariant=False)
+
+
+def batched_by_xla(request: Request, in_axes: Sequence[int | None], *operands: Any) -> Any:
+    """The specification of a batch in which not only tokens differ: its GEMM by XLA, selection where tokens are."""
+    gemm = jax.vmap(Decision("xla", None, request.of_gemm).function("xla"), in_axes[:3])
+    logits = gemm(*operands[:3])
+    if request.spec is None:
+        return logits.astype(request.out_dtype)
+    correction_bias, expert_scale = (
+        vector if vector is None or axis is None else jnp.expand_dims(vector, range(1, logits.ndim - 1))
+        for vector, axis in zip(operands[3:5], in_axes[3:5], strict=True)
+    )
+    *_, experts = operands
+    if experts is not None and in_axes[5] is None:
+        experts = jnp.stack([experts] * logits.shape[0])
+    rule = {"spec": request.spec, "dtype": operands[0].dtype.name}
+    weights, selected = partitioning.route_by_tokens(logits, correction_bias, expert_scale, experts, **rule)
+    return Routing(weights, selected, logits if request.return_logits else None)
 
 
 def on_a_mesh(decision: Decision) -> Operation:
     """The operation, partitioned as `partitioning` says; logits of plain JAX are by XLA itself."""
-    computed, request = _computed(decision), decision.request
-    if decision.implementation == "xla" and request.spec is None:
-        return computed
+    request = decision.request
+    by_xla = decision.implementation == "xla" and request.spec is None
     return partitioning.partitioned(
-        computed,
-        functools.partial(_of_device, request=request),
+        _computed(decision),
+        None if by_xla else functools.partial(_of_device, request=request),
         None if request.spec is None else functools.partial(_of_shards, request=request),
         experts_axis=request.experts_axis,
         return_logits=request.return_logits,
     )
-
-
-def empty(request: Request, operands: Sequence[Any]) -> Any:
-    """The results for no tokens."""
-    results = jax.eval_shape(Decision("xla", None, request).function("xla"), *operands)
-    return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)

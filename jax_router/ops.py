@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_router import checks, checks_route, dispatch, implementations, partitioning
-from jax_router.computation import Decision, Operation, Request, decide, either, empty, on_a_mesh
+from jax_router.computation import Decision, Operation, Request, batched_by_xla, decide, either, on_a_mesh
 from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights, scale_of_experts
 
 BY_TOKEN = (0, partitioning.REPLAYED)  # the operands whose leading axes are tokens: x and experts
@@ -114,7 +114,8 @@ def route(
       axis_name: inside `jax.shard_map`, the axis or axes of the mesh that experts are split over, or None. Then weight,
         bias, correction_bias and expert_scale are those of this device's experts, E / n of them, and the results are
         of all experts, the same on every device of these axes, behind one all-gather of logits. Under jit on a mesh a
-        sharded weight says it by itself.
+        sharded weight says it by itself. x and experts must be the same on every device of these axes, which their
+        types say unless check_vma=False.
 
     Returns:
       `Routing(weights, experts, logits)`: float32 `[..., k]`, int32 `[..., k]` with the best expert first, and float32
@@ -130,8 +131,9 @@ def route(
         `implementation` no name.
       ValueError: shapes or dtypes that do not fit each other or are not taken; a spec that does not fit the number of
         experts; an id in experts that is out of range; an unknown layout or implementation; an axis_name outside of a
-        shard_map over it.
-      NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why.
+        shard_map over it, or an x that differs along it.
+      NotImplementedError: no implementation named by `implementation` takes this problem on this device; says why. On
+        a mesh what one device has is a problem of its own, and XLA says why while it compiles.
 
     Source: the routers of Hugging Face transformers, one `RoutingSpec` each; replay as in "Stabilizing MoE
     Reinforcement Learning by Aligning Training and Inference Routers" (arXiv 2510.11370).
@@ -139,6 +141,7 @@ def route(
     shards = checks_route.shards(axis_name)
     vectors = correction_bias, expert_scale, experts
     arrays = checks_route.route_inputs(x, weight, bias, spec, *vectors, weight_layout, shards)
+    checks_route.same_along(axis_name, x=arrays[0], experts=arrays[5])
     checks.flag("return_logits", return_logits)
     checks.implementation_names(implementation)
     request = Request.now(implementation, _device(*arrays[:2]), "float32", spec, return_logits, weight_layout)
@@ -146,7 +149,7 @@ def route(
         return _of_tokens(*arrays, request=request)
     logits = _of_tokens(*arrays[:3], request=request.of_gemm)
     rule = {"spec": spec, "dtype": arrays[0].dtype.name, "return_logits": return_logits}
-    return partitioning.route_of_shards(logits, *arrays[3:], **rule, axis_name=axis_name)
+    return partitioning.route_of_shards(logits, *arrays[3:], **rule, axis_name=axis_name, invariant=True)
 
 
 def _of_tokens(*operands: Any, request: Request) -> Any:
@@ -156,8 +159,6 @@ def _of_tokens(*operands: Any, request: Request) -> Any:
         ids = len(operands) > partitioning.REPLAYED and last is not None
         results = _of_tokens(x[None], *others, last[None] if ids else last, request=request)
         return jax.tree.map(lambda result: result[0], results)
-    if 0 in x.shape[:-1]:
-        return empty(request, operands)
     return _operation(decide(*operands, request))(*operands)
 
 
@@ -171,12 +172,10 @@ def _device(*arrays: jax.Array) -> dispatch.Device:
 @functools.cache
 def _forward(decision: Decision) -> Operation:
     """The batchable operation of one decision. Every result has the tokens of x as its leading axes."""
-    request, specification, computed = decision.request, decision.function("xla"), on_a_mesh(decision)
+    request, computed = decision.request, on_a_mesh(decision)
 
     @jax.custom_batching.custom_vmap
     def forward(*operands: Any) -> Any:
-        if 0 in operands[0].shape[:-1]:  # a vmap over an axis of size 0
-            return empty(request, operands)
         return computed(*operands)
 
     @forward.def_vmap
@@ -189,8 +188,6 @@ def _forward(decision: Decision) -> Operation:
             for index in BY_TOKEN:
                 if index < len(operands) and operands[index] is not None and not in_batched[index]:
                     tokens[index] = jnp.stack([operands[index]] * axis_size)
-            if 0 in tokens[0].shape[:-1]:
-                return all_batched(empty(request, tokens))
             return all_batched(_forward(decide(*tokens, request))(*tokens))  # for that many tokens
 
         def one_by_one(*operands: Any) -> Any:
@@ -204,7 +201,7 @@ def _forward(decision: Decision) -> Operation:
             return jax.lax.map(one, batched)
 
         in_axes = [0 if is_batched else None for is_batched in in_batched]
-        batched_specification = jax.vmap(specification, in_axes)
+        batched_specification = functools.partial(batched_by_xla, request, in_axes)
         if decision.implementation == "xla":
             return all_batched(batched_specification(*operands))
         batched = either(decision, one_by_one, batched_specification) if decision.portable else one_by_one
@@ -248,9 +245,19 @@ def _operation(decision: Decision) -> Operation:
     def router_gemm_fwd(*operands: Any) -> tuple[jax.Array, Any]:
         return operation(*operands), operands
 
+    def of_operands(operands: Any, cotangent: jax.Array) -> Any:
+        """The cotangents of x, weight and bias, each sharded as it is."""
+        mesh = jax.typeof(operands[0]).sharding.mesh
+
+        def pulled_back(cotangent: jax.Array, *operands: Any) -> Any:
+            _, pullback = jax.vjp(in_float32, *operands)
+            return pullback(cotangent)
+
+        shardings = partitioning.shardings_on(mesh, operands)
+        return partitioning.by_xla(pulled_back, mesh, shardings)(cotangent, *operands)
+
     def router_gemm_bwd(operands: Any, cotangent: jax.Array) -> Any:
-        _, pullback = jax.vjp(in_float32, *operands)
-        return pullback(cotangent.astype(jnp.float32))
+        return of_operands(operands, cotangent.astype(jnp.float32))
 
     if spec is None:
         operation.defvjp(router_gemm_fwd, router_gemm_bwd)
@@ -262,7 +269,10 @@ def _operation(decision: Decision) -> Operation:
         routing = with_logits(*operands)  # the logits are kept, so that the backward pass need not multiply for them
         x, weight, bias, _, expert_scale, _ = operands
         kept = (x, weight, bias), routing.logits, routing.experts, expert_scale
-        return routing if decision.request.return_logits else routing._replace(logits=None), kept
+        logits = None
+        if decision.request.return_logits:  # apart, so that XLA does not split what is kept as the caller's loss is
+            logits = partitioning.by_tokens(lambda logits: logits)(routing.logits)
+        return routing._replace(logits=logits), kept
 
     def route_bwd(kept: Any, cotangent: Routing) -> Any:
         of_gemm, logits, experts, expert_scale = kept
@@ -279,8 +289,7 @@ def _operation(decision: Decision) -> Operation:
             of_scale, _ = pullback_scale(of_selected)
         if cotangent.logits is not None:
             of_logits = of_logits + cotangent.logits
-        primal, pullback = jax.vjp(in_float32, *of_gemm)
-        return (*pullback(partitioning.sharded_as(of_logits, primal)), None, of_scale, None)  # None: zero
+        return (*of_operands(of_gemm, of_logits), None, of_scale, None)  # None: zero
 
     operation.defvjp(route_fwd, route_bwd)
     return jax.jit(operation)

@@ -36,6 +36,7 @@ def route_of_shards(
     dtype: str,
     axis_name: str | tuple[str, ...],
     return_logits: bool,
+    invariant: bool,
 ) -> Routing:
     """`route_logits` where every device has the logits `[..., E / n]` (float32) of its experts, by one all-gather.
 
@@ -46,14 +47,15 @@ def route_of_shards(
       dtype: that of x.
       axis_name: the axes of the mesh that experts are split over, the first the slowest.
       return_logits: whether the result has the logits `[..., E]` of all experts.
-
-    In a shard_map the results have the type of what is the same on every device of these axes.
+      invariant: in a shard_map: the results have the type of what is the same on every device of these axes.
     """
     vectors = [vector for vector in (correction_bias, expert_scale) if vector is not None]
     rows = [logits.reshape(-1, logits.shape[-1]), *(vector.astype(jnp.float32)[None] for vector in vectors)]
-    varying: set[str] = set().union(*(jax.typeof(row).manual_axis_type.varying for row in rows))
-    rows = [_varying_over(row, varying) for row in rows]
-    to = "invarying" if varying else "varying"
+    to = "varying"
+    if invariant:
+        names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+        varying = names.union(*(jax.typeof(row).manual_axis_type.varying for row in rows))
+        rows, to = [_varying_over(row, varying) for row in rows], "invarying"
     gathered = jax.lax.all_gather(jnp.concatenate(rows), axis_name, axis=1, tiled=True, to=to)
     of_all = iter(gathered[len(gathered) - len(vectors) :])
     everywhere = gathered[: len(gathered) - len(vectors)].reshape(*logits.shape[:-1], gathered.shape[1])
@@ -86,15 +88,39 @@ def by_xla(function: Operation, mesh: Any, shardings: Any) -> Operation:
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
 
 
+def shardings_on(mesh: Any, operands: Sequence[jax.Array | None]) -> Any:
+    """How operands are sharded on Explicit axes; one that is not on the mesh is on all of it."""
+
+    def of(operand: jax.Array) -> NamedSharding:
+        sharding = jax.typeof(operand).sharding
+        return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
+
+    return tuple(None if operand is None else of(operand) for operand in operands)
+
+
 def sharded_as(array: jax.Array, like: jax.Array) -> jax.Array:
     """The array, sharded on Explicit axes as the other is."""
     sharding = jax.typeof(like).sharding
     return jax.sharding.reshard(array, sharding) if sharding.mesh.explicit_axes else array
 
 
+def route_by_tokens(
+    logits: jax.Array,
+    correction_bias: jax.Array | None,
+    expert_scale: jax.Array | None,
+    experts: jax.Array | None,
+    *,
+    spec: RoutingSpec,
+    dtype: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`route_logits`, its tokens staying split; experts that are split are gathered."""
+    vectors = (v if v is None else jnp.broadcast_to(v, logits.shape) for v in (correction_bias, expert_scale))
+    return by_tokens(functools.partial(route_logits, spec=spec, dtype=dtype))(logits, *vectors, experts)
+
+
 def partitioned(
     whole: Operation,
-    of_device: Operation,
+    of_device: Operation | None,
     of_shards: Operation | None,
     *,
     experts_axis: int,
@@ -104,7 +130,7 @@ def partitioned(
 
     Args:
       whole: the operation on one device.
-      of_device: the operation on what one device has of the operands.
+      of_device: the operation on what one device has of the operands. None leaves all to XLA.
       of_shards: of a routing: computes, from what one device has of the operands and `axis_name`, the axes that experts
         are split over, the results for all experts. None for the router GEMM, whose logits stay split.
       experts_axis: of the weight.
@@ -133,6 +159,7 @@ def partitioned(
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple[Any, ...]:
         results, arguments, of_experts = shardings(mesh, operands)
 
+        assert of_device is not None
         function = of_device
         if of_shards is not None and of_experts:
             function = functools.partial(of_shards, axis_name=of_experts)
@@ -144,7 +171,8 @@ def partitioned(
         of_results = ["... e"] if of_shards is None else ["... k", "... k", *["... f"] * return_logits]
         replicated = ("h", *("" if of_shards is None else "k"), *("f" if return_logits else ""))
         rule = f"{', '.join(of_operands)} -> {', '.join(of_results)}"
-        return _custom(whole, operands, partition, lambda *given: shardings(*given)[0], rule, replicated)
+        by = None if of_device is None else partition
+        return _custom(whole, operands, by, lambda *given: shardings(*given)[0], rule, replicated)
 
     return on_a_mesh
 
@@ -157,7 +185,8 @@ def by_tokens(function: Operation) -> Operation:
 
     @jax.custom_batching.custom_vmap
     def split(*operands: Any) -> Any:
-        results = jax.eval_shape(function, *operands)
+        unsharded = jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
+        results = jax.eval_shape(function, *unsharded)
 
         def rows(mesh: Any, operands: Sequence[Any]) -> NamedSharding:
             return NamedSharding(mesh, PartitionSpec(*_entries(operands[0])[:-1], None))
@@ -202,26 +231,34 @@ def by_tokens(function: Operation) -> Operation:
             return pullback(jax.tree.unflatten(structure, cotangents))
 
         remaining = iter(by_tokens(pulled_back)(*operands, *cotangents))
-        return tuple(next(remaining) if is_one else None for is_one in inexact)
+        pairs = zip(operands, inexact, strict=True)
+        return tuple(sharded_as(next(remaining), each) if is_one else None for each, is_one in pairs)
 
     differentiable.defvjp(fwd, bwd)
     return differentiable
 
 
 def _custom(
-    function: Operation, operands: tuple[Any, ...], partition: Operation, results: Operation, rule: str, replicated: Any
+    function: Operation,
+    operands: tuple[Any, ...],
+    partition: Operation | None,
+    results: Operation,
+    rule: str,
+    replicated: Any,
 ) -> Any:
-    """The function of the operands, partitioned by `partition`; `results` gives the shardings of its results."""
+    """The function of the operands, partitioned by `partition` or XLA; `results` gives the shardings of its results."""
     mesh = jax.typeof(operands[0]).sharding.mesh
     if mesh.manual_axes:  # in a shard_map the operands are those of one device
         return function(*operands)
-    partitioned = custom_partitioning(lambda *operands: function(*operands))
-    partitioned.def_partition(
-        partition,
-        infer_sharding_from_operands=lambda mesh, operands, _: results(mesh, operands),
-        sharding_rule=rule,
-        need_replication_factors=replicated,
-    )
+    partitioned = function
+    if partition is not None:
+        partitioned = custom_partitioning(lambda *operands: function(*operands))
+        partitioned.def_partition(
+            partition,
+            infer_sharding_from_operands=lambda mesh, operands, _: results(mesh, operands),
+            sharding_rule=rule,
+            need_replication_factors=replicated,
+        )
     if not mesh.explicit_axes:
         return partitioned(*operands)
     types = [None if operand is None else jax.typeof(operand) for operand in operands]

@@ -197,9 +197,11 @@ def routing_weights(
 
 
 def scale_of_experts(expert_scale: jax.Array, experts: jax.Array) -> jax.Array:
-    """What a per-expert scale `[E]` multiplies the weights `[..., k]` of given experts with, in float32."""
-    index = _none_from_the_end(experts, expert_scale.shape[0])
-    return expert_scale.astype(jnp.float32).at[index].get(mode="fill", fill_value=jnp.nan)
+    """What a per-expert scale `[E]`, or one of every token `[..., E]`, multiplies the weights `[..., k]` with."""
+    index, scale = _none_from_the_end(experts, expert_scale.shape[-1]), expert_scale.astype(jnp.float32)
+    if expert_scale.ndim == 1:
+        return scale.at[index].get(mode="fill", fill_value=jnp.nan)
+    return jnp.take_along_axis(scale, index, axis=-1, mode="fill", fill_value=jnp.nan)
 
 
 def _none_from_the_end(experts: jax.Array, count: int) -> jax.Array:
@@ -219,8 +221,8 @@ def route_logits(
 
     Args:
       logits: `[..., E]`.
-      correction_bias: `[E]` or None.
-      expert_scale: `[E]` or None.
+      correction_bias: `[E]`, or of every token `[..., E]`, or None.
+      expert_scale: likewise.
       experts: `[..., k]`, the selection as given, or None to select.
       spec: the rule.
       dtype: that of x, to which `spec.round_logits` rounds.

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_router as jr
+from jax_router.nnx import Router, RouterLoRA
 
 COLLECTIVE = re.compile(
     r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(?:-start)?\("
@@ -26,6 +28,20 @@ SPECS = {
     "softmax": jr.RoutingSpec(4, "softmax", renormalize=True),
     "groups": jr.RoutingSpec(4, "sigmoid", renormalize=True, num_groups=4, group_topk=2),
 }
+LORA = RouterLoRA(
+    Router(
+        HIDDEN,
+        EXPERTS,
+        spec=SPECS["softmax"],
+        use_bias=True,
+        use_correction_bias=True,
+        use_expert_scale=True,
+        rngs=nnx.Rngs(0),
+    ),
+    2,
+    b_initializer=nnx.initializers.ones,
+    rngs=nnx.Rngs(1),
+)
 LAYOUTS = {  # of tokens and of experts
     "tokens": (P(("data", "sequence", "model")), P()),
     "experts": (P(), P("model")),
@@ -53,12 +69,23 @@ def arrays() -> tuple[jax.Array, ...]:
 
 
 def operation(name: str, axis_name: str | None = None) -> Callable[..., Any]:
-    """`router_gemm`, or `route` by one of SPECS, or replayed, with logits."""
+    """`router_gemm`; `route` by one of SPECS or replayed, with logits; of a stack of weights; with LoRA."""
 
     def function(x, weight, bias, correction_bias, expert_scale, ids):
         if name == "logits":
             return jr.router_gemm(x, weight, bias)
+        if name == "lora":
+            router = nnx.clone(LORA)
+            base = router.base
+            variables = base.kernel, base.bias, base.correction_bias, base.expert_scale
+            for variable, value in zip(variables, (weight, bias, correction_bias, expert_scale), strict=True):
+                variable.set_value(value)
+            return router(x, return_logits=True)
         vectors = {"correction_bias": correction_bias, "expert_scale": expert_scale}
+        if name == "stack":
+            options = {"spec": SPECS["softmax"], "axis_name": axis_name, "return_logits": True}
+            of_each = jax.vmap(lambda weight: jr.route(x, weight, bias, **vectors, **options))
+            return jax.tree.map(lambda results: results[1], of_each(jnp.stack([2 * weight, weight])))
         spec, vectors["experts"] = (SPECS["softmax"], ids) if name == "replay" else (SPECS[name], None)
         return jr.route(x, weight, bias, spec=spec, **vectors, return_logits=True, axis_name=axis_name)
 
@@ -70,10 +97,15 @@ def loss(function: Callable[..., Any]) -> Callable[..., jax.Array]:
 
     def scalar(*operands):
         results = function(*operands)
-        numbers = results.weights if isinstance(results, jr.Routing) else results
-        return (jnp.sin(numbers) * jnp.arange(1.0, 1 + numbers.shape[-1])).sum()
+        terms = [results.weights, results.logits] if isinstance(results, jr.Routing) else [results]
+        return sum((jnp.sin(each) * jnp.arange(1.0, 1 + each.shape[-1])).sum() for each in terms)
 
     return scalar
+
+
+def gathers_of(name: str, how: str) -> int:
+    """How many all-gathers split experts take: of logits; where these are not the router's own, of both vectors too."""
+    return {"logits": 0, "stack": 3 if how == "jit" else 1, "lora": 3}.get(name, 1)
 
 
 def same_but_for_rounding(result: Any, truth: Any, case: str) -> None:
@@ -108,7 +140,9 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
         placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, placement, strict=True)]
     split = experts != P()
     gathers = ["all-gather"] if split else []
-    for name in ("logits", *SPECS, "replay"):
+    for name in ("logits", *SPECS, "replay", "stack", "lora"):
+        if name == "lora" and how == "shard_map" and split:
+            continue  # the layer has all experts
         function = mapped = operation(name)
         if how == "shard_map":
             local = operation(name, "model" if split and name != "logits" else None)
@@ -128,7 +162,8 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
             alone = of_shards(function, operands, tokens, mesh)
             for result, truth in zip(jax.tree.leaves(results), alone, strict=True):
                 np.testing.assert_array_equal(result, truth, err_msg=f"{case}: other bits than those of one device")
-        assert forward == (gathers if name != "logits" else []), f"{case}: {forward}"
+        expected_gathers = gathers * gathers_of(name, how)
+        assert forward == expected_gathers, f"{case}: {forward}"
         if name == "groups":
             continue  # differentiated as the others are
         with jax.set_mesh(mesh):
@@ -138,7 +173,9 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
             same_but_for_rounding(result, truth, case)
         # Sums over tokens, for the weights; over experts, for x and for the scale of those that are selected.
         sums = [each for each in backward if each == "all-reduce"]
-        assert sorted(backward) == sorted(sums + gathers * (name != "logits")), f"{case}: {backward}"
+        if name in ("stack", "lora"):
+            continue
+        assert sorted(backward) == sorted(sums + expected_gathers), f"{case}: {backward}"
         assert layout != "experts" or len(sums) <= 2, f"{case}: {backward}"
 
 

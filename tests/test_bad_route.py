@@ -159,3 +159,28 @@ EXPLAIN_ERRORS = {
 def test_explain_refuses_what_describes_no_routing(error, arguments, message) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         jr.explain(**{"tokens": 8, "hidden": 16, "experts": 4} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "error", "message"),
+    [
+        (3, TypeError, "axis_name is 3 (int). Expected None, the name of an axis of the mesh or a tuple of names"),
+        ((), TypeError, "axis_name is () (tuple). Expected None, the name of an axis"),
+        ("data", ValueError, "axis_name names 'data', and the axes that are mapped here are none. Expected axes of an"),
+        (("model", "model"), ValueError, "axis_name is ('model', 'model'). Expected every axis once"),
+    ],
+)
+def test_an_axis_name_that_names_no_axis(axis_name, error, message) -> None:
+    x, weight = jnp.ones((3, 8)), jnp.ones((4, 8))
+    with pytest.raises(error, match=re.escape(message)):
+        jr.route(x, weight, spec=jr.RoutingSpec(2), axis_name=axis_name)
+
+
+@pytest.mark.parametrize(("of_x", "named"), [(P("model"), "x"), (P(), "experts")])
+def test_tokens_that_differ_along_the_axis_of_experts(of_x, named) -> None:
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    local = functools.partial(jr.route, spec=jr.RoutingSpec(2), axis_name="model")
+    in_specs = (of_x, P("model"), P("model"))
+    mapped = jax.shard_map(lambda x, w, ids: local(x, w, experts=ids), mesh=mesh, in_specs=in_specs, out_specs=P())
+    with pytest.raises(ValueError, match=f"{named} varies over the axis 'model', which axis_name names. Expected the"):
+        mapped(jnp.ones((3, 8)), jnp.ones((4, 8)), jnp.zeros((3, 2), jnp.int32))

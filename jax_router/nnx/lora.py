@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_router import checks, checks_nnx
+from jax_router import checks, checks_nnx, partitioning
 from jax_router.implementations import experts_axis
 from jax_router.nnx.layers import NO_METADATA, GateLinear, Initializer, Router
 from jax_router.ops import route, router_gemm
-from jax_router.routing import Routing, RoutingSpec, round_logits, route_logits
+from jax_router.routing import Routing, RoutingSpec, round_logits
 
 Base = TypeVar("Base", GateLinear, Router)
 default_a_initializer: Initializer = nnx.initializers.he_uniform()  # these two are those of nnx.LoRA
@@ -105,15 +105,18 @@ def _route_with_update(
     """
     (x, *_), (correction_bias, expert_scale) = operands, vectors
     path = router_gemm(*operands, weight_layout=weight_layout, implementation="xla")
+    assert routing.logits is not None
+    path = partitioning.sharded_as(path, routing.logits)  # which is on every device, however experts are split
     logits, has_update = _with_update(_with_gradient_of(routing.logits, path), x, *adapters, scale=scale)
     rounded, rule = logits, replace(spec, round_logits=False)
     if spec.round_logits:
         rounded = round_logits(logits, x.dtype)
     experts = routing.experts
     if not replayed:
-        _, selected = route_logits(jax.lax.stop_gradient(rounded), correction_bias, None, None, spec=rule)
+        frozen = jax.lax.stop_gradient(rounded)
+        _, selected = partitioning.route_by_tokens(frozen, correction_bias, None, None, spec=rule, dtype="float32")
         experts = jnp.where(has_update, selected, experts)
-    weights, _ = route_logits(rounded, None, expert_scale, experts, spec=rule)
+    weights, _ = partitioning.route_by_tokens(rounded, None, expert_scale, experts, spec=rule, dtype="float32")
     weights = _with_gradient_of(jnp.where(has_update, weights, routing.weights), weights)
     return Routing(weights, experts, logits)
 
