@@ -114,6 +114,12 @@ def test_every_page_is_that_of_its_record() -> None:
         assert path.with_suffix(".md").read_text() == models_record.page(record)
 
 
+def test_every_test_file_that_imports_the_layers_or_an_example_is_recorded() -> None:
+    texts = {f"tests/{path.name}": path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    importing = re.compile("^from (jax_router[.]nnx|examples|nnx_cases|gpt_oss_cases)", re.MULTILINE)
+    assert {file for file, text in texts.items() if importing.search(text)} <= set(models_record.files())
+
+
 def test_a_failed_a_broken_and_a_skipped_test_are_told_apart_from_a_passed_one(tmp_path) -> None:
     (tmp_path / "report.xml").write_text(REPORT)
     assert models_record.outcomes(tmp_path / "report.xml") == {
