@@ -3,8 +3,9 @@
     python scripts/models_record.py                 docs/results/models-h200.json, and .md as a page
     python scripts/models_record.py --no-decode     the tests alone; what the record has of decoding stays
 
-Of the tests a skipped one counts as a failure. Every part of the record has its own provenance, and a GPU may have a
-record of one part alone.
+Of the tests a skipped one counts as a failure, and those that run on the GPU (`pytest.mark.gpu`, or the fixture `gpu`)
+are listed: the name of a kernel stands in ids of tests too that only lower it on a CPU. Every part of the record has
+its own provenance, and a GPU may have a record of one part alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from jax_router.provenance import gpu_name, provenance  # noqa: E402
 
 RESULTS = ROOT / "docs/results"
-PATTERNS = ("nnx*", "gpt_oss*", "deepseek_v3", "sharding", "export", "using")
+PATTERNS = ("nnx*", "bad_nnx", "gpt_oss*", "deepseek_v3", "sharding", "export", "using")
+OUTCOME_NAMES = ("passed", "failed", "skipped")
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 BATCHES = (1, 16, 64)  # tokens of a decode step
 
@@ -39,12 +41,24 @@ def files() -> list[str]:
 
 
 def outcomes(report: Path) -> dict[str, list[str]]:
-    """The ids of tests, `test_nnx.py::test_name[case]`, by outcome, of a report in JUnit's XML."""
-    by_outcome: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    """The ids of tests, `test_nnx.py::test_name[case]`, by outcome, of a report in JUnit's XML.
+
+    `on_gpu` has those among them that are GPU tests, as tests/conftest.py says by the property `gpu`.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in (*OUTCOME_NAMES, "on_gpu")}
     for case in ET.parse(report).getroot().iter("testcase"):
         outcome = next((OUTCOMES[part.tag] for part in case if part.tag in OUTCOMES), "passed")
-        by_outcome[outcome].append(f"{case.attrib['classname'].removeprefix('tests.')}.py::{case.attrib['name']}")
-    return {outcome: sorted(ids) for outcome, ids in by_outcome.items()}
+        name = f"{case.attrib['classname'].removeprefix('tests.')}.py::{case.attrib['name']}"
+        found[outcome].append(name)
+        if case.find("properties/property[@name='gpu']") is not None:
+            found["on_gpu"].append(name)
+    return {kind: sorted(ids) for kind, ids in found.items()}
+
+
+def passed_on_gpu(tests: dict[str, Any], file: str, kernel: str) -> list[str]:
+    """The GPU tests of a file, `test_nnx.py`, that have the kernel in what follows the file's name, and have passed."""
+    names = sorted(set(tests["passed"]) & set(tests["on_gpu"]))
+    return [each for each in names if each.startswith(f"{file}::") and kernel in each.removeprefix(file)]
 
 
 def run_tests(arguments: list[str]) -> dict[str, Any]:
@@ -59,7 +73,8 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status not in (0, 1):
             raise RuntimeError(f"pytest ended with {status}: nothing is recorded.")
-        return {"provenance": provenance(), "gpus": len(jax.local_devices()), **outcomes(report)}
+        facts = {"provenance": provenance(), "gpus": len(jax.local_devices()), "arguments": arguments}
+        return facts | outcomes(report)
 
 
 def run_decode(layers: int | None, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -102,15 +117,15 @@ def page(record: dict[str, Any]) -> str:
             "",
             f"## Tests, on {tests['gpus']} of them",
             "",
-            "| file | passed | of them with cuda | with pallas | failed | skipped |",
+            "| file | passed | of them on the GPU with cuda | with pallas | failed | skipped |",
         ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-        for file in sorted({name.split("::")[0] for ids in _by_outcome(tests).values() for name in ids}):
-            ids = {
-                name: [each for each in found if each.startswith(file)] for name, found in _by_outcome(tests).items()
-            }
-            named = [sum(kernel in each for each in ids["passed"]) for kernel in ("cuda", "pallas")]
-            counts = (len(ids["passed"]), *named, len(ids["failed"]), len(ids["skipped"]))
+        for file in sorted({name.split("::")[0] for outcome in OUTCOME_NAMES for name in tests[outcome]}):
+            passed, failed, skipped = (
+                sum(name.startswith(f"{file}::") for name in tests[outcome]) for outcome in OUTCOME_NAMES
+            )
+            with_kernels = (len(passed_on_gpu(tests, file, kernel)) for kernel in ("cuda", "pallas"))
+            counts = (passed, *with_kernels, failed, skipped)
             lines.append(f"| {file} | {' | '.join(map(str, counts))} |")
         lines += ["", _measured_with(tests["provenance"])]
     if decode:
@@ -141,10 +156,6 @@ def _measured_with(facts: dict[str, Any]) -> str:
 TABLE = (("ms_per_step", 3), ("tokens_per_second", 0), ("ratio", 4))
 
 
-def _by_outcome(tests: dict[str, Any]) -> dict[str, list[str]]:
-    return {outcome: tests[outcome] for outcome in ("passed", "failed", "skipped")}
-
-
 def _cell(spread: dict[str, float], digits: int) -> str:
     least, first, median, third, most = (f"{spread[name]:.{digits}f}" for name in spread)
     return f"{median} ({first} to {third}; {least} to {most})"
@@ -157,7 +168,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="Of gpt-oss-20b's; left out, all.")] = None,
     rounds: Annotated[int, typer.Option(help="Blocks of steps, of each implementation.")] = 15,
     steps: Annotated[int, typer.Option(help="Steps of a block.")] = 50,
-    output: Annotated[Path, typer.Option(help="The folder of the record.")] = RESULTS,
+    output: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of the record.")] = RESULTS,
 ) -> None:
     """Write the record of this GPU. Arguments behind -- go to pytest."""
     here = provenance()
@@ -179,7 +190,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     path.with_suffix(".md").write_text(page(record), encoding="utf-8")
 
 
+app = typer.Typer(add_completion=False)
+app.command(context_settings={"allow_extra_args": True})(main)
+
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
-    app.command(context_settings={"allow_extra_args": True})(main)
     app()
