@@ -113,18 +113,30 @@ def decide(x: jax.Array, weight: jax.Array, bias: jax.Array | None, *others: Any
         spec=request.spec,
     )
     if not problem.symbolic and problem.tokens == 0:
-        return Decision("xla", None, request)  # nothing is launched
+        return Decision("xla", None, request)  # whatever is named
     choice = dispatch.resolve(problem, request.device, request.implementation)
     return Decision(choice.implementation, choice.config, request)
 
 
 def _computed(decision: Decision) -> Operation:
-    """The operation of one decision on one device."""
-    specification = decision.function("xla")
-    if decision.implementation == "xla":
-        return specification
-    kernel = partitioning.varying_as(specification, decision.function(decision.implementation))
-    return either(decision, kernel, specification) if decision.portable else kernel
+    """The operation of one decision on one device, which launches nothing for no tokens."""
+    request, specification = decision.request, decision.function("xla")
+    computed = specification
+    if decision.implementation != "xla":
+        computed = partitioning.varying_as(specification, decision.function(decision.implementation))
+        computed = either(decision, computed, specification) if decision.portable else computed
+
+    def of_tokens(x: jax.Array, weight: jax.Array, *others: Any) -> Any:
+        if 0 not in x.shape[:-1]:
+            return computed(x, weight, *others)
+        logits = jnp.zeros((*x.shape[:-1], weight.shape[request.experts_axis]), request.out_dtype)
+        if request.spec is None:
+            return logits
+        of_each = (*x.shape[:-1], request.spec.top_k)
+        each = jnp.zeros(of_each, jnp.float32), jnp.zeros(of_each, jnp.int32)
+        return Routing(*each, logits if request.return_logits else None)
+
+    return of_tokens
 
 
 def either(decision: Decision, kernel: Operation, specification: Operation) -> Operation:
@@ -149,8 +161,8 @@ def _of_shards(*operands: Any, request: Request, axis_name: tuple[str, ...]) -> 
 
 def batched_by_xla(request: Request, in_axes: Sequence[int | None], *operands: Any) -> Any:
     """The specification of a batch in which not only tokens differ: its GEMM by XLA, selection where tokens are."""
-    gemm = jax.vmap(Decision("xla", None, request.of_gemm).function("xla"), in_axes[:3])
-    logits = gemm(*operands[:3])
+    gemm, size = Decision("xla", None, request.of_gemm).function("xla"), operands[in_axes.index(0)].shape[0]
+    logits = jax.vmap(gemm, in_axes[:3], axis_size=size)(*operands[:3])
     if request.spec is None:
         return logits.astype(request.out_dtype)
     correction_bias, expert_scale = (
