@@ -7,6 +7,7 @@ large. The largest error is that of one element, of few that differ much, since 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,3 +210,26 @@ def test_the_rotary_embedding_without_scaling_has_the_frequencies_of_transformer
     found = rotary.inverse_frequencies(replace(cases.CONFIG, rope_theta=theta, yarn=None))
     np.testing.assert_allclose(found, embedding.inv_freq.numpy(), rtol=4 * 2**-24, atol=0)
     assert embedding.attention_scaling == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"rope_scaling": None, "rope_parameters": None},
+        {"rope_scaling": {}},
+        {"rope_parameters": {}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 700.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+    ],
+    ids=str,
+)
+def test_a_config_json_that_names_no_scaling_is_read_as_by_transformers(changed: dict[str, Any]) -> None:
+    fields = cases.hf_fields(cases.CONFIG) | {"rope_theta": 500.0}
+    del fields["rope_parameters"]
+    config = Config.from_hf(fields | changed)
+    hf = transformers.GptOssConfig(**fields | copy.deepcopy(changed))
+    embedding = transformers.models.gpt_oss.modeling_gpt_oss.GptOssRotaryEmbedding(hf)
+    np.testing.assert_allclose(rotary.inverse_frequencies(config), embedding.inv_freq.numpy(), rtol=8 * 2**-24, atol=0)
+    assert (1 if config.yarn is None else config.yarn.scale) == embedding.attention_scaling

@@ -211,14 +211,48 @@ ROPE = PUBLISHED["rope_scaling"]
         ({"torch_dtype": "float8"}, "dtype is 'float8'. Expected one of float32, bfloat16, float16"),
         ({"rope_scaling": {**ROPE, "rope_type": "llama3"}}, "rope_scaling.rope_type is 'llama3'"),
         ({"rope_scaling": {**ROPE, "mscale": 0.7}}, "rope_scaling.mscale is 0.7. Expected none"),
-        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters.full_attention is 'a dict'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor, rope_parameters.original_max_pos"),
+        ({"rope_scaling": None, "rope_parameters": {"all": ROPE}}, "rope_parameters.all is 'a dict'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor, rope_scaling.original_max_pos"),
+        ({"rope_scaling": ["a"]}, r"rope_scaling is \['a'\]. Expected an object"),
+        ({"rope_scaling": None, "rope_parameters": "yarn"}, "rope_parameters is 'yarn'. Expected an object"),
+        ({"rope_scaling": {**ROPE, "factor": "32"}}, "rope_scaling.factor is '32'. Expected a number of at least 1"),
+        ({"rope_scaling": {**ROPE, "factor": 0.5}}, "rope_scaling.factor is 0.5. Expected a number of at least 1"),
+        (
+            {"rope_scaling": {**ROPE, "original_max_position_embeddings": 0.5}},
+            "rope_scaling.original_max_position_embeddings is 0.5. Expected a positive integer",
+        ),
+        ({"rope_scaling": {**ROPE, "beta_fast": True}}, "rope_scaling.beta_fast is True. Expected a positive number"),
+        ({"rope_scaling": {**ROPE, "beta_slow": 0}}, "rope_scaling.beta_slow is 0. Expected a positive number"),
+        ({"rope_scaling": {**ROPE, "truncate": 1}}, "rope_scaling.truncate is 1. Expected True or False"),
+        ({"rope_scaling": {**ROPE, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1'. Expected a pos"),
+        ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5. Expec"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5. Expected 1.0 or none"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'. Expected a number above 1"),
+        ({"rope_theta": -1}, "rope_theta is -1. Expected a number above 1"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan. Expected a number above 1"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'. Expected a positive number"),
+        ({"swiglu_limit": "7"}, "swiglu_limit is '7'. Expected a positive number"),
+        ({"swiglu_alpha": -1}, "swiglu_alpha is -1. Expected a positive number"),
+        ({"initializer_range": [0]}, r"initializer_range is \[0\]. Expected a positive number"),
+        ({"vocab_size": True}, "vocab_size is True. Expected a positive integer"),
+        ({"layer_types": 5}, "layer_types is 5. Expected a list of"),
+        ({"layer_types": [{}] * 24}, "layer_types is .*Expected 24"),
+        ({"quantization_config": "mxfp4"}, "quantization_config is 'mxfp4'. Expected an object"),
+        ({"eos_token_id": "a"}, r"eos_token_id is \['a'\]. Expected token ids"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\]. Expected token ids"),
     ],
 )
 def test_a_config_that_the_model_cannot_compute_is_refused(tmp_path: Path, changed: dict, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | changed))
     with pytest.raises(ValueError, match=r"config\.json: " + message):
         Config.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"partial_rotary_factor": 1.0}, {"rope_scaling": {**ROPE, "partial_rotary_factor": 1}}]
+)
+def test_all_dimensions_of_a_head_may_turn_explicitly(changed: dict) -> None:
+    assert Config.from_hf(PUBLISHED | changed) == Config.from_hf(PUBLISHED)
 
 
 @pytest.mark.parametrize(
