@@ -19,7 +19,7 @@ import jax_router as jr
 from examples.gpt_oss import generate
 from examples.gpt_oss.config import Config, Yarn
 from examples.gpt_oss.experts import Experts
-from examples.gpt_oss.model import GptOss, expected_tensors, from_tensors, named_tensors
+from examples.gpt_oss.model import Cache, GptOss, expected_tensors, from_tensors, named_tensors
 
 CONFIG = replace(cases.CONFIG, num_hidden_layers=2, layer_types=())
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -162,6 +162,36 @@ def test_generation_stops_when_every_sequence_has_ended() -> None:
 def test_a_prompt_that_makes_no_sense_is_refused(prompt: np.ndarray, steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate.generate(model(), prompt, steps)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "options", "message"),
+    [
+        (1, 9, {"cache": (1, 8)}, r"ids has shape \(1, 9\) but cache is for 1 sequences of 8 tokens"),
+        (2, 3, {"cache": (1, 8)}, r"ids has shape \(2, 3\) but cache is for 1 sequences of 8 tokens"),
+        (
+            1,
+            2,
+            {"cache": (1, 8), "decode": True},
+            r"decode is True with ids of shape \(1, 2\). Expected a cache and ids",
+        ),
+        (1, 1, {"decode": True}, "decode is True without a cache. Expected a cache and ids"),
+    ],
+)
+def test_a_call_with_the_wrong_cache_is_refused(batch: int, tokens: int, options: dict, message: str) -> None:
+    if "cache" in options:
+        options = options | {"cache": Cache.empty(CONFIG, *options["cache"], "float32")}
+    with pytest.raises(ValueError, match=message):
+        model()(jnp.zeros((batch, tokens), int), **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (1, 0), (3,)])
+def test_a_decoder_refuses_a_prompt_that_is_none_or_does_not_fit(shape: tuple[int, ...]) -> None:
+    decoder = generate.Decoder(model(), length=8)
+    with pytest.raises(
+        ValueError, match=rf"prompt has shape {re.escape(str(shape))}. Expected \[B, T\] of 1 to 8 tokens"
+    ):
+        next(decoder.decode(np.zeros(shape, int)))
 
 
 PUBLISHED = {  # as in the config.json of openai/gpt-oss-20b
