@@ -19,6 +19,7 @@ import jax_router as jr
 from examples.gpt_oss import generate
 from examples.gpt_oss.config import Config, Yarn
 from examples.gpt_oss.experts import Experts
+from examples.gpt_oss.layers import Linear
 from examples.gpt_oss.model import Cache, GptOss, expected_tensors, from_tensors, named_tensors
 
 CONFIG = replace(cases.CONFIG, num_hidden_layers=2, layer_types=())
@@ -67,7 +68,7 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
     A sum of n products is off by at most (n + 1) units of the sum of their magnitudes. The slope of gate sigmoid(alpha
     gate) is at most 1.1, and XLA's sigmoid is good to 4 units, as are the products behind it together.
     """
-    config = replace(CONFIG, num_local_experts=12, num_experts_per_tok=4)
+    config = replace(CONFIG, swiglu_limit=7.0, swiglu_alpha=1.702)
     experts = Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
 
@@ -106,6 +107,27 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
         bound[token] += weight * (error @ np.abs(out) + (48 + 2 + 5) * UNIT * magnitude)
     assert clamped > 10
     assert (np.abs(computed - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_linear_layer_rounds_once_behind_its_bias(dtype: str) -> None:
+    """Bit for bit: integers up to 2**24 are exact in float32, in any order of the sums.
+
+    The products are beyond what dtype holds exactly, so a result that is rounded before the bias too is another one.
+    """
+    random = np.random.default_rng(0)
+    x, weight, bias = (random.integers(-50, 51, shape).astype(np.float64) for shape in ((3, 5, 64), (48, 64), (48,)))
+    linear = Linear(64, 48, deviation=1.0, dtype=dtype, rngs=nnx.Rngs(0))
+    linear.weight[...], linear.bias[...] = (jnp.asarray(each, dtype) for each in (weight, bias))
+    found = linear(jnp.asarray(x, dtype))
+    product = x @ weight.T
+    once, twice = (product + bias).astype(found.dtype), (product.astype(found.dtype) + bias).astype(found.dtype)
+    assert (once != twice).any()
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, once)
+    without = Linear(64, 48, bias=False, deviation=1.0, dtype=dtype, rngs=nnx.Rngs(0))
+    without.weight[...] = linear.weight[...]
+    np.testing.assert_array_equal(without(jnp.asarray(x, dtype)), product.astype(found.dtype))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
