@@ -22,11 +22,15 @@ CONFIG = Config(
     num_attention_heads=4,
     num_key_value_heads=2,
     sliding_window=16,
+    rms_norm_eps=1e-3,
+    rope_theta=1e4,
+    swiglu_alpha=1.3,
+    swiglu_limit=0.7,
     yarn=Yarn(factor=4.0, original_max_position_embeddings=64),
     dtype="float32",
 )
-SEED = 9  # with PROMPT, of some hundred pairs of both the one with the widest gaps
-PROMPT = np.array([51, 9, 42, 32, 47, 9], np.int32)
+SEED = 83  # with PROMPT, of some thousand pairs of both one with the widest gaps
+PROMPT = np.array([29, 8, 45, 54, 56, 2], np.int32)
 CONTRIBUTION = 0.2  # of what a layer adds, in units of its inputs
 GAP = 1.2  # of router logits, whose standard deviation is about 1: of the last selected and the first other expert
 SWEEPS = 50

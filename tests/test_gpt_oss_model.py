@@ -19,7 +19,8 @@ import jax_router as jr
 from examples.gpt_oss import generate
 from examples.gpt_oss.config import Config, Yarn
 from examples.gpt_oss.experts import Experts
-from examples.gpt_oss.model import GptOss, expected_tensors, from_tensors, named_tensors
+from examples.gpt_oss.layers import Linear
+from examples.gpt_oss.model import Cache, GptOss, expected_tensors, from_tensors, named_tensors
 
 CONFIG = replace(cases.CONFIG, num_hidden_layers=2, layer_types=())
 pytestmark = pytest.mark.usefixtures("compiled_in_haste")
@@ -67,7 +68,7 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
     A sum of n products is off by at most (n + 1) units of the sum of their magnitudes. The slope of gate sigmoid(alpha
     gate) is at most 1.1, and XLA's sigmoid is good to 4 units, as are the products behind it together.
     """
-    config = replace(CONFIG, num_local_experts=12, num_experts_per_tok=4)
+    config = replace(CONFIG, swiglu_limit=7.0, swiglu_alpha=1.702)
     experts = Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
 
@@ -106,6 +107,27 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
         bound[token] += weight * (error @ np.abs(out) + (48 + 2 + 5) * UNIT * magnitude)
     assert clamped > 10
     assert (np.abs(computed - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_linear_layer_rounds_once_behind_its_bias(dtype: str) -> None:
+    """Bit for bit: integers up to 2**24 are exact in float32, in any order of the sums.
+
+    The products are beyond what dtype holds exactly, so a result that is rounded before the bias too is another one.
+    """
+    random = np.random.default_rng(0)
+    x, weight, bias = (random.integers(-50, 51, shape).astype(np.float64) for shape in ((3, 5, 64), (48, 64), (48,)))
+    linear = Linear(64, 48, deviation=1.0, dtype=dtype, rngs=nnx.Rngs(0))
+    linear.weight[...], linear.bias[...] = (jnp.asarray(each, dtype) for each in (weight, bias))
+    found = linear(jnp.asarray(x, dtype))
+    product = x @ weight.T
+    once, twice = (product + bias).astype(found.dtype), (product.astype(found.dtype) + bias).astype(found.dtype)
+    assert (once != twice).any()
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, once)
+    without = Linear(64, 48, bias=False, deviation=1.0, dtype=dtype, rngs=nnx.Rngs(0))
+    without.weight[...] = linear.weight[...]
+    np.testing.assert_array_equal(without(jnp.asarray(x, dtype)), product.astype(found.dtype))
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -164,6 +186,36 @@ def test_a_prompt_that_makes_no_sense_is_refused(prompt: np.ndarray, steps: int,
         generate.generate(model(), prompt, steps)
 
 
+@pytest.mark.parametrize(
+    ("batch", "tokens", "options", "message"),
+    [
+        (1, 9, {"cache": (1, 8)}, r"ids has shape \(1, 9\) but cache is for 1 sequences of 8 tokens"),
+        (2, 3, {"cache": (1, 8)}, r"ids has shape \(2, 3\) but cache is for 1 sequences of 8 tokens"),
+        (
+            1,
+            2,
+            {"cache": (1, 8), "decode": True},
+            r"decode is True with ids of shape \(1, 2\). Expected a cache and ids",
+        ),
+        (1, 1, {"decode": True}, "decode is True without a cache. Expected a cache and ids"),
+    ],
+)
+def test_a_call_with_the_wrong_cache_is_refused(batch: int, tokens: int, options: dict, message: str) -> None:
+    if "cache" in options:
+        options = options | {"cache": Cache.empty(CONFIG, *options["cache"], "float32")}
+    with pytest.raises(ValueError, match=message):
+        model()(jnp.zeros((batch, tokens), int), **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (1, 0), (3,)])
+def test_a_decoder_refuses_a_prompt_that_is_none_or_does_not_fit(shape: tuple[int, ...]) -> None:
+    decoder = generate.Decoder(model(), length=8)
+    with pytest.raises(
+        ValueError, match=rf"prompt has shape {re.escape(str(shape))}. Expected \[B, T\] of 1 to 8 tokens"
+    ):
+        next(decoder.decode(np.zeros(shape, int)))
+
+
 PUBLISHED = {  # as in the config.json of openai/gpt-oss-20b
     "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64,
     "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "initializer_range": 0.02,
@@ -211,14 +263,48 @@ ROPE = PUBLISHED["rope_scaling"]
         ({"torch_dtype": "float8"}, "dtype is 'float8'. Expected one of float32, bfloat16, float16"),
         ({"rope_scaling": {**ROPE, "rope_type": "llama3"}}, "rope_scaling.rope_type is 'llama3'"),
         ({"rope_scaling": {**ROPE, "mscale": 0.7}}, "rope_scaling.mscale is 0.7. Expected none"),
-        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters.full_attention is 'a dict'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor, rope_parameters.original_max_pos"),
+        ({"rope_scaling": None, "rope_parameters": {"all": ROPE}}, "rope_parameters.all is 'a dict'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor, rope_scaling.original_max_pos"),
+        ({"rope_scaling": ["a"]}, r"rope_scaling is \['a'\]. Expected an object"),
+        ({"rope_scaling": None, "rope_parameters": "yarn"}, "rope_parameters is 'yarn'. Expected an object"),
+        ({"rope_scaling": {**ROPE, "factor": "32"}}, "rope_scaling.factor is '32'. Expected a number of at least 1"),
+        ({"rope_scaling": {**ROPE, "factor": 0.5}}, "rope_scaling.factor is 0.5. Expected a number of at least 1"),
+        (
+            {"rope_scaling": {**ROPE, "original_max_position_embeddings": 0.5}},
+            "rope_scaling.original_max_position_embeddings is 0.5. Expected a positive integer",
+        ),
+        ({"rope_scaling": {**ROPE, "beta_fast": True}}, "rope_scaling.beta_fast is True. Expected a positive number"),
+        ({"rope_scaling": {**ROPE, "beta_slow": 0}}, "rope_scaling.beta_slow is 0. Expected a positive number"),
+        ({"rope_scaling": {**ROPE, "truncate": 1}}, "rope_scaling.truncate is 1. Expected True or False"),
+        ({"rope_scaling": {**ROPE, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1'. Expected a pos"),
+        ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5. Expec"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5. Expected 1.0 or none"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'. Expected a number above 1"),
+        ({"rope_theta": -1}, "rope_theta is -1. Expected a number above 1"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan. Expected a number above 1"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'. Expected a positive number"),
+        ({"swiglu_limit": "7"}, "swiglu_limit is '7'. Expected a positive number"),
+        ({"swiglu_alpha": -1}, "swiglu_alpha is -1. Expected a positive number"),
+        ({"initializer_range": [0]}, r"initializer_range is \[0\]. Expected a positive number"),
+        ({"vocab_size": True}, "vocab_size is True. Expected a positive integer"),
+        ({"layer_types": 5}, "layer_types is 5. Expected a list of"),
+        ({"layer_types": [{}] * 24}, "layer_types is .*Expected 24"),
+        ({"quantization_config": "mxfp4"}, "quantization_config is 'mxfp4'. Expected an object"),
+        ({"eos_token_id": "a"}, r"eos_token_id is \['a'\]. Expected token ids"),
+        ({"eos_token_id": [1, -2]}, r"eos_token_id is \[1, -2\]. Expected token ids"),
     ],
 )
 def test_a_config_that_the_model_cannot_compute_is_refused(tmp_path: Path, changed: dict, message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED | changed))
     with pytest.raises(ValueError, match=r"config\.json: " + message):
         Config.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"partial_rotary_factor": 1.0}, {"rope_scaling": {**ROPE, "partial_rotary_factor": 1}}]
+)
+def test_all_dimensions_of_a_head_may_turn_explicitly(changed: dict) -> None:
+    assert Config.from_hf(PUBLISHED | changed) == Config.from_hf(PUBLISHED)
 
 
 @pytest.mark.parametrize(

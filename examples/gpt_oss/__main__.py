@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples.gpt_oss import benchmark
+from examples.gpt_oss.benchmark import BAD_INPUT, INTERRUPTED
+from examples.gpt_oss.config import Config
+from examples.gpt_oss.generate import prompt_ids as checked_ids
 from examples.gpt_oss.generate import stream
-from examples.gpt_oss.model import load
+from examples.gpt_oss.model import check_options, load
+from jax_router import checks
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
 app = typer.Typer(name="gpt_oss", help="gpt-oss in JAX.", no_args_is_help=True, add_completion=False)
 app.command("benchmark")(benchmark.command)
 
@@ -37,12 +40,15 @@ def generate_command(
             raise ValueError("--prompt-ids and --text: expected one of the two.")
         tokenizer = None if text is None else _tokenizer(directory)
         ids = _ids(prompt_ids) if tokenizer is None else tokenizer.encode(text).ids
+        config = Config.read(directory)
+        prompt = checked_ids("--prompt-ids" if tokenizer is None else "--text", np.array([ids]), config)
+        _check(config, steps, implementation, dtype)
         with Progress(*columns, console=console, transient=True) as progress:
             model = load(
                 directory, round_logits=round_logits, implementation=implementation, dtype=dtype, progress=progress
             )
         made: list[int] = []
-        for tokens in stream(model, np.array([ids]), steps, end=model.config.eos_token_ids):
+        for tokens in stream(model, prompt, steps, end=config.eos_token_ids):
             made.append(int(tokens[0]))
             typer.echo(made[-1], nl=False)
             typer.echo(" ", nl=False)
@@ -62,6 +68,20 @@ def _ids(prompt_ids: str | None) -> list[int]:
         return [int(each) for each in (prompt_ids or "").split(",")]
     except ValueError as error:
         raise ValueError(f"--prompt-ids is {prompt_ids!r}. Expected token ids, separated by commas.") from error
+
+
+def _check(config: Config, steps: int, implementation: str | None, dtype: str | None) -> None:
+    """Refuse, by the names of the options, what decoding would refuse after the checkpoint is read."""
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}. Expected at least 1.")
+    if dtype is not None:
+        checks.input_dtype("--dtype", dtype)
+    if implementation is not None:
+        checks.known_implementation("--implementation", implementation)
+    try:
+        check_options(config, implementation=implementation, dtype=dtype)
+    except NotImplementedError as error:
+        raise ValueError(f"--implementation is {implementation!r}. {error}") from error
 
 
 def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]  # tokenizers.Tokenizer, which is imported only here

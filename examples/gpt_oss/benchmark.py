@@ -25,7 +25,7 @@ from examples.gpt_oss.model import Cache, GptOss, from_tensors, named_tensors
 from jax_router.provenance import provenance
 
 Row = dict[str, Any]
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses of both commands
 WARM_UP = 4  # steps before a block is timed, for what first calls with new buffers cost, recording CUDA graphs too
 
 
@@ -113,8 +113,7 @@ def summarize(blocks: Sequence[Row], batch: int) -> list[Row]:
     summary = []
     for name, rows in by_name.items():
         times = [row["ms_per_step"] for row in rows]
-        # A round that was interrupted has no second time.
-        ratios = [row["ms_per_step"] / other["ms_per_step"] for row, other in zip(rows, base, strict=False)]
+        ratios = [row["ms_per_step"] / other["ms_per_step"] for row, other in zip(rows, base, strict=True)]
         differing = np.any([np.array(row["tokens"]) != np.array(base[0]["tokens"]) for row in rows], axis=0)
         summary.append(
             {

@@ -13,6 +13,11 @@ import jax_router as jr
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 DTYPES = ("float32", "bfloat16", "float16")
+_DIMENSIONS = (
+    "num_hidden_layers", "num_local_experts", "num_experts_per_tok", "vocab_size", "hidden_size", "intermediate_size",
+    "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window",
+)  # fmt: skip
+_POSITIVE = ("rms_norm_eps", "swiglu_alpha", "swiglu_limit", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,16 @@ class Yarn:
     beta_slow: float = 1.0
     truncate: bool = False
     attention_factor: float | None = None  # of cos and sin; None: 0.1 log(factor) + 1
+
+    def __post_init__(self) -> None:
+        _expect(_is_number(self.factor) and self.factor >= 1, "factor", self.factor, "a number of at least 1")
+        original = self.original_max_position_embeddings
+        _expect_positive_integer("original_max_position_embeddings", original)
+        for name in ("beta_fast", "beta_slow"):
+            _expect_positive(name, getattr(self, name))
+        _expect(isinstance(self.truncate, bool), "truncate", self.truncate, "True or False")
+        if self.attention_factor is not None:
+            _expect_positive("attention_factor", self.attention_factor)
 
     @property
     def scale(self) -> float:
@@ -59,24 +74,26 @@ class Config:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in _DIMENSIONS:
+            _expect_positive_integer(name, getattr(self, name))
+        for name in _POSITIVE:
+            _expect_positive(name, getattr(self, name))
+        _expect(_is_number(self.rope_theta) and self.rope_theta > 1, "rope_theta", self.rope_theta, "a number above 1")
         if not self.layer_types:
             alternating = (FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", tuple(alternating))
-        for name in (
-            "num_hidden_layers", "num_local_experts", "num_experts_per_tok", "vocab_size", "hidden_size",
-            "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            _expect(isinstance(value, int) and value > 0, name, value, "a positive integer")
         _expect(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         _expect(heads % shared == 0, "num_key_value_heads", shared, f"a divisor of num_attention_heads={heads}")
         experts, top_k = self.num_local_experts, self.num_experts_per_tok
         _expect(top_k <= experts, "num_experts_per_tok", top_k, f"at most num_local_experts={experts}")
-        of_layers = len(self.layer_types) == self.num_hidden_layers and set(self.layer_types) <= {SLIDING, FULL}
+        known = all(kind in (SLIDING, FULL) for kind in self.layer_types)
+        of_layers = known and len(self.layer_types) == self.num_hidden_layers
         accepted = f"{self.num_hidden_layers} (num_hidden_layers) times {SLIDING!r} or {FULL!r}"
         _expect(of_layers, "layer_types", list(self.layer_types), accepted)
         _expect(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        ids = all(_is_integer(each) and each >= 0 for each in self.eos_token_ids)
+        _expect(ids, "eos_token_id", list(self.eos_token_ids), "token ids, integers from 0 on")
 
     def spec(self, round_logits: bool = False) -> jr.RoutingSpec:
         """The rule of the routers; rounding as in `jax_router.RoutingSpec`."""
@@ -84,13 +101,13 @@ class Config:
         return jr.RoutingSpec.from_hf_config(fields, round_logits=round_logits)
 
     @classmethod
-    def read(cls, directory: Path) -> Config:
+    def read(cls, directory: str | Path) -> Config:
         """The config.json in a checkpoint's directory.
 
         Raises:
           ValueError: there is none, it is no JSON object, or `from_hf` refuses it.
         """
-        path = directory / "config.json"
+        path = Path(directory) / "config.json"
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -116,52 +133,81 @@ class Config:
         _expect(model_type == "gpt_oss", "model_type", model_type, "'gpt_oss'")
         for name, only in (("hidden_act", "silu"), ("attention_bias", True), ("tie_word_embeddings", False)):
             _expect(fields.get(name, only) == only, name, fields.get(name), repr(only))
-        quantized = fields.get("quantization_config")
-        method = None if quantized is None else quantized.get("quant_method")
+        method = (_object(fields, "quantization_config") or {}).get("quant_method")
         _expect(method in (None, "mxfp4"), "quantization_config.quant_method", method, "'mxfp4', or no quantization")
         missing = [name for name in _DIMENSIONS if fields.get(name) is None]
         _expect(not missing, ", ".join(missing), None, "a positive integer each")
-        taken = {name: fields[name] for name in (*_DIMENSIONS, *_OPTIONAL) if fields.get(name) is not None}
-        dtype = fields.get("dtype") or fields.get("torch_dtype")
-        end = fields.get("eos_token_id")
-        return cls(
-            **taken,
-            **_rotary(fields),
-            layer_types=tuple(fields.get("layer_types") or ()),
-            **({} if dtype is None else {"dtype": dtype}),
-            eos_token_ids=() if end is None else tuple(end) if isinstance(end, list) else (end,),
-        )
+        taken = {name: fields[name] for name in (*_DIMENSIONS, *_POSITIVE) if fields.get(name) is not None}
+        if (dtype := fields.get("dtype", fields.get("torch_dtype"))) is not None:
+            taken["dtype"] = dtype
+        if (kinds := fields.get("layer_types")) is not None:
+            _expect(isinstance(kinds, list), "layer_types", kinds, f"a list of {SLIDING!r} and {FULL!r}")
+            taken["layer_types"] = tuple(kinds)
+        if (end := fields.get("eos_token_id")) is not None:
+            taken["eos_token_ids"] = tuple(end) if isinstance(end, list) else (end,)
+        return cls(**taken, **_rotary(fields))
 
 
-_DIMENSIONS = (
-    "num_hidden_layers", "num_local_experts", "num_experts_per_tok", "vocab_size", "hidden_size", "intermediate_size",
-    "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window",
-)  # fmt: skip
-_OPTIONAL = ("rms_norm_eps", "swiglu_alpha", "swiglu_limit", "initializer_range")
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor")
 
 
 def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and yarn, from `rope_parameters` (transformers 5) or from `rope_scaling` beside `rope_theta`."""
-    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = fields.get(name) or {}
+    """rope_theta and yarn, from `rope_parameters` (transformers 5) or from `rope_scaling` beside `rope_theta`.
+
+    As in transformers, `rope_scaling` is read first, no rope_type is "default", and where there is neither object the
+    model has gpt-oss's YaRN.
+    """
+    name = "rope_scaling" if _object(fields, "rope_scaling") else "rope_parameters"
+    given = _object(fields, name)
+    rope = {} if given is None else given
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     _expect(
         not nested, ", ".join(f"{name}.{key}" for key in nested), "a dict", "the same for all layers, without a dict"
     )
     kind = rope.get("rope_type", rope.get("type", "default"))
     _expect(kind in ("default", "yarn"), f"{name}.rope_type", kind, "'default' or 'yarn'")
-    for unsupported in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
+    for unsupported in ("mscale", "mscale_all_dim"):
         _expect(rope.get(unsupported) is None, f"{name}.{unsupported}", rope.get(unsupported), "none")
+    for where, part in (("partial_rotary_factor", fields), (f"{name}.partial_rotary_factor", rope)):
+        turned = part.get("partial_rotary_factor")
+        _expect(turned in (None, 1), where, turned, "1.0 or none: all dimensions of a head turn")
     theta = rope.get("rope_theta", fields.get("rope_theta"))
-    given: dict[str, Any] = {} if theta is None else {"rope_theta": float(theta)}
+    of_theta = {} if theta is None else {"rope_theta": theta}
+    if given is None:
+        return of_theta
     if kind == "default":
-        return {**given, "yarn": None}
+        return {**of_theta, "yarn": None}
     missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
     _expect(not missing, ", ".join(f"{name}.{key}" for key in missing), None, "a number each")
     # transformers truncates where the field is missing; beta_fast and beta_slow have the defaults of Yarn there too.
     scaling = {"truncate": True} | {key: rope[key] for key in _YARN if rope.get(key) is not None}
-    return {**given, "yarn": Yarn(**scaling)}
+    try:
+        return {**of_theta, "yarn": Yarn(**scaling)}
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """A field that is a JSON object or null, or that is not there."""
+    value = fields.get(name)
+    _expect(value is None or isinstance(value, dict), name, value, "an object, or none")
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _expect_positive_integer(name: str, value: Any) -> None:
+    _expect(_is_integer(value) and value > 0, name, value, "a positive integer")
+
+
+def _expect_positive(name: str, value: Any) -> None:
+    _expect(_is_number(value) and value > 0, name, value, "a positive number")
 
 
 def _expect(holds: bool, name: str, value: Any, accepted: str) -> None:

@@ -32,8 +32,9 @@ class Experts(nnx.Module):
           weights: `[T, k]`. The products with them are in their dtype, the sums in float32.
 
         Up to a third as many pairs as there are experts, the weights of each pair's expert are gathered, and experts
-        that nobody selected are not read. With more pairs they are sorted by expert for `jax.lax.ragged_dot`, which
-        on an H200 takes as long for one token of gpt-oss-20b as for eight, and less than the gather from three on.
+        that nobody selected are not read. The gather writes and reads its copy of them, so it moves three times the
+        bytes of what is selected; with more pairs they are sorted by expert for `jax.lax.ragged_dot`, which copies
+        nothing but may read all experts.
         """
         tokens, top_k = experts.shape
         pairs = experts.reshape(-1)

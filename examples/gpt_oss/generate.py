@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from examples.gpt_oss.config import Config
 from examples.gpt_oss.model import Cache, GptOss
 
 
@@ -26,6 +27,9 @@ class Decoded(NamedTuple):
 
 class Decoder:
     """A model's two compiled functions, for sequences of up to `length` tokens.
+
+    `decode` makes as many steps as the cache has room for. Who calls `step` must count: one past the end overwrites
+    the last position of the cache, without an error, for its position is known to the device alone.
 
     The model is split once, and its parameters are arguments of both functions, as a plain list: JAX takes an
     `nnx.State` of a thousand arrays apart in milliseconds, at every call. The cache is donated: each step writes
@@ -41,8 +45,16 @@ class Decoder:
         self.prefill, self.step = _compiled(graph, structure)
 
     def decode(self, prompt: ArrayLike) -> Iterator[Decoded]:
-        """Token after token behind prompts `[B, T]` of one length, until `length` is reached; none is waited for."""
+        """Token after token behind prompts `[B, T]` of one length, until `length` is reached; none is waited for.
+
+        Raises:
+          ValueError: prompt has not two axes, no token, or more than `length`.
+        """
         prompt = jnp.asarray(prompt, jnp.int32)
+        if prompt.ndim != 2 or not 1 <= prompt.shape[1] <= self.length:
+            raise ValueError(
+                f"prompt has shape {prompt.shape}. Expected [B, T] of 1 to {self.length} tokens, the decoder's length."
+            )
         batch, tokens = prompt.shape
         decoded = self.prefill(self.parameters, prompt, Cache.empty(self.config, batch, self.length, self.dtype))
         yield decoded
@@ -73,6 +85,24 @@ def _compiled(
     return jax.jit(prefill, donate_argnums=2), jax.jit(step, donate_argnums=2)
 
 
+def prompt_ids(name: str, prompt: ArrayLike, config: Config) -> np.ndarray:
+    """Prompts as an array of token ids `[B, T]`.
+
+    Args:
+      name: what messages call them.
+
+    Raises:
+      ValueError: they are none, or not in the vocabulary.
+    """
+    ids = np.asarray(prompt)
+    vocabulary = config.vocab_size
+    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name} is {ids.dtype} of shape {ids.shape}. Expected integers [B, T], one or more.")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(f"{name} has ids from {ids.min()} to {ids.max()}. Expected ids in [0, {vocabulary}).")
+    return ids
+
+
 def stream(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int] = ()) -> Iterator[np.ndarray]:
     """Greedy continuations, token after token: int32 `[B]` each.
 
@@ -85,12 +115,7 @@ def stream(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int]
     Raises:
       ValueError: a prompt that has no token, or an id that is not in the vocabulary; steps is not positive.
     """
-    ids = np.asarray(prompt)
-    vocabulary = model.config.vocab_size
-    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"prompt is {ids.dtype} of shape {ids.shape}. Expected integers [B, T], one or more.")
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ValueError(f"prompt has ids from {ids.min()} to {ids.max()}. Expected ids in [0, {vocabulary}).")
+    ids = prompt_ids("prompt", prompt, model.config)
     if steps < 1:
         raise ValueError(f"steps is {steps}. Expected at least 1.")
     decoder = Decoder(model, length=ids.shape[1] + steps - 1)

@@ -19,6 +19,7 @@ from examples.gpt_oss.config import Config
 from examples.gpt_oss.experts import Experts
 from examples.gpt_oss.layers import Linear, RMSNorm, normal
 from examples.gpt_oss.rotary import rotations
+from jax_router import checks
 from jax_router.nnx import Router
 
 Implementation = str | Sequence[str] | None
@@ -170,8 +171,15 @@ class GptOss(nnx.Module):
           cache: None to keep nothing, else where keys and values are written: from its beginning, or with `decode`
             behind those that it has.
           decode: ids is one token per sequence, which sees what the cache has. False: T tokens that see one another.
+            cache.position must be less than the length of the cache, which only a device knows: a step past the end
+            overwrites the last position, without an error.
           last_only: return the logits of the last token alone.
+
+        Raises:
+          ValueError: decode without a cache or with several tokens of a sequence; a cache for other batches or for
+            fewer tokens.
         """
+        _check_cache(ids, cache, decode)
         position = cache.position if decode and cache is not None else None
         positions = jnp.arange(ids.shape[1]) if position is None else position[None]
         rotation = rotations(self.config, positions, self.dtype)
@@ -188,6 +196,19 @@ class GptOss(nnx.Module):
         if cache is not None:
             cache = Cache(positions[-1] + 1, tuple(caches))
         return Output(self.lm_head(normed), cache, tuple(hidden_states), tuple(routings))
+
+
+def _check_cache(ids: jax.Array, cache: Cache | None, decode: bool) -> None:
+    if decode and (cache is None or ids.shape[1] != 1):
+        found = "without a cache" if cache is None else f"with ids of shape {ids.shape}"
+        raise ValueError(f"decode is True {found}. Expected a cache and ids [B, 1].")
+    if cache is not None:
+        batch, length = cache.layers[0].keys.shape[:2]
+        if ids.shape[0] != batch or ids.shape[1] > length:
+            raise ValueError(
+                f"ids has shape {ids.shape} but cache is for {batch} sequences of {length} tokens. Expected as many "
+                "sequences, and at most as many tokens; pass Cache.empty of a greater length."
+            )
 
 
 def named_tensors(model: GptOss) -> dict[str, jax.Array]:
@@ -225,8 +246,27 @@ def from_tensors(
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def check_options(config: Config, *, implementation: Implementation = None, dtype: DTypeLike | None = None) -> None:
+    """Check that a model of this config can be computed in a dtype, and its routers by an implementation, here.
+
+    Raises:
+      TypeError, ValueError: no dtype or implementation that is taken.
+      NotImplementedError: no implementation named can run: on this device, in this dtype.
+    """
+    name = checks.input_dtype("dtype", dtype or config.dtype)
+    jr.explain(
+        tokens=1,
+        hidden=config.hidden_size,
+        experts=config.num_local_experts,
+        dtype=name,
+        bias=True,
+        spec=config.spec(),
+        implementation=implementation,
+    )
+
+
 def load(
-    directory: Path,
+    directory: str | Path,
     *,
     round_logits: bool = False,
     implementation: Implementation = None,
@@ -235,11 +275,17 @@ def load(
 ) -> GptOss:
     """The model in a directory with config.json and safetensors, one file or several with their index.
 
+    Args:
+      round_logits, implementation, dtype: as in `GptOss`; checked before the tensors are read.
+      progress: as in `read_checkpoint`.
+
     Raises:
-      ValueError: the config.json is not one of a gpt-oss model that this can compute, or tensors are missing, unknown
-        or of another shape.
+      NotImplementedError: no implementation named can run here.
+      ValueError: an argument that is not taken, the config.json is not one of a gpt-oss model that this can compute, or
+        tensors are missing, unknown or of another shape.
       FileNotFoundError: no safetensors file, or one that the index names is missing.
     """
     config = Config.read(directory)
+    check_options(config, implementation=implementation, dtype=dtype)
     tensors = read_checkpoint(directory, expected_tensors(config, dtype), progress=progress)
     return from_tensors(config, tensors, round_logits=round_logits, implementation=implementation, dtype=dtype)
