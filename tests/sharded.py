@@ -28,20 +28,6 @@ SPECS = {
     "softmax": jr.RoutingSpec(4, "softmax", renormalize=True),
     "groups": jr.RoutingSpec(4, "sigmoid", renormalize=True, num_groups=4, group_topk=2),
 }
-LORA = RouterLoRA(
-    Router(
-        HIDDEN,
-        EXPERTS,
-        spec=SPECS["softmax"],
-        use_bias=True,
-        use_correction_bias=True,
-        use_expert_scale=True,
-        rngs=nnx.Rngs(0),
-    ),
-    2,
-    b_initializer=nnx.initializers.ones,
-    rngs=nnx.Rngs(1),
-)
 LAYOUTS = {  # of tokens and of experts
     "tokens": (P(("data", "sequence", "model")), P()),
     "experts": (P(), P("model")),
@@ -70,12 +56,16 @@ def arrays() -> tuple[jax.Array, ...]:
 
 def operation(name: str, axis_name: str | None = None) -> Callable[..., Any]:
     """`router_gemm`; `route` by one of SPECS or replayed, with logits; of a stack of weights; with LoRA."""
+    if name == "lora":  # here: jax.distributed must come before the first array
+        vectors = dict.fromkeys(("use_bias", "use_correction_bias", "use_expert_scale"), True)
+        base = Router(HIDDEN, EXPERTS, spec=SPECS["softmax"], **vectors, rngs=nnx.Rngs(0))
+        adapted = RouterLoRA(base, 2, b_initializer=nnx.initializers.ones, rngs=nnx.Rngs(1))
 
     def function(x, weight, bias, correction_bias, expert_scale, ids):
         if name == "logits":
             return jr.router_gemm(x, weight, bias)
         if name == "lora":
-            router = nnx.clone(LORA)
+            router = nnx.clone(adapted)
             base = router.base
             variables = base.kernel, base.bias, base.correction_bias, base.expert_scale
             for variable, value in zip(variables, (weight, bias, correction_bias, expert_scale), strict=True):
