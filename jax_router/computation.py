@@ -181,6 +181,7 @@ def on_a_mesh(decision: Decision) -> Operation:
     """The operation, partitioned as `partitioning` says; logits of plain JAX are by XLA itself."""
     request = decision.request
     by_xla = decision.implementation == "xla" and request.spec is None
+    by_xla |= decision.implementation == "pallas" and request.device.platform == "cpu"  # Pallas' interpreter calls back
     return partitioning.partitioned(
         _computed(decision),
         None if by_xla else functools.partial(_of_device, request=request),
