@@ -32,7 +32,7 @@ class Decoder:
     the last position of the cache, without an error, for its position is known to the device alone.
 
     The model is split once, and its parameters are arguments of both functions, as a plain list: JAX takes an
-    `nnx.State` of a thousand arrays apart in milliseconds, at every call. The cache is donated: each step writes
+    `nnx.State` of hundreds of arrays apart in milliseconds, at every call. The cache is donated: each step writes
     into the buffers of the one before. A step is one call of a jitted function from Python, its layers unrolled, and
     not a `jax.lax.scan` over steps: straight-line code on buffers that stay where they are is what XLA can capture in
     CUDA graphs, and the host, which waits for no result, can run ahead of the device.
