@@ -77,23 +77,21 @@ class Decision:
     def function(self, implementation: str) -> Operation:
         """The operation as an implementation has it."""
         module, request = implementations.load(implementation), self.request
-        options: dict[str, Any] = {"weight_layout": request.weight_layout, "out_dtype": request.out_dtype}
         function = module.router_gemm
+        options: dict[str, Any] = {"out_dtype": request.out_dtype}
         if request.spec is not None:
-            function, options["spec"], options["return_logits"] = module.route, request.spec, request.return_logits
-            del options["out_dtype"]
+            function, options = module.route, {"spec": request.spec, "return_logits": request.return_logits}
+        options["weight_layout"] = request.weight_layout
         if implementation == "xla":
             return functools.partial(function, **options)
         config = self.config if implementation == self.implementation else None
 
-        def of_rows(x: jax.Array, *others: Any) -> Any:
+        def of_rows(*operands: Any) -> Any:
             """The kernels take x [T, H]."""
-            *leading, hidden = x.shape
+            leading = operands[0].shape[:-1]
             tokens = math.prod(leading)
-            *vectors, last = others
-            if len(others) == partitioning.REPLAYED and last is not None:
-                last = last.reshape(tokens, last.shape[-1])
-            results = function(x.reshape(tokens, hidden), *vectors, last, **options, config=config)
+            rows = partitioning.of_each_token(lambda each: each.reshape(tokens, each.shape[-1]), operands)
+            results = function(*rows, **options, config=config)
             return jax.tree.map(lambda result: result.reshape(*leading, result.shape[-1]), results)
 
         return of_rows
@@ -164,7 +162,7 @@ def batched_by_xla(request: Request, in_axes: Sequence[int | None], *operands: A
     gemm, size = Decision("xla", None, request.of_gemm).function("xla"), operands[in_axes.index(0)].shape[0]
     logits = jax.vmap(gemm, in_axes[:3], axis_size=size)(*operands[:3])
     if request.spec is None:
-        return logits.astype(request.out_dtype)
+        return logits
     correction_bias, expert_scale = (
         vector if vector is None or axis is None else jnp.expand_dims(vector, range(1, logits.ndim - 1))
         for vector, axis in zip(operands[3:5], in_axes[3:5], strict=True)

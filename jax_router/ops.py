@@ -14,8 +14,6 @@ from jax_router import checks, checks_route, dispatch, implementations, partitio
 from jax_router.computation import Decision, Operation, Request, batched_by_xla, decide, either, on_a_mesh
 from jax_router.routing import Routing, RoutingSpec, round_logits, routing_weights, scale_of_experts
 
-BY_TOKEN = (0, partitioning.REPLAYED)  # the operands whose leading axes are tokens: x and experts
-
 
 def router_gemm(
     x: ArrayLike,
@@ -154,10 +152,8 @@ def route(
 
 def _of_tokens(*operands: Any, request: Request) -> Any:
     """The operation on checked operands: with no tokens nothing runs, and one may come without its axis."""
-    x, *others, last = operands
-    if x.ndim == 1:
-        ids = len(operands) > partitioning.REPLAYED and last is not None
-        results = _of_tokens(x[None], *others, last[None] if ids else last, request=request)
+    if operands[0].ndim == 1:
+        results = _of_tokens(*partitioning.of_each_token(lambda each: each[None], operands), request=request)
         return jax.tree.map(lambda result: result[0], results)
     return _operation(decide(*operands, request))(*operands)
 
@@ -183,9 +179,9 @@ def _forward(decision: Decision) -> Operation:
         def all_batched(results: Any) -> tuple[Any, Any]:
             return results, jax.tree.map(lambda _: True, results)
 
-        if not any(is_batched for index, is_batched in enumerate(in_batched) if index not in BY_TOKEN):
+        if not any(is_batched for index, is_batched in enumerate(in_batched) if index not in partitioning.BY_TOKEN):
             tokens = list(operands)
-            for index in BY_TOKEN:
+            for index in partitioning.BY_TOKEN:
                 if index < len(operands) and operands[index] is not None and not in_batched[index]:
                     tokens[index] = jnp.stack([operands[index]] * axis_size)
             return all_batched(_forward(decide(*tokens, request))(*tokens))  # for that many tokens

@@ -21,9 +21,13 @@ from jax_router.routing import Routing, RoutingSpec, route_logits
 
 # Of operands x, weight, bias or None, and of `route` also correction_bias, expert_scale, experts, each or None.
 Operation = Callable[..., Any]
-REPLAYED = (
-    5  # the operand of a routing that is experts to replay: it has tokens, and the vectors before it have experts
-)
+BY_TOKEN = (0, 5)  # those whose leading axes are tokens: x, and experts to replay; the others have experts
+
+
+def of_each_token(function: Operation, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """The operands, those that have tokens changed by the function."""
+    pairs = enumerate(operands)
+    return tuple(function(each) if index in BY_TOKEN and each is not None else each for index, each in pairs)
 
 
 def route_of_shards(
@@ -150,7 +154,7 @@ def partitioned(
 
         split, rows = of_experts or None, placed(*of_tokens, None)
         of_weight = placed(split, None) if experts_axis == 0 else placed(None, split)
-        of_others = (rows if index == REPLAYED else placed(split) for index in range(2, 2 + len(others)))
+        of_others = (rows if index in BY_TOKEN else placed(split) for index in range(2, 2 + len(others)))
         pairs = zip(operands, (rows, of_weight, *of_others), strict=True)
         of_routing = Routing(*[rows] * (3 if return_logits else 2))  # type: ignore[arg-type]  # shardings
         results = of_routing if of_shards is not None else placed(*of_tokens, split)
@@ -158,7 +162,6 @@ def partitioned(
 
     def partition(mesh: Any, operands: Sequence[Any], _: Any) -> tuple[Any, ...]:
         results, arguments, of_experts = shardings(mesh, operands)
-
         assert of_device is not None
         function = of_device
         if of_shards is not None and of_experts:
