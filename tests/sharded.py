@@ -1,10 +1,11 @@
 """Run by tests/test_sharding.py in a process with 8 virtual CPU devices: what is sharded is what one device computes.
 
-Arguments: "jit" or "shard_map", and the types of the mesh's three axes, as Auto,Auto,Explicit; then LAYOUTS.
+Argument: a key of CHECKS. What one device computes is the same for all of them, and is compiled once.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -32,6 +33,15 @@ LAYOUTS = {  # of tokens and of experts
     "tokens": (P(("data", "sequence", "model")), P()),
     "experts": (P(), P("model")),
     "both": (P("data", "sequence"), P("model")),
+}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+CHECKS = {  # the types of the mesh's axes, and of LAYOUTS those that are checked with them
+    "jit": [
+        ((AUTO, AUTO, AUTO), ("tokens", "experts", "both")),
+        ((EXPLICIT, EXPLICIT, EXPLICIT), ("both",)),
+        ((EXPLICIT, EXPLICIT, AUTO), ("tokens",)),
+    ],
+    "shard_map": [((AUTO, AUTO, AUTO), ("experts",)), ((EXPLICIT, EXPLICIT, EXPLICIT), ("both",))],
 }
 
 
@@ -82,6 +92,13 @@ def operation(name: str, axis_name: str | None = None) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def of_one_device(name: str) -> tuple[Callable[..., Any], Any, tuple[jax.Array, ...]]:
+    """The operation, jitted; what it computes of `arrays`; and the gradients of its loss."""
+    function = jax.jit(operation(name))
+    return function, function(*arrays()), jax.jit(jax.grad(loss(function), range(5)))(*arrays())
+
+
 def loss(function: Callable[..., Any]) -> Callable[..., jax.Array]:
     """A number that depends on every logit, or weight."""
 
@@ -113,9 +130,8 @@ def of_shards(
     """What one device computes of the tokens that each has, put together."""
     x, *matrices, ids = operands
     whole: list[np.ndarray] = []
-    alone = jax.jit(function)
     for index in NamedSharding(mesh, tokens).devices_indices_map(x.shape).values():
-        pieces = jax.tree.leaves(alone(x[index], *matrices, ids[index]))
+        pieces = jax.tree.leaves(function(x[index], *matrices, ids[index]))
         whole = whole or [np.zeros((*x.shape[:-1], piece.shape[-1]), piece.dtype) for piece in pieces]
         for result, piece in zip(whole, pieces, strict=True):
             result[index] = piece
@@ -123,6 +139,7 @@ def of_shards(
 
 
 def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
+    """Raises AssertionError, with the case in its message."""
     tokens, experts = LAYOUTS[layout]
     mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), axis_types=axis_types)
     operands, placement = arrays(), (tokens, *[experts] * 4, tokens)
@@ -133,15 +150,15 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
     for name in ("logits", *SPECS, "replay", "stack", "lora"):
         if name == "lora" and how == "shard_map" and split:
             continue  # the layer has all experts
-        function = mapped = operation(name)
+        function, expected, truths = of_one_device(name)
+        mapped = operation(name)
         if how == "shard_map":
             local = operation(name, "model" if split and name != "logits" else None)
             out = P(*tokens, *[None] * (2 - len(tokens)), "model") if split and name == "logits" else tokens
             mapped = jax.shard_map(local, mesh=mesh, in_specs=placement, out_specs=out)
-        case = f"{name}, {layout}"
+        case = f"{name}, {layout}, {axis_types}"
         with jax.set_mesh(mesh):
             results, forward = compiled(mapped, *placed)
-        expected = function(*operands)
         # The experts exactly, ties and all.
         for result, truth in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
             same_but_for_rounding(result, truth, case)
@@ -158,7 +175,6 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
             continue  # differentiated as the others are
         with jax.set_mesh(mesh):
             gradients, backward = compiled(jax.grad(loss(mapped), range(5)), *placed)
-        truths = jax.grad(loss(function), range(5))(*operands)
         for result, truth in zip(gradients, truths, strict=True):
             same_but_for_rounding(result, truth, case)
         # Sums over tokens, for the weights; over experts, for x and for the scale of those that are selected.
@@ -170,6 +186,7 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
 
 
 if __name__ == "__main__":
-    how, kinds, *layouts = sys.argv[1:]
-    for layout in layouts:
-        check(how, tuple(AxisType[kind] for kind in kinds.split(",")), layout)
+    (how,) = sys.argv[1:]
+    for axis_types, layouts in CHECKS[how]:
+        for layout in layouts:
+            check(how, axis_types, layout)

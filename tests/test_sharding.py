@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sharded
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,19 +31,9 @@ def cpus(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "jit Auto,Auto,Auto tokens experts",
-        "jit Auto,Auto,Auto both",
-        "jit Explicit,Explicit,Explicit both",
-        "jit Explicit,Explicit,Auto tokens",
-        "shard_map Auto,Auto,Auto experts",
-        "shard_map Explicit,Explicit,Explicit both",
-    ],
-)
-def test_sharded_results_and_gradients_are_those_of_one_device_without_a_needless_collective(arguments) -> None:
-    command = [sys.executable, TESTS / "sharded.py", *arguments.split()]
+@pytest.mark.parametrize("how", sharded.CHECKS)
+def test_sharded_results_and_gradients_are_those_of_one_device_without_a_needless_collective(how) -> None:
+    command = [sys.executable, sharded.__file__, how]
     finished = subprocess.run(command, env=cpus(8), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
 
