@@ -78,15 +78,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def hf_model(checkpoint: Path, dtype: Any) -> Any:
+    """transformers' model. Some of its releases (5.17) have gpt-oss' own alpha and limit, whatever config.json says."""
+    model = transformers.GptOssForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    for layer in model.model.layers:
+        layer.mlp.experts.alpha, layer.mlp.experts.limit = cases.CONFIG.swiglu_alpha, cases.CONFIG.swiglu_limit
+    return model
+
+
 @pytest.fixture(scope="module")
 def references(checkpoint: Path) -> dict[str, Reference]:
     """By dtype. The tokens are made in float32 and bfloat16, and read in float64 as well."""
-    models = {
-        name: transformers.GptOssForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-        ).eval()
-        for name, dtype in DTYPES.items()
-    }
+    models = {name: hf_model(checkpoint, dtype) for name, dtype in DTYPES.items()}
     # transformers turns heads by float32 angles in every dtype; the judge does it in float64.
     rotary_embedding = models["float64"].model.rotary_emb
 
@@ -137,9 +142,7 @@ def in_cases(*, rounded: tuple[bool, ...]) -> Callable[[Any], Any]:
 
 def test_both_clamps_of_the_experts_bite_in_every_layer(checkpoint: Path) -> None:
     """So that a clamp that is left out, or is on a side where there is none, changes what is compared."""
-    model = transformers.GptOssForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, experts_implementation="eager"
-    )
+    model = hf_model(checkpoint, torch.float32)
     limit = cases.CONFIG.swiglu_limit
     seen: list[list[bool]] = []
 
