@@ -86,12 +86,13 @@ def cuda_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if has_gpu():
-        return
+    """GPU tests have the property `gpu` in reports (JUnit's XML has it), and are skipped where there is none."""
     skip = pytest.mark.skip(reason=f"needs a GPU, JAX has {jax.devices()[0].platform} only")
     for item in items:
         if item.get_closest_marker("gpu") or "gpu" in getattr(item, "fixturenames", ()):
-            item.add_marker(skip)
+            item.user_properties.append(("gpu", "true"))
+            if not has_gpu():
+                item.add_marker(skip)
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -38,12 +39,16 @@ def run(folder: Path, has_gpu: bool, *arguments: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n1",)], ids=["one process", "xdist"])
-def test_a_skip_where_there_is_a_gpu_is_a_failure_that_is_named(tmp_path, arguments) -> None:
-    finished = run(tmp_path, True, *arguments)
+def test_a_skip_where_there_is_a_gpu_is_a_failure_that_is_named_and_gpu_tests_are_reported_as_such(
+    tmp_path, arguments
+) -> None:
+    finished = run(tmp_path, True, "--junitxml=report.xml", *arguments)
     assert finished.returncode == pytest.ExitCode.TESTS_FAILED, finished.stdout
     _, _, summary = finished.stdout.partition("skipped although there is a GPU: this counts as failure")
     assert "test_some.py::test_that_is_skipped" in summary
     assert "test_that_needs_a_gpu" not in summary
+    reported = ET.parse(tmp_path / "report.xml").findall(".//property[@name='gpu']/../..")
+    assert {each.attrib["name"] for each in reported} == {"test_that_needs_a_gpu", "test_that_asks_for_the_gpu"}
 
 
 def test_without_a_gpu_its_tests_are_skipped_with_the_reason(tmp_path) -> None:
