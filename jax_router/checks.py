@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jax_router.routing import RoutingSpec
 
 INPUT_DTYPES = ("bfloat16", "float16", "float32")
+NUMBERS_OF_A_SPEC = ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice")
 
 
 def dtype_name(value: Any) -> str | None:
@@ -57,12 +58,21 @@ def as_array(name: str, value: Any) -> jax.Array:
             f"{name} is an array of {value.dtype.name}. Expected {_one_of(INPUT_DTYPES)}; cast it, for example with "
             f"{name}.astype(jnp.float32)."
         )
+    native_bytes(name, value)
+    return jnp.asarray(value)
+
+
+def native_bytes(name: str, value: jax.Array | np.ndarray) -> None:
+    """Check that an array is in this machine's byte order.
+
+    Raises:
+      ValueError: it is not.
+    """
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         raise ValueError(
             f"{name} is an array of {value.dtype.str}, bytes swapped. Expected this machine's byte order; convert it "
             f"with {name}.astype({name}.dtype.newbyteorder('='))."
         )
-    return jnp.asarray(value)
 
 
 def router_gemm_inputs(
@@ -252,7 +262,7 @@ def routing_spec(spec: RoutingSpec) -> None:
     _choice("select_on", spec.select_on, routing.SELECT_ON)
     for name in ("renormalize", "round_logits"):
         flag(name, getattr(spec, name))
-    for name in ("renormalize_epsilon", "renormalize_min", "scaling_factor", "masked_choice"):
+    for name in NUMBERS_OF_A_SPEC:
         value = getattr(spec, name)
         if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
             raise TypeError(f"{name} is {describe(value)}. Expected a number; pass a Python float.")

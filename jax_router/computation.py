@@ -124,15 +124,17 @@ def _computed(decision: Decision) -> Operation:
         computed = partitioning.varying_as(specification, decision.function(decision.implementation))
         computed = either(decision, computed, specification) if decision.portable else computed
 
-    def of_tokens(x: jax.Array, weight: jax.Array, *others: Any) -> Any:
-        if 0 not in x.shape[:-1]:
-            return computed(x, weight, *others)
+    def nothing(x: jax.Array, weight: jax.Array, *_: Any) -> Any:
         logits = jnp.zeros((*x.shape[:-1], weight.shape[request.experts_axis]), request.out_dtype)
         if request.spec is None:
             return logits
         of_each = (*x.shape[:-1], request.spec.top_k)
         each = jnp.zeros(of_each, jnp.float32), jnp.zeros(of_each, jnp.int32)
         return Routing(*each, logits if request.return_logits else None)
+
+    def of_tokens(*operands: Any) -> Any:
+        empty = 0 in operands[0].shape[:-1]
+        return (partitioning.varying_as(specification, nothing) if empty else computed)(*operands)
 
     return of_tokens
 
@@ -169,7 +171,7 @@ def batched_by_xla(request: Request, in_axes: Sequence[int | None], *operands: A
     )
     *_, experts = operands
     if experts is not None and in_axes[5] is None:
-        experts = jnp.stack([experts] * logits.shape[0])
+        experts = partitioning.repeated(experts, logits.shape[0])
     rule = {"spec": request.spec, "dtype": operands[0].dtype.name}
     weights, selected = partitioning.route_by_tokens(logits, correction_bias, expert_scale, experts, **rule)
     return Routing(weights, selected, logits if request.return_logits else None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_router import checks_route
+from jax_router.routing import is_each
 
 
 def tokens_per_expert(experts: ArrayLike, num_experts: int, *, mask: ArrayLike | None = None) -> jax.Array:
@@ -32,7 +33,7 @@ def tokens_per_expert(experts: ArrayLike, num_experts: int, *, mask: ArrayLike |
     Source: "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv 2408.15664) for that use.
     """
     ids, counted = checks_route.experts_and_mask(experts, num_experts, mask)
-    chosen = ids[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
+    chosen = is_each(ids, num_experts)
     if counted is not None:
         chosen &= counted[..., None, None]
     return chosen.sum(tuple(range(chosen.ndim - 1)), dtype=jnp.int32)
@@ -103,5 +104,6 @@ def router_z_loss(logits: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Ar
 
 def _number_of_tokens(of_tokens: jax.Array, counted: jax.Array | None) -> jax.Array | float:
     if counted is None:
-        return float(max(math.prod(of_tokens.shape[:-1]), 1))
+        tokens = math.prod(of_tokens.shape[:-1])
+        return float(max(tokens, 1)) if isinstance(tokens, int) else jnp.maximum(jnp.asarray(tokens, jnp.float32), 1)
     return jnp.maximum(counted.sum(dtype=jnp.int32), 1).astype(jnp.float32)

@@ -113,7 +113,8 @@ def route(
         bias, correction_bias and expert_scale are those of this device's experts, E / n of them, and the results are
         of all experts, the same on every device of these axes, behind one all-gather of logits. Under jit on a mesh a
         sharded weight says it by itself. x and experts must be the same on every device of these axes, which their
-        types say unless check_vma=False.
+        types say unless check_vma=False. Without these types `jax.grad` inside of the `shard_map` adds up what every
+        device gets of the results, here as in all of JAX; outside of it gradients are right.
 
     Returns:
       `Routing(weights, experts, logits)`: float32 `[..., k]`, int32 `[..., k]` with the best expert first, and float32
@@ -183,7 +184,7 @@ def _forward(decision: Decision) -> Operation:
             tokens = list(operands)
             for index in partitioning.BY_TOKEN:
                 if index < len(operands) and operands[index] is not None and not in_batched[index]:
-                    tokens[index] = jnp.stack([operands[index]] * axis_size)
+                    tokens[index] = partitioning.repeated(operands[index], axis_size)
             return all_batched(_forward(decide(*tokens, request))(*tokens))  # for that many tokens
 
         def one_by_one(*operands: Any) -> Any:
@@ -243,7 +244,7 @@ def _operation(decision: Decision) -> Operation:
 
     def of_operands(operands: Any, cotangent: jax.Array) -> Any:
         """The cotangents of x, weight and bias, each sharded as it is."""
-        mesh = jax.typeof(operands[0]).sharding.mesh
+        mesh = partitioning.mesh_of(operands)
 
         def pulled_back(cotangent: jax.Array, *operands: Any) -> Any:
             _, pullback = jax.vjp(in_float32, *operands)

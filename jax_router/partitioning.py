@@ -51,13 +51,14 @@ def route_of_shards(
       dtype: that of x.
       axis_name: the axes of the mesh that experts are split over, the first the slowest.
       return_logits: whether the result has the logits `[..., E]` of all experts.
-      invariant: in a shard_map: the results have the type of what is the same on every device of these axes.
+      invariant: in a shard_map: the results have the type of what is the same on every device of these axes, if types
+        are checked there.
     """
     vectors = [vector for vector in (correction_bias, expert_scale) if vector is not None]
     rows = [logits.reshape(-1, logits.shape[-1]), *(vector.astype(jnp.float32)[None] for vector in vectors)]
-    to = "varying"
-    if invariant:
-        names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    to, names = "varying", {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    # With check_vma=False no type says what varies, and JAX transposes the gather as that of what differs.
+    if invariant and names <= jax.typeof(jax.lax.axis_index(tuple(names))).manual_axis_type.varying:
         varying = names.union(*(jax.typeof(row).manual_axis_type.varying for row in rows))
         rows, to = [_varying_over(row, varying) for row in rows], "invarying"
     gathered = jax.lax.all_gather(jnp.concatenate(rows), axis_name, axis=1, tiled=True, to=to)
@@ -92,6 +93,12 @@ def by_xla(function: Operation, mesh: Any, shardings: Any) -> Operation:
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
 
 
+def mesh_of(operands: Sequence[jax.Array | None]) -> Any:
+    """The mesh that the types of operands name; one that is on none may stand beside others."""
+    meshes = [jax.typeof(operand).sharding.mesh for operand in operands if operand is not None]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
 def shardings_on(mesh: Any, operands: Sequence[jax.Array | None]) -> Any:
     """How operands are sharded on Explicit axes; one that is not on the mesh is on all of it."""
 
@@ -100,6 +107,11 @@ def shardings_on(mesh: Any, operands: Sequence[jax.Array | None]) -> Any:
         return sharding if sharding.mesh == mesh else NamedSharding(mesh, PartitionSpec())
 
     return tuple(None if operand is None else of(operand) for operand in operands)
+
+
+def repeated(array: jax.Array, times: Any) -> jax.Array:
+    """The array `times` times in a new first axis."""
+    return jnp.broadcast_to(array, (times, *array.shape))
 
 
 def sharded_as(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -207,7 +219,7 @@ def by_tokens(function: Operation) -> Operation:
     @split.def_vmap
     def split_batch(size: int, in_batched: Sequence[Any], *operands: Any) -> tuple[Any, Any]:
         pairs = zip(operands, in_batched, strict=True)
-        results = split(*(each if each is None or batched else jnp.stack([each] * size) for each, batched in pairs))
+        results = split(*(each if each is None or batched else repeated(each, size) for each, batched in pairs))
         return results, jax.tree.map(lambda _: True, results)
 
     @jax.custom_vjp
@@ -250,11 +262,11 @@ def _custom(
     replicated: Any,
 ) -> Any:
     """The function of the operands, partitioned by `partition` or XLA; `results` gives the shardings of its results."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
+    mesh = mesh_of(operands)
     if mesh.manual_axes:  # in a shard_map the operands are those of one device
         return function(*operands)
     partitioned = function
-    if partition is not None:
+    if partition is not None and (mesh.empty or mesh.size > 1):  # empty, where jit knows shardings, and no type
         partitioned = custom_partitioning(lambda *operands: function(*operands))
         partitioned.def_partition(
             partition,

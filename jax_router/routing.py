@@ -75,6 +75,8 @@ class RoutingSpec:
 
     def __post_init__(self) -> None:
         checks.routing_spec(self)
+        for name in checks.NUMBERS_OF_A_SPEC:  # numpy's are equal to these and hash alike, but float64's make float64
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.num_groups is not None and self.num_groups == self.group_topk:
             object.__setattr__(self, "num_groups", None)
             object.__setattr__(self, "group_topk", None)
@@ -165,14 +167,15 @@ def select_experts(logits: jax.Array, correction_bias: jax.Array | None, spec: R
     by_score = spec.select_on == "scores" and (correction_bias is not None or spec.num_groups is not None)
     choice = scores(logits, spec) if by_score else logits
     if correction_bias is not None:
-        choice = choice + correction_bias.astype(jnp.float32)
+        of_each = correction_bias.astype(jnp.float32)
+        choice = choice + jnp.expand_dims(of_each, range(choice.ndim - of_each.ndim))
     choice = jnp.where(jnp.isnan(choice), jnp.nan, choice)
     if spec.num_groups is not None and spec.group_topk is not None:
         in_groups = choice.reshape(*choice.shape[:-1], spec.num_groups, choice.shape[-1] // spec.num_groups)
         highest = jax.lax.top_k(in_groups, 1 if spec.group_score == "max" else 2)[0]
         best = highest[..., 0] if spec.group_score == "max" else highest[..., 0] + highest[..., 1]
         kept = jax.lax.top_k(jnp.where(jnp.isnan(best), jnp.nan, best), spec.group_topk)[1]
-        is_kept = (kept[..., None] == jnp.arange(spec.num_groups, dtype=kept.dtype)).any(-2)
+        is_kept = is_each(kept, spec.num_groups).any(-2)
         choice = jnp.where(is_kept[..., None], in_groups, spec.masked_choice).reshape(choice.shape)
     return jax.lax.top_k(choice, spec.top_k)[1]
 
@@ -198,10 +201,16 @@ def routing_weights(
 
 def scale_of_experts(expert_scale: jax.Array, experts: jax.Array) -> jax.Array:
     """What a per-expert scale `[E]`, or one of every token `[..., E]`, multiplies the weights `[..., k]` with."""
-    index, scale = _none_from_the_end(experts, expert_scale.shape[-1]), expert_scale.astype(jnp.float32)
-    if expert_scale.ndim == 1:
-        return scale.at[index].get(mode="fill", fill_value=jnp.nan)
-    return jnp.take_along_axis(scale, index, axis=-1, mode="fill", fill_value=jnp.nan)
+    count, scale = expert_scale.shape[-1], expert_scale.astype(jnp.float32)
+    if expert_scale.ndim == 1:  # not scale[experts]: of tokens that do not fill a mesh XLA adds the padding's gradient
+        of_each = jnp.where(is_each(experts, count), jnp.expand_dims(scale, range(experts.ndim)), 0)
+        return jnp.where((experts >= 0) & (experts < count), of_each.sum(-1), jnp.nan)
+    return jnp.take_along_axis(scale, _none_from_the_end(experts, count), axis=-1, mode="fill", fill_value=jnp.nan)
+
+
+def is_each(ids: jax.Array, count: int) -> jax.Array:
+    """Which of the numbers from 0 to count - 1 an id is: bool `[..., count]` of integers `[...]`."""
+    return ids[..., None] == jnp.expand_dims(jnp.arange(count, dtype=ids.dtype), range(ids.ndim))
 
 
 def _none_from_the_end(experts: jax.Array, count: int) -> jax.Array:

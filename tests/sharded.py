@@ -185,8 +185,87 @@ def check(how: str, axis_types: tuple[AxisType, ...], layout: str) -> None:
         assert layout != "experts" or len(sums) <= 2, f"{case}: {backward}"
 
 
+def check_tokens_that_do_not_fill_the_mesh() -> None:
+    """XLA's own partitioning of `scale[experts]` adds the gradient of the padding."""
+    x, weight, _, _, scale, _ = arrays()
+    x = x.reshape(-1, HIDDEN)[:7]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AUTO, AUTO))
+
+    def of_scale(scale, place):
+        return jnp.sin(jr.route(place(x), weight, spec=SPECS["softmax"], expert_scale=scale).weights).sum()
+
+    split = functools.partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, P("data")))
+    found, truth = (jax.jit(jax.grad(functools.partial(of_scale, place=p)))(scale) for p in (split, lambda x: x))
+    same_but_for_rounding(found, truth, "7 tokens on 2 devices")
+
+
+def check_x_that_is_on_no_mesh() -> None:
+    """Beside experts that are split over Explicit axes."""
+    x, weight, *_ = arrays()
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(EXPLICIT,))
+    split = jax.device_put(weight, NamedSharding(mesh, P("model")))
+    gradient = jax.jit(jax.grad(lambda x, weight: jnp.sin(route(x, weight).weights).sum(), (0, 1)))
+    route = jax.jit(lambda x, weight: jr.route(x, weight, spec=SPECS["softmax"]))
+    np.testing.assert_array_equal(route(np.asarray(x), split).experts, route(x, weight).experts)
+    for found, truth in zip(gradient(np.asarray(x), split), gradient(x, weight), strict=True):
+        same_but_for_rounding(found, truth, "x on no mesh")
+
+
+def check_adapters_of_split_experts() -> None:
+    """On Explicit axes, tokens over both of them and B over one."""
+    base = Router(HIDDEN, EXPERTS, spec=SPECS["softmax"], rngs=nnx.Rngs(0))
+    layer = RouterLoRA(base, 2, num_adapters=3, b_initializer=nnx.initializers.ones, rngs=nnx.Rngs(1))
+    x, ids = arrays()[0].reshape(-1, HIDDEN), np.arange(BATCH * SEQUENCE) % 4 - 1
+    expected = layer(x, adapter=ids, return_logits=True)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(EXPLICIT, EXPLICIT))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P(("data", "model"))))
+        layer.lora_b.set_value(jax.device_put(layer.lora_b[...], NamedSharding(mesh, P(None, None, "model"))))
+        found = jax.jit(lambda x: layer(x, adapter=ids, return_logits=True))(placed)
+    same_but_for_rounding(found.logits, expected.logits, "several adapters")
+
+
+def check_gradients_of_untyped_shards() -> None:
+    """check_vma=False: no type says what is the same on every device, and the gradient outside is the whole."""
+    x, weight, bias, _, scale, _ = arrays()
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AUTO, AUTO))
+
+    def routed(x, weight, bias, scale, axis_name=None):
+        return jr.route(x, weight, bias, spec=SPECS["softmax"], expert_scale=scale, axis_name=axis_name).weights
+
+    operands, specs = (x, weight, bias, scale), (P("data"), *[P("model")] * 3)
+    body = functools.partial(routed, axis_name="model")
+    untyped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    found, truth = (
+        jax.jit(jax.grad(lambda *operands, f=f: jnp.sin(f(*operands)).sum(), range(4)))(*operands)
+        for f in (untyped, routed)
+    )
+    for each, true in zip(found, truth, strict=True):
+        same_but_for_rounding(each, true, "check_vma=False")
+
+
+def check_gradients_of_no_tokens_in_shards() -> None:
+    x, weight, *_ = arrays()
+    mesh, in_specs = jax.make_mesh((8,), ("model",), axis_types=(AUTO,)), (P(), P("model"))
+    for body, out in (
+        (lambda x, weight: jr.route(x, weight, spec=SPECS["softmax"], axis_name="model").weights, P()),
+        (jr.router_gemm, P(None, None, "model")),
+    ):
+        of_shards = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out)
+        of_x, of_weight = jax.jit(jax.grad(lambda *o, f=of_shards: f(*o).sum(), (0, 1)))(x[:0], weight)
+        assert of_x.shape == x[:0].shape
+        assert not of_weight.any()
+
+
+OTHERS = {
+    "jit": (check_tokens_that_do_not_fill_the_mesh, check_x_that_is_on_no_mesh, check_adapters_of_split_experts),
+    "shard_map": (check_gradients_of_untyped_shards, check_gradients_of_no_tokens_in_shards),
+}
+
 if __name__ == "__main__":
     (how,) = sys.argv[1:]
     for axis_types, layouts in CHECKS[how]:
         for layout in layouts:
             check(how, axis_types, layout)
+    for other in OTHERS[how]:
+        other()

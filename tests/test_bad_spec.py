@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
 
 from jax_router import RoutingSpec, checks
@@ -124,6 +125,13 @@ def test_what_is_no_spec_is_refused() -> None:
     )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         checks.spec_fits({"top_k": 4}, 8)
+
+
+def test_numbers_of_numpy_are_those_of_python() -> None:
+    """Equal specs share what was compiled: one with float64 would have given float64 to the others, under x64."""
+    spec = RoutingSpec(2, "sigmoid", True, np.float64(1e-20), np.float32(0.5), np.float64(2.5))
+    assert {type(value) for value in (spec.renormalize_epsilon, spec.renormalize_min, spec.scaling_factor)} == {float}
+    assert spec == RoutingSpec(2, "sigmoid", True, 1e-20, 0.5, 2.5)
 
 
 def test_groups_that_are_all_kept_are_no_groups() -> None:

@@ -207,6 +207,18 @@ def test_no_token_costs_nothing() -> None:
         assert jr.load_balancing_loss(jax.nn.softmax(jnp.asarray(some)), ids, mask=counted) == 0
 
 
+def test_a_symbolic_number_of_tokens_is_exported() -> None:
+    logits, experts, _ = routed()
+    logits, experts = logits.reshape(-1, EXPERTS), experts.reshape(-1, TOP_K)
+    both = jax.jit(lambda logits, ids: (jr.load_balancing_loss(logits, ids), jr.router_z_loss(logits)))
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    exported = jax.export.export(both)(
+        jax.ShapeDtypeStruct((tokens, EXPERTS), np.float32), jax.ShapeDtypeStruct((tokens, TOP_K), np.int32)
+    )
+    for found, expected in zip(exported.call(logits, experts), both(logits, experts), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2.0**-20)
+
+
 def test_half_precision_is_summed_in_float32_and_jit_changes_nothing() -> None:
     logits, experts, mask = routed()
     half = jnp.asarray(logits, jnp.bfloat16)

@@ -121,6 +121,34 @@ def test_no_gradient_passes_through_weights_that_the_base_alone_would_have() -> 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, of_x)))
 
 
+@pytest.mark.parametrize("factor", [0, 1], ids=["zero B", "B"])
+def test_second_derivatives_are_those_of_the_formula(factor) -> None:
+    """Of weights that fixed experts have: with A and B in the kernel's place a plain router says what they are."""
+    spec = jr.RoutingSpec(2, "sigmoid", renormalize=True)
+    x, layer = cases.hidden_states(6), with_adapter(cases.router(spec=spec))
+    layer.lora_b[...] *= factor
+    base, experts = layer.base, layer(x).experts
+    given = layer.lora_a[...], layer.lora_b[...], base.kernel[...]
+
+    def adapted(lora_a, lora_b, kernel):
+        changed = nnx.clone(layer)
+        for variable, value in ((changed.lora_a, lora_a), (changed.lora_b, lora_b), (changed.base.kernel, kernel)):
+            variable.set_value(value)
+        return changed(x, experts=experts).weights
+
+    def plain(lora_a, lora_b, kernel):
+        vectors = {"bias": base.bias[...], "expert_scale": base.expert_scale[...], "experts": experts}
+        return jr.route(x, kernel + layer.scale * (lora_a @ lora_b).T, spec=spec, **vectors).weights
+
+    def of_norm(function):
+        slope = jax.grad(lambda *given: (function(*given) ** 2 * OF_WEIGHTS).sum(), (0, 1, 2))
+        return jax.jit(jax.grad(lambda *given: sum((each**2).sum() for each in slope(*given)), (0, 1, 2)))(*given)
+
+    for found, truth in zip(of_norm(adapted), of_norm(plain), strict=True):
+        assert np.abs(truth).max() > 0
+        np.testing.assert_allclose(found, truth, rtol=0, atol=2.0**-14 * np.abs(truth).max())
+
+
 @with_float32
 def test_an_optimizer_over_lora_params_trains_from_zero_and_leaves_the_base(implementation) -> None:
     x, base = cases.hidden_states(6), cases.router(implementation)

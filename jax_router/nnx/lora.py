@@ -16,7 +16,7 @@ from jax_router import checks, checks_nnx, partitioning
 from jax_router.implementations import experts_axis
 from jax_router.nnx.layers import NO_METADATA, GateLinear, Initializer, Router
 from jax_router.ops import route, router_gemm
-from jax_router.routing import Routing, RoutingSpec, round_logits
+from jax_router.routing import Routing, RoutingSpec, is_each, round_logits
 
 Base = TypeVar("Base", GateLinear, Router)
 default_a_initializer: Initializer = nnx.initializers.he_uniform()  # these two are those of nnx.LoRA
@@ -32,7 +32,7 @@ def _with_gradient_of(value: jax.Array, path: jax.Array) -> jax.Array:
 
 @_with_gradient_of.defjvp
 def _(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
+    return _with_gradient_of(*primals), tangents[1]
 
 
 # By A and by B, to float32 accuracy. The backward pass keeps x in its own dtype.
@@ -73,16 +73,18 @@ def _update_of_each(
     # adapter, and where XLA has no kernel for it JAX makes n masked copies of x. For many tokens this multiplies n
     # times as often as needed, as much as a router of n * r experts.
     number, hidden, rank = lora_a.shape
-    mine = adapter[..., None] == jnp.arange(number, dtype=jnp.int32)
-    h = _product(x, lora_a.transpose(1, 0, 2).reshape(hidden, number * rank))
+    mine = is_each(adapter, number)
+    # 0 * NaN is NaN: one adapter's infinities and NaN would reach the tokens of all, or their gradients. They stay with
+    # its own.
+    finite_a, finite_b = jnp.isfinite(lora_a), jnp.isfinite(lora_b)
+    h = _product(x, jnp.where(finite_a, lora_a, 0).transpose(1, 0, 2).reshape(hidden, number * rank))
     h = jnp.where(mine[..., None], h.reshape(*mine.shape, rank), 0).reshape(h.shape)
-    finite = jnp.isfinite(lora_b)
-    update = _product(h, jnp.where(finite, lora_b, 0).reshape(number * rank, -1))
-    # 0 * NaN is NaN: one adapter's infinities and NaN would reach the tokens of all. They stay with their own.
-    broken = jnp.matmul(mine.astype(jnp.float32), (~finite).any(1).astype(jnp.float32)) > 0
+    update = _product(h, jnp.where(finite_b, lora_b, 0).reshape(number * rank, -1))
+    broken_columns = (~finite_b).any(1) | (~finite_a).any((1, 2))[:, None]
+    broken = _product(mine.astype(jnp.float32), broken_columns.astype(jnp.float32)) > 0
     broken |= (adapter >= number)[..., None]
     silent = (mine & (lora_b == 0).all((1, 2))).any(-1, keepdims=True)
-    return jnp.where(broken, jnp.nan, update), silent
+    return jnp.where(partitioning.sharded_as(broken, update), jnp.nan, update), silent
 
 
 @functools.partial(jax.jit, static_argnames=("replayed", "spec", "scale", "weight_layout"))
@@ -151,16 +153,21 @@ class _LoRA(nnx.Module, Generic[Base]):
         self.param_dtype = jnp.dtype(checks.input_dtype("param_dtype", param_dtype))
         checks_nnx.initializer("a_initializer", a_initializer)
         checks_nnx.initializer("b_initializer", b_initializer)
+        checks_nnx.metadata(a_metadata=a_metadata, b_metadata=b_metadata)
         checks_nnx.rngs("rngs", rngs)
 
-        def initial(initializer: Initializer, *shape: int) -> jax.Array:
-            if num_adapters is None:
-                return initializer(rngs.params(), shape, self.param_dtype)
-            keys = jax.random.split(rngs.params(), num_adapters)  # each as one alone: the fan-in is H, not n * H
-            return jax.vmap(lambda key: initializer(key, shape, self.param_dtype))(keys)
+        def initial(name: str, initializer: Initializer, *shape: int) -> jax.Array:
+            def of_one(key: jax.Array) -> jax.Array:
+                made = initializer(key, shape, self.param_dtype)
+                return checks_nnx.initial(f"{name}_initializer", made, f"{name}_metadata")
 
-        self.lora_a = nnx.LoRAParam(initial(a_initializer, base.hidden, rank), **a_metadata)
-        self.lora_b = nnx.LoRAParam(initial(b_initializer, rank, base.experts), **b_metadata)
+            if num_adapters is None:
+                return of_one(rngs.params())
+            keys = jax.random.split(rngs.params(), num_adapters)  # each as one alone: the fan-in is H, not n * H
+            return jax.vmap(of_one)(keys)
+
+        self.lora_a = nnx.LoRAParam(initial("a", a_initializer, base.hidden, rank), **a_metadata)
+        self.lora_b = nnx.LoRAParam(initial("b", b_initializer, rank, base.experts), **b_metadata)
 
     @property
     def scale(self) -> float:
@@ -170,8 +177,9 @@ class _LoRA(nnx.Module, Generic[Base]):
     def merge(self, adapter: int | None = None) -> Base:
         """A plain layer with the kernel `kernel + scale * (A @ B)`, in the layout and dtype of the base's.
 
-        It has variables of its own. The sum is computed in float32 and rounded once to the kernel's dtype: of a 16-bit
-        kernel that makes other logits than the update beside the base, and so at times other experts.
+        It has variables of its own, which may share buffers with those of the base: donate neither. The sum is computed
+        in float32 and rounded once to the kernel's dtype: of a 16-bit kernel that makes other logits than the update
+        beside the base, and so at times other experts.
 
         Args:
           adapter: which one, from 0, if there are several.
@@ -179,7 +187,7 @@ class _LoRA(nnx.Module, Generic[Base]):
         Raises:
           TypeError, ValueError: adapter is no adapter of this layer, or missing.
         """
-        checks_nnx.one_adapter(adapter, self.num_adapters)
+        adapter = checks_nnx.one_adapter(adapter, self.num_adapters)
         lora_a, lora_b = (each if adapter is None else each[adapter] for each in self._matrices())
         merged = nnx.clone(self.base)
         kernel = checks.as_array("kernel", merged.kernel[...])
