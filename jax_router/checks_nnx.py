@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_router.checks import as_array, describe, size
-from jax_router.checks_route import integers
+from jax_router.checks_route import int32_ids, integers
 from jax_router.implementations import experts_axis
 
 
@@ -34,7 +34,37 @@ def rngs(name: str, value: Any) -> None:
       TypeError: it does not.
     """
     if not callable(getattr(value, "params", None)):
-        raise TypeError(f"{name} is {describe(value)}. Expected a flax.nnx.Rngs; pass nnx.Rngs(0).")
+        raise TypeError(
+            f"{name} is {describe(value)}. Expected a flax.nnx.Rngs with the stream params, or one for all; pass "
+            "nnx.Rngs(0)."
+        )
+
+
+def initial(name: str, value: Any, metadata: str) -> jax.Array:
+    """What the initializer `name` has returned, if it is an array.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(
+            f"{name} returned {describe(value)}. Expected an array; pass a plain initializer, and what it would say of "
+            f"the variable, as nnx.with_partitioning does, in {metadata}."
+        )
+    return jnp.asarray(value)
+
+
+def metadata(**given: Any) -> None:
+    """Check that the metadata of variables are mappings.
+
+    Raises:
+      TypeError: one is not.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name} is {describe(value)}. Expected a dict of a variable's metadata; pass {{}} for none."
+            )
 
 
 def finite_number(name: str, value: Any) -> float:
@@ -42,12 +72,14 @@ def finite_number(name: str, value: Any) -> float:
 
     Raises:
       TypeError: it is no number.
-      ValueError: it is infinite or NaN.
+      ValueError: it is infinite, in float32 at least, or NaN.
     """
     if not isinstance(value, int | float | np.floating) or isinstance(value, bool):
         raise TypeError(f"{name} is {describe(value)}. Expected a number; pass a Python float.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}. Expected a finite number; pass the one the adapter was trained with.")
+    if not abs(float(value)) <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(
+            f"{name} is {value}. Expected a finite number, in float32 too; pass the one the adapter was trained with."
+        )
     return float(value)
 
 
@@ -126,19 +158,23 @@ def parameters_fit(x: jax.Array, **parameters: jax.Array | None) -> None:
             )
 
 
-def one_adapter(adapter: Any, num_adapters: int | None) -> None:
-    """Check that `adapter` names one of the adapters of a layer, and is None if the layer has only one.
+def one_adapter(adapter: Any, num_adapters: int | None) -> int | None:
+    """`adapter` as an int, if it names one of the adapters of a layer, and None if the layer has only one.
 
     Raises:
       TypeError: it is no integer.
       ValueError: it is out of range, given without need, or missing.
     """
     _adapter_is_given_or_not(adapter, num_adapters)
-    if num_adapters is not None and size("adapter", adapter, at_least=0) >= num_adapters:
+    if num_adapters is None:
+        return None
+    index = size("adapter", adapter, at_least=0)
+    if index >= num_adapters:
         raise ValueError(
             f"adapter is {adapter} but the layer has num_adapters={num_adapters}. Expected 0 to {num_adapters - 1}; "
             "pass one of these."
         )
+    return index
 
 
 def adapters(adapter: Any, tokens: tuple[int, ...], num_adapters: int | None) -> jax.Array | None:
@@ -159,13 +195,13 @@ def adapters(adapter: Any, tokens: tuple[int, ...], num_adapters: int | None) ->
             "token, a negative one for no adapter."
         )
     if not isinstance(adapter, jax.core.Tracer) and getattr(adapter, "is_fully_addressable", True):
-        highest = np.asarray(adapter).max(initial=-1)
+        highest = int(np.asarray(adapter).max()) if adapter.size else -1
         if highest >= num_adapters:
             raise ValueError(
                 f"adapter has the id {highest} but the layer has num_adapters={num_adapters}. Expected ids up to "
                 f"{num_adapters - 1}, or negative for no adapter; pass ids of this layer."
             )
-    return jnp.asarray(adapter).astype(jnp.int32)
+    return int32_ids(adapter)
 
 
 def _adapter_is_given_or_not(adapter: Any, num_adapters: int | None) -> None:

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_router.checks import as_array, describe, dtypes_fit, one_per_expert, router_gemm_inputs, size, spec_fits
+from jax_router.checks import (
+    as_array,
+    describe,
+    dtypes_fit,
+    native_bytes,
+    one_per_expert,
+    router_gemm_inputs,
+    size,
+    spec_fits,
+)
 from jax_router.implementations import experts_axis
 
 
@@ -113,7 +122,7 @@ def expert_ids(experts: Any, shape: tuple[int, ...], count: int) -> jax.Array:
                 f"experts has the id {int(experts[place])} at {place} but weight has experts={count}. Expected ids "
                 f"from 0 to {count - 1}; pass ids that were recorded with this router."
             )
-    return jnp.asarray(experts).astype(jnp.int32)
+    return int32_ids(experts)
 
 
 def experts_and_mask(experts: Any, num_experts: Any, mask: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -124,7 +133,7 @@ def experts_and_mask(experts: Any, num_experts: Any, mask: Any) -> tuple[jax.Arr
       ValueError: a shape or dtype that does not fit.
     """
     size("num_experts", num_experts)
-    experts = jnp.asarray(integers("experts", experts)).astype(jnp.int32)
+    experts = int32_ids(integers("experts", experts))
     if experts.ndim < 1:
         raise ValueError(
             "experts has shape (), a scalar. Expected shape (..., k), tokens in the leading axes; pass the experts of "
@@ -205,7 +214,17 @@ def integers(name: str, value: Any) -> jax.Array | np.ndarray:
             f"{name} is an array of {value.dtype.name}. Expected {what}; cast it, for example with "
             f"{name}.astype({example})."
         )
+    native_bytes(name, value)
     return value
+
+
+def int32_ids(ids: jax.Array | np.ndarray) -> jax.Array:
+    """Ids of any integer dtype in int32. One that it does not hold becomes the nearest, and is no id either."""
+    limits = jnp.iinfo(jnp.int32)
+    array = jnp.asarray(ids)
+    if jnp.iinfo(array.dtype).max > limits.max:
+        array = jnp.clip(array, max(limits.min, jnp.iinfo(array.dtype).min), limits.max)
+    return array.astype(jnp.int32)
 
 
 def logits_of_route(out_dtype: str) -> None:

@@ -56,6 +56,28 @@ CONSTRUCTION = {
         "out_dtype is int8. Expected bfloat16, float16 or float32",
     ),
     "rngs": (lambda: made(rngs=jax.random.key(0)), TypeError, "rngs is a jax"),
+    "rngs without params": (
+        lambda: made(rngs=nnx.Rngs(dropout=0)),
+        TypeError,
+        "with the stream params, or one for all",
+    ),
+    "metadata in kernel_init": (
+        lambda: made(kernel_init=nnx.with_partitioning(nnx.initializers.zeros, (None, "model"))),
+        TypeError,
+        "Expected an array; pass a plain initializer, and what it would say of the variable, as nnx.with_partitioning "
+        "does, in kernel_metadata.",
+    ),
+    "metadata in a_initializer": (
+        lambda: adapted(num_adapters=2, a_initializer=nnx.with_partitioning(nnx.initializers.zeros, (None, "model"))),
+        TypeError,
+        "a_initializer returned a flax.nnx.variablelib.VariableMetadata. Expected an array",
+    ),
+    "kernel_metadata": (
+        lambda: made(kernel_metadata=None),
+        TypeError,
+        "kernel_metadata is None (NoneType). Expected a",
+    ),
+    "a_metadata": (lambda: adapted(a_metadata="model"), TypeError, "a_metadata is 'model' (str). Expected a dict"),
     "base": (
         lambda: RouterLoRA(cases.gate(), RANK, rngs=RNGS),
         TypeError,
@@ -68,6 +90,7 @@ CONSTRUCTION = {
     ),
     "rank": (lambda: adapted(rank=0), ValueError, "rank is 0. Expected an integer of at least 1"),
     "alpha": (lambda: adapted(alpha="16"), TypeError, "alpha is '16' (str). Expected a number"),
+    "alpha that float32 does not hold": (lambda: adapted(alpha=1e39), ValueError, "alpha is 1e+39. Expected a finite"),
     "infinite alpha": (lambda: adapted(alpha=np.inf), ValueError, "alpha is inf. Expected a finite number"),
     "num_adapters": (lambda: adapted(num_adapters=0), ValueError, "num_adapters is 0. Expected an integer of at least"),
     "freeze_base": (
@@ -181,6 +204,16 @@ CALLS = {
         lambda: SEVERAL(X, adapter=IDS[:2]),
         ValueError,
         "adapter has shape (2,) but x has the tokens (3,). Expected (3,); pass an id for every token, a negative one",
+    ),
+    "adapter with bytes swapped": (
+        lambda: SEVERAL(X, adapter=IDS.astype(IDS.dtype.newbyteorder())),
+        ValueError,
+        "adapter is an array of >i4, bytes swapped. Expected this machine's byte order",
+    ),
+    "unsigned adapter out of range": (
+        lambda: SEVERAL(X, adapter=IDS.astype(np.uint32) - 1),
+        ValueError,
+        "adapter has the id 4294967295 but the layer has num_adapters=3.",
     ),
     "adapter out of range": (
         lambda: SEVERAL(X, adapter=IDS + 3),

@@ -180,9 +180,27 @@ def test_a_broken_adapter_reaches_its_own_tokens_alone() -> None:
     assert_same(*(jax.tree.map(lambda result: result[others], each) for each in (actual, expected)))
     np.testing.assert_array_equal(np.isnan(actual.logits[2]), np.isin(np.arange(EXPERTS), (3, 5)))
     assert np.isnan(actual.logits[3]).all()
-    missing = jax.jit(lambda adapter: whole(x, adapter=adapter, return_logits=True))(jnp.array([1, -1, 3, 2, -1, 1]))
-    assert np.isnan(missing.logits[2]).all()
-    np.testing.assert_array_equal(missing.logits[:2], expected.logits[:2])
+    of_x = nnx.grad(lambda layer, x: layer(x, adapter=CHOSEN).weights[:, 0].sum(), argnums=1)
+    np.testing.assert_array_equal(of_x(broken, x)[others], of_x(whole, x)[others])
+    missing = jax.jit(lambda adapter: whole(x, adapter=adapter, return_logits=True))
+    for dtype, wrong in ((jnp.int32, 3), (jnp.uint32, 2**32 - 1)):
+        found = missing(jnp.array([1, 2, wrong, 2, 0, 1], dtype)).logits
+        assert np.isnan(found[2]).all()
+        np.testing.assert_array_equal(found[0], expected.logits[0])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16", "uint32", "uint64"])
+def test_adapters_of_any_integer_dtype_are_taken(dtype) -> None:
+    x, layer = cases.hidden_states(4), with_adapter(cases.router(), num_adapters=ADAPTERS)
+    ids = np.array([0, 2, 1, 0])
+    assert_same(layer(x, adapter=ids.astype(dtype)), layer(x, adapter=ids))
+    assert layer(x[:0], adapter=ids[:0].astype(dtype)).weights.shape == (0, 2)
+
+
+def test_several_merged_adapters_are_told_by_any_integer() -> None:
+    layer = with_adapter(cases.router(), num_adapters=ADAPTERS)
+    np.testing.assert_array_equal(layer.merge(np.int8(1)).kernel[...], layer.merge(1).kernel[...])
+    np.testing.assert_array_equal(layer.merge(True).kernel[...], layer.merge(1).kernel[...])
 
 
 def test_several_adapters_take_no_memory_by_token_hidden_and_rank() -> None:

@@ -138,6 +138,8 @@ def test_recorded_ids_of_any_integer_dtype_are_replayed(dtype) -> None:
     with jax.enable_x64(True):
         traced = jax.jit(lambda *operands: route(*operands[:-1], experts=operands[-1]))
         assert_close(traced(*operands, jnp.asarray(experts)), recorded, *operands)
+        beyond = jnp.asarray(experts).at[0, 0].set(min(jnp.iinfo(dtype).max, 2**32 + 1))  # not 1, as in 32 bits
+        assert jnp.isnan(traced(*operands, beyond).weights[0, 0])
 
 
 def test_replay_takes_the_ids_as_given_whatever_the_spec_would_select() -> None:
@@ -313,6 +315,23 @@ def test_a_symbolic_number_of_tokens_is_exported_with_xla() -> None:
         few, ids = x[:count], experts[:count]
         assert_close(jr.Routing(*exported[0].call(few)), select(few), few, *others)
         assert_close(jr.Routing(*exported[1].call(few, ids)), replay(few, ids), few, *others)
+
+
+def test_a_symbolic_batch_of_tokens_with_recorded_experts_is_exported() -> None:
+    (batch,) = jax.export.symbolic_shape("batch")
+    x, *others = six(6)
+    experts = jax.random.randint(jax.random.key(1), (6, 2), 0, 6)
+    replay = jax.jit(jax.vmap(lambda x: route(x, *others, experts=experts)))
+    exported = jax.export.export(replay)(jax.ShapeDtypeStruct((batch, 6, 24), F32))
+    actual = jr.Routing(*(None if each is None else each[1] for each in exported.call(jnp.stack([0 * x, x]))))
+    assert_close(actual, route(x, *others, experts=experts), x, *others)
+
+
+def test_nothing_is_broadcast_to_more_axes_where_jax_is_told_to_refuse_it() -> None:
+    operands, others = six(3), {"implementation": "xla"}
+    routing = route(*operands, **others)
+    with jax.numpy_rank_promotion("raise"):
+        assert_same(jax.jit(lambda *operands: route(*operands, **others))(*operands), routing, *operands)
 
 
 def test_inf_and_nan_stay_in_their_rows() -> None:

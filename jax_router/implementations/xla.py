@@ -37,7 +37,7 @@ def router_gemm(
     contract_hidden = (((x.ndim - 1,), (1 - experts_axis(weight_layout),)), ((), ()))
     logits = jax.lax.dot_general(x, weight, contract_hidden, precision=precision, preferred_element_type=jnp.float32)
     if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
+        logits = logits + jnp.expand_dims(bias.astype(jnp.float32), range(logits.ndim - 1))
     return logits.astype(out_dtype)
 
 

@@ -69,14 +69,19 @@ class _Gate(nnx.Module):
         checks_nnx.initializer("kernel_init", kernel_init)
         checks_nnx.initializer("bias_init", bias_init)
         self.weight_layout = checks.layout(weight_layout)
+        checks_nnx.metadata(kernel_metadata=kernel_metadata, bias_metadata=bias_metadata)
         checks_nnx.rngs("rngs", rngs)
         names = checks.implementation_names(implementation)
         self.implementation = implementation if isinstance(implementation, str) else names  # a list is no static field
-        kernel = kernel_init(rngs.params(), (hidden, experts), self.param_dtype)
+        made = kernel_init(rngs.params(), (hidden, experts), self.param_dtype)
+        kernel = checks_nnx.initial("kernel_init", made, "kernel_metadata")
         self.kernel = nnx.Param(kernel.T if experts_axis(weight_layout) == 0 else kernel, **kernel_metadata)
         self.bias: nnx.Param | None = nnx.data(None)
         if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), (experts,), self.param_dtype), **bias_metadata)
+            bias = checks_nnx.initial(
+                "bias_init", bias_init(rngs.params(), (experts,), self.param_dtype), "bias_metadata"
+            )
+            self.bias = nnx.Param(bias, **bias_metadata)
 
     def _operands(self, x: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """x, kernel and bias as `route` takes them."""
