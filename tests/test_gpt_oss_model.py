@@ -109,6 +109,11 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
     assert (np.abs(computed - exact) <= bound).all()
 
 
+def test_experts_of_no_tokens_return_none() -> None:
+    experts = Experts(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert experts(jnp.zeros((0, 64)), jnp.zeros((0, 4), int), jnp.zeros((0, 4))).shape == (0, 64)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_linear_layer_rounds_once_behind_its_bias(dtype: str) -> None:
     """Bit for bit: integers up to 2**24 are exact in float32, in any order of the sums.
