@@ -63,7 +63,12 @@ class Experts(nnx.Module):
         return weighted.astype(jnp.float32).sum(1).astype(x.dtype)
 
     def activation(self, gate_up: jax.Array) -> jax.Array:
-        """(up + 1) gate sigmoid(alpha gate) of `[..., 2I]` with gate and up interleaved, both clamped before."""
+        """(up + 1) gate sigmoid(alpha gate) of `[..., 2I]` with gate and up interleaved, both clamped before.
+
+        Every operation is rounded once, as in PyTorch: the product with alpha and the sigmoid are float32's, for JAX
+        rounds a Python number to the dtype of the array, and computes a sigmoid in several roundings.
+        """
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
-        return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))
+        scaled = (gate.astype(jnp.float32) * self.alpha).astype(gate.dtype)
+        return (up + 1) * (gate * jax.nn.sigmoid(scaled.astype(jnp.float32)).astype(gate.dtype))
