@@ -279,6 +279,9 @@ def test_the_rotary_embedding_without_scaling_has_the_frequencies_of_transformer
     assert embedding.attention_scaling == 1
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -289,10 +292,16 @@ def test_the_rotary_embedding_without_scaling_has_the_frequencies_of_transformer
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_parameters": {"rope_theta": 700.0}},
         {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        *({"rope_scaling": YARN | changed} for changed in ({}, {"truncate": None}, {"truncate": True})),
+        *(
+            {"rope_scaling": YARN | {"truncate": False} | changed}
+            for changed in ({"beta_fast": None}, {"type": "linear"})
+        ),
+        {"rope_scaling": YARN, "original_max_position_embeddings": 64},
     ],
     ids=str,
 )
-def test_a_config_json_that_names_no_scaling_is_read_as_by_transformers(changed: dict[str, Any]) -> None:
+def test_the_rotary_embedding_of_a_config_json_is_read_as_by_transformers(changed: dict[str, Any]) -> None:
     fields = cases.hf_fields(cases.CONFIG) | {"rope_theta": 500.0}
     del fields["rope_parameters"]
     config = Config.from_hf(fields | changed)

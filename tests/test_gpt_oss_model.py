@@ -283,6 +283,9 @@ ROPE = PUBLISHED["rope_scaling"]
         ({"rope_scaling": {**ROPE, "truncate": 1}}, "rope_scaling.truncate is 1. Expected True or False"),
         ({"rope_scaling": {**ROPE, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1'. Expected a pos"),
         ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5. Expec"),
+        ({"original_max_position_embeddings": 8192}, "original_max_pos.* is 8192. Expected none, or that of rope_sc"),
+        ({"rope_scaling": None, "original_max_position_embeddings": 8192}, "original_max_pos.* is 8192. Expected none"),
+        ({"dtype": "auto", "torch_dtype": "float32"}, "dtype is 'auto'. Expected one of float32"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5. Expected 1.0 or none"),
         ({"rope_theta": "x"}, "rope_theta is 'x'. Expected a number above 1"),
         ({"rope_theta": -1}, "rope_theta is -1. Expected a number above 1"),
@@ -310,6 +313,12 @@ def test_a_config_that_the_model_cannot_compute_is_refused(tmp_path: Path, chang
 )
 def test_all_dimensions_of_a_head_may_turn_explicitly(changed: dict) -> None:
     assert Config.from_hf(PUBLISHED | changed) == Config.from_hf(PUBLISHED)
+
+
+def test_the_dtype_is_that_of_the_older_field_where_the_newer_one_is_null_or_missing() -> None:
+    for fields in ({"torch_dtype": "float16"}, {"torch_dtype": "float16", "dtype": None}):
+        assert Config.from_hf(PUBLISHED | fields).dtype == "float16"
+    assert Config.from_hf(PUBLISHED | {"torch_dtype": "float16", "dtype": "float32"}).dtype == "float32"
 
 
 @pytest.mark.parametrize(
