@@ -90,7 +90,7 @@ def opened(file: Path, names: Collection[str] = ()) -> Iterator[Any]:
 
     Args:
       file: to open.
-      names: of tensors that it has by the index.
+      names: of tensors that it has by the index; none where the file was found without one.
 
     Raises:
       FileNotFoundError: no such file.
@@ -104,6 +104,11 @@ def opened(file: Path, names: Collection[str] = ()) -> Iterator[Any]:
             'reading a checkpoint needs safetensors, which is missing. Run pip install ".[verify]" in the checkout of '
             "jax_router."
         ) from error
+    if not file.is_file() and not names:
+        raise FileNotFoundError(
+            f"{file.name} in {str(file.parent)!r} is a folder, or a link to a file that is not there. Expected a "
+            "safetensors file; download it again, or move it away."
+        )
     if not file.is_file():
         raise FileNotFoundError(
             f"{file.name} is missing in {str(file.parent)!r}, but has tensors to read, by {INDEX}. Expected every "

@@ -5,11 +5,14 @@
 
 Of the tests a skipped one counts as a failure, and those that run on the GPU (`pytest.mark.gpu`, or the fixture `gpu`)
 are listed: the name of a kernel stands in ids of tests too that only lower it on a CPU. Every part of the record has
-its own provenance, and a GPU may have a record of one part alone.
+its own provenance, and a GPU may have a record of one part alone. It is written after the tests and after the decode
+steps of every number of tokens, so that what is done is kept where a later part fails; tests/test_models_record.py
+wants all of it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -32,6 +35,8 @@ PATTERNS = ("nnx*", "bad_nnx", "gpt_oss*", "deepseek_v3", "sharding", "export", 
 OUTCOME_NAMES = ("passed", "failed", "skipped")
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 BATCHES = (1, 16, 64)  # tokens of a decode step
+IMPLEMENTATIONS = ("xla", "cuda", "pallas")  # of its routers
+PACKAGES = ("flax", "transformers")  # that tests depend on, beside those of every provenance
 
 
 def files() -> list[str]:
@@ -65,46 +70,46 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     """What pytest says of the files, on this machine.
 
     Raises:
-      RuntimeError: it did not come to its end.
+      ImportError: one of PACKAGES is missing.
+      RuntimeError: it did not come to its end, or ran no test.
     """
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *files(), *arguments]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status not in (0, 1):
             raise RuntimeError(f"pytest ended with {status}: nothing is recorded.")
-        facts = {"provenance": provenance(), "gpus": len(jax.local_devices()), "arguments": arguments}
-        return facts | outcomes(report)
+        found = outcomes(report)
+        if not any(found.values()):
+            raise RuntimeError("pytest ran no test: nothing is recorded.")
+        facts = {"provenance": provenance() | versions, "gpus": len(jax.local_devices()), "arguments": arguments}
+        return facts | found
 
 
-def run_decode(layers: int | None, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """The summaries of decode steps, each with the time of every block, in a process of its own."""
-    rows = []
+def run_decode(tokens: int, layers: int | None, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """The summaries of decode steps of some tokens, each with the time of every block, in a process of its own.
+
+    Raises:
+      RuntimeError: it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "rows.jsonl")
-        for tokens in BATCHES:
-            command = [
-                sys.executable,
-                "-m",
-                "examples.gpt_oss",
-                "benchmark",
-                f"--output={output}",
-                f"--tokens={tokens}",
-            ]
-            command += [f"--rounds={rounds}", f"--steps={steps}", "--implementations=xla,cuda,pallas"]
-            command += [] if layers is None else [f"--layers={layers}"]
-            subprocess.run(command, cwd=ROOT, check=True)
-        for line in output.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            row.pop("tokens", None)
-            rows.append(row)
+        command = [sys.executable, "-m", "examples.gpt_oss", "benchmark", f"--output={output}", f"--tokens={tokens}"]
+        command += [f"--rounds={rounds}", f"--steps={steps}", f"--implementations={','.join(IMPLEMENTATIONS)}"]
+        command += [] if layers is None else [f"--layers={layers}"]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if status:
+            raise RuntimeError(f"decode steps of {tokens} tokens ended with {status}: they are not recorded.")
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row.pop("tokens", None)
     blocks = [row for row in rows if row["kind"] == "block"]
     return [row | {"blocks": _blocks_of(row, blocks)} for row in rows if row["kind"] == "summary"]
 
 
 def _blocks_of(summary: dict[str, Any], blocks: list[dict[str, Any]]) -> list[float]:
-    same = ("implementation", "tokens_per_step")
-    return [row["ms_per_step"] for row in blocks if all(row[name] == summary[name] for name in same)]
+    return [row["ms_per_step"] for row in blocks if row["implementation"] == summary["implementation"]]
 
 
 def page(record: dict[str, Any]) -> str:
@@ -149,7 +154,8 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _measured_with(facts: dict[str, Any]) -> str:
-    named = (f"{name} {facts[name]}" for name in ("driver", "jax", "torch", "python", "nvcc") if facts[name])
+    names = ("driver", "jax", "torch", *PACKAGES, "python", "nvcc")
+    named = (f"{name} {facts[name]}" for name in names if facts.get(name))
     return f"{', '.join(named)}; {facts['date'][:10]}; sources `{facts['source_hash'][:12]}`."
 
 
@@ -171,18 +177,46 @@ def main(
     output: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The folder of the record.")] = RESULTS,
 ) -> None:
     """Write the record of this GPU. Arguments behind -- go to pytest."""
-    here = provenance()
-    path = output / f"models-{gpu_name(here)}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if tests:
-        record["tests"] = run_tests(context.args)
-        _write(path, record)
-    if decode:
-        record["decode"] = run_decode(layers, rounds, steps)
-        _write(path, record)
+    try:
+        here = provenance()
+        if here["gpu"] is None:
+            raise RuntimeError("JAX has no GPU here. A record is of one.")
+        if not (tests or decode):
+            raise RuntimeError("--no-tests and --no-decode: expected one of them at most.")
+        path = output / f"models-{gpu_name(here)}.json"
+        record = _read(path)
+        if tests:
+            record["tests"] = run_tests(context.args)
+            _write(path, record)
+        if decode:
+            rows: list[dict[str, Any]] = []
+            for tokens in BATCHES:
+                rows += run_decode(tokens, layers, rounds, steps)
+                record["decode"] = rows
+                _write(path, record)
+    except (RuntimeError, ImportError) as error:
+        typer.echo(f"models_record: {error}", err=True)
+        raise typer.Exit(2) from error
     Console().print(path.with_suffix(".md").read_text(encoding="utf-8"), soft_wrap=True)
     if tests and (record["tests"]["failed"] or record["tests"]["skipped"]):
         raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record that is there, or an empty one.
+
+    Raises:
+      RuntimeError: it is broken.
+    """
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RuntimeError(f"{path} is no JSON: {error}. Expected a record; move it away.") from error
+    if not isinstance(record, dict):
+        raise RuntimeError(f"{path} holds a {type(record).__name__}. Expected a record; move it away.")
+    return record
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

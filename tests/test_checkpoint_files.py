@@ -115,6 +115,23 @@ def test_a_shard_with_routers_that_is_missing_is_named(tmp_path: Path) -> None:
     refused(FileNotFoundError, r"^b\.safetensors is missing in .*, but has .*\. Expected .*; download ", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_link_to_nothing_and_a_folder_are_no_files_and_no_index_is_blamed(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    write(tmp_path, {})
+    if kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(
+        FileNotFoundError, match=rf"^{name} in .* is a folder, or a link to .*\. Expected .*; d"
+    ) as caught:
+        checkpoints.routers(tmp_path)
+    assert "index" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("index", "what"),
     [

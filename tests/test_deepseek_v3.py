@@ -245,7 +245,25 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_changes_nothing(change
     assert isinstance(module.router.kernel.get_value(), jax.ShapeDtypeStruct)
 
 
-def test_another_activation_is_refused() -> None:
-    config = SimpleNamespace(hidden_act="gelu")
-    with pytest.raises(NotImplementedError, match=r"hidden_act is 'gelu'\. Expected 'silu'"):
-        MoE(config, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_tokens_have_no_output_and_no_gradient(shape) -> None:
+    module = block("float32", "xla")
+    module.load(problem("float32").state)
+    graph, state = nnx.split(module)
+    x = jnp.zeros(shape)
+    output, pullback = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, x)
+    of_state, of_x = pullback(output)
+    assert (output.shape, of_x.shape) == (shape, shape)
+    assert not any(each.any() for each in jax.tree.leaves(of_state))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'\. Expected 'silu'"),
+        ({"hidden_act": "silu", "n_shared_experts": 0}, r"n_shared_experts is 0\. Expected at least 1"),
+    ],
+)
+def test_a_block_of_another_form_is_refused(fields, words) -> None:
+    with pytest.raises(NotImplementedError, match=words):
+        MoE(SimpleNamespace(**fields), rngs=nnx.Rngs(0))

@@ -199,6 +199,14 @@ def test_a_tensor_twice_or_one_that_the_index_does_not_name_is_extra(extra: str,
     refused(ValueError, rf" where the model has no place for 1 of the 4 tensors: {extra}\. Expected ", tmp_path)
 
 
+def test_of_other_tensors_than_experts_mxfp4_has_no_place(tmp_path: Path) -> None:
+    """A square one would fit, transposed: MXFP4 is [out, in], as is the model's weight of two axes."""
+    square = EXPECTED | {ROUTER: jax.ShapeDtypeStruct((HIDDEN, HIDDEN), jnp.bfloat16)}
+    parts = {name.replace(UP, ROUTER): value[0] for name, value in quantized(UP).items()}
+    pattern = r"misses 1 of its 3 tensors: \S*router\.weight; it has no place for 2 of .*router\.weight_blocks, "
+    refused(ValueError, pattern, write(tmp_path, {SINGLE: without(floats(), ROUTER) | parts}), square)
+
+
 def test_half_a_tensor_in_mxfp4_is_refused(tmp_path: Path) -> None:
     for absent, present in (("scales", "blocks"), ("blocks", "scales")):
         files = {SINGLE: without(floats(), UP) | without(quantized(UP), f"{UP}_{absent}")}

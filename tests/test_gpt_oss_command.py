@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpt_oss_cases as cases
+import jax
 import numpy as np
 import pytest
 
@@ -76,6 +78,15 @@ def test_generate_reads_and_writes_text_with_the_tokenizer_of_the_checkpoint(che
     text = " ".join(f"w{index}" for index in cases.PROMPT)
     said = run("generate", tmp_path, "--text", text, *options).stdout.splitlines()
     assert said == [" ".join(ids) + " ", " ".join(f"w{index}" for index in ids)]
+    empty = run("generate", tmp_path, "--text", "")
+    assert (empty.exit_code, empty.stderr) == (
+        2,
+        "gpt_oss generate: --text is '', which has no token. Expected one or more.\n",
+    )
+    (tmp_path / "tokenizer.json").write_text("{")
+    broken = run("generate", tmp_path, "--text", text)
+    assert broken.exit_code == 2
+    assert re.match(r"gpt_oss generate: \S*tokenizer\.json cannot be read: .+\. Expected a tok.*\n$", broken.stderr)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +96,8 @@ def test_generate_reads_and_writes_text_with_the_tokenizer_of_the_checkpoint(che
         (["--prompt-ids", "1", "--text", "a"], "--prompt-ids and --text: expected one of the two"),
         (["--prompt-ids", "1,a"], "--prompt-ids is '1,a'. Expected token ids, separated by commas"),
         (["--prompt-ids", "1,64"], "--prompt-ids has ids from 1 to 64. Expected ids in [0, 64)"),
+        (["--prompt-ids", "1,99999999999999999999"], "ids from 1 to 99999999999999999999. Expected ids in [0, 64)"),
+        (["--prompt-ids", "1,9223372036854775808"], "ids from 1 to 9223372036854775808. Expected ids in [0, 64)"),
         (["--prompt-ids", "1", "--steps", "0"], "--steps is 0. Expected at least 1"),
         (["--prompt-ids", "1", "--dtype", "foo"], "--dtype is 'foo' (str). Expected bfloat16, float16 or float32"),
         (["--prompt-ids", "1", "--dtype", "int8"], "--dtype is int8. Expected bfloat16, float16 or float32"),
@@ -181,6 +194,24 @@ def test_generate_that_is_interrupted_has_printed_what_it_made(
     assert "interrupted" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["generate", "benchmark"])
+def test_a_device_that_is_out_of_memory_is_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+    monkeypatch.setattr(command_line, "load", exhausted)
+    monkeypatch.setattr(benchmark, "measure", exhausted)
+    options = ["--implementations", "xla", "--output", tmp_path / "rows.jsonl", "--config"]
+    result = run(command, *(["--prompt-ids", 1] if command == "generate" else options), checkpoint)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"gpt_oss {command}: the device is out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    )
+    assert "more" not in result.stderr
+
+
 @pytest.mark.parametrize("implementations", ["xla", pytest.param("xla,cuda", marks=pytest.mark.gpu)])
 def test_the_benchmark_writes_a_row_per_block_and_a_summary(
     checkpoint: Path, tmp_path: Path, implementations: str
@@ -242,7 +273,7 @@ def test_a_benchmark_that_is_interrupted_keeps_its_rows(
 
     monkeypatch.setattr(benchmark, "measure", interrupted)
     rows_file = tmp_path / "rows.jsonl"
-    result = run("benchmark", "--config", checkpoint, "--output", rows_file)
+    result = run("benchmark", "--config", checkpoint, "--implementations", "xla", "--output", rows_file)
     assert result.exit_code == 130
     assert f"what was measured is in {rows_file}" in result.stderr
     assert [json.loads(line)["kind"] for line in rows_file.read_text().splitlines()] == ["block"]
@@ -278,11 +309,16 @@ def test_the_summary_compares_blocks_of_one_round_and_counts_tokens_that_differ(
         (["--layers", 2], "--layers is 2. Expected 1 to 1"),
         (["--implementations", "xla,,"], "--implementations is 'xla,,'. Expected different names"),
         (["--implementations", "xla,xla"], "--implementations is 'xla,xla'. Expected different names"),
+        (["--implementations", "xla,foo"], "--implementations is 'xla,foo': implementation names 'foo'. Expected cuda"),
+        (["--implementations", "xla,cuda"], "--implementations is 'xla,cuda': implementation=\"cuda\" needs an"),
     ],
 )
-def test_the_benchmark_says_what_is_wrong_with_its_arguments(
-    checkpoint: Path, tmp_path: Path, arguments: list[Any], message: str
+def test_the_benchmark_says_what_is_wrong_with_its_arguments_before_it_makes_weights(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], message: str
 ) -> None:
+    monkeypatch.setattr(dispatch.Device, "default", lambda: dispatch.Device("cpu"))
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: pytest.fail("weights are made"))
     result = run("benchmark", "--config", checkpoint, "--output", tmp_path / "rows.jsonl", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+    assert not (tmp_path / "rows.jsonl").exists()

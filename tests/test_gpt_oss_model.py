@@ -109,6 +109,11 @@ def test_both_ways_through_the_experts_are_within_the_bound_of_their_rounding(to
     assert (np.abs(computed - exact) <= bound).all()
 
 
+def test_experts_of_no_tokens_return_none() -> None:
+    experts = Experts(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert experts(jnp.zeros((0, 64)), jnp.zeros((0, 4), int), jnp.zeros((0, 4))).shape == (0, 64)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_linear_layer_rounds_once_behind_its_bias(dtype: str) -> None:
     """Bit for bit: integers up to 2**24 are exact in float32, in any order of the sums.
@@ -278,6 +283,9 @@ ROPE = PUBLISHED["rope_scaling"]
         ({"rope_scaling": {**ROPE, "truncate": 1}}, "rope_scaling.truncate is 1. Expected True or False"),
         ({"rope_scaling": {**ROPE, "attention_factor": "1"}}, "rope_scaling.attention_factor is '1'. Expected a pos"),
         ({"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}}, "rope_scaling.partial_rotary_factor is 0.5. Expec"),
+        ({"original_max_position_embeddings": 8192}, "original_max_pos.* is 8192. Expected none, or that of rope_sc"),
+        ({"rope_scaling": None, "original_max_position_embeddings": 8192}, "original_max_pos.* is 8192. Expected none"),
+        ({"dtype": "auto", "torch_dtype": "float32"}, "dtype is 'auto'. Expected one of float32"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5. Expected 1.0 or none"),
         ({"rope_theta": "x"}, "rope_theta is 'x'. Expected a number above 1"),
         ({"rope_theta": -1}, "rope_theta is -1. Expected a number above 1"),
@@ -305,6 +313,12 @@ def test_a_config_that_the_model_cannot_compute_is_refused(tmp_path: Path, chang
 )
 def test_all_dimensions_of_a_head_may_turn_explicitly(changed: dict) -> None:
     assert Config.from_hf(PUBLISHED | changed) == Config.from_hf(PUBLISHED)
+
+
+def test_the_dtype_is_that_of_the_older_field_where_the_newer_one_is_null_or_missing() -> None:
+    for fields in ({"torch_dtype": "float16"}, {"torch_dtype": "float16", "dtype": None}):
+        assert Config.from_hf(PUBLISHED | fields).dtype == "float16"
+    assert Config.from_hf(PUBLISHED | {"torch_dtype": "float16", "dtype": "float32"}).dtype == "float32"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, routing: jr.Routing) -> jax.Array:
         """`[T, H]`, the weighted sum in float32 of the experts of each token, rounded to x's dtype once."""
-        tokens, top_k = routing.experts.shape
+        (tokens, top_k), hidden = routing.experts.shape, x.shape[-1]
         expert_of_pair = routing.experts.reshape(-1)
         order = jnp.argsort(expert_of_pair)
         rows_of_expert = jnp.bincount(expert_of_pair, length=self.gate_up_proj.shape[0])
@@ -63,7 +63,7 @@ class Experts(nnx.Module):
         rows = jnp.repeat(x, top_k, axis=0).at[order].get(unique_indices=True)
         gate, up = jnp.split(multiply(rows, self.gate_up_proj), 2, axis=-1)
         outputs = multiply(jax.nn.silu(gate) * up, self.down_proj).astype(jnp.float32)
-        of_pairs = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True).reshape(tokens, top_k, -1)
+        of_pairs = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True).reshape(tokens, top_k, hidden)
         return (of_pairs * routing.weights[..., None]).sum(axis=1).astype(x.dtype)
 
 
@@ -79,7 +79,7 @@ class MoE(nnx.Module):
     Attributes: `router`, `experts`, `shared_experts`.
 
     Raises:
-      NotImplementedError: an activation other than silu, or a router that no `RoutingSpec` expresses.
+      NotImplementedError: an activation other than silu, no shared expert, or a router that no `RoutingSpec` expresses.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class MoE(nnx.Module):
     ) -> None:
         if config.hidden_act != "silu":
             raise NotImplementedError(f"hidden_act is {config.hidden_act!r}. Expected 'silu', as DeepSeek-V3 has it.")
+        if not config.n_shared_experts:
+            raise NotImplementedError(f"n_shared_experts is {config.n_shared_experts!r}. Expected at least 1.")
         options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         hidden, experts, intermediate = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
         self.router = Router(

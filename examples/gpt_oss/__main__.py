@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples.gpt_oss import benchmark
-from examples.gpt_oss.benchmark import BAD_INPUT, INTERRUPTED
 from examples.gpt_oss.config import Config
 from examples.gpt_oss.generate import prompt_ids as checked_ids
 from examples.gpt_oss.generate import stream
@@ -35,13 +34,15 @@ def generate_command(
     """Decode greedily, until a token of config.json's eos_token_id or for --steps tokens; prints their ids."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    try:
+    with benchmark.in_one_line("generate", "interrupted"):
         if (prompt_ids is None) == (text is None):
             raise ValueError("--prompt-ids and --text: expected one of the two.")
         tokenizer = None if text is None else _tokenizer(directory)
         ids = _ids(prompt_ids) if tokenizer is None else tokenizer.encode(text).ids
+        if not ids:
+            raise ValueError(f"--text is {text!r}, which has no token. Expected one or more.")
         config = Config.read(directory)
-        prompt = checked_ids("--prompt-ids" if tokenizer is None else "--text", np.array([ids]), config)
+        prompt = checked_ids("--prompt-ids" if tokenizer is None else "--text", np.array([ids], object), config)
         _check(config, steps, implementation, dtype)
         with Progress(*columns, console=console, transient=True) as progress:
             model = load(
@@ -55,12 +56,6 @@ def generate_command(
         typer.echo()
         if tokenizer is not None:
             typer.echo(tokenizer.decode(made))
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        typer.echo(f"gpt_oss generate: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _ids(prompt_ids: str | None) -> list[int]:
@@ -90,7 +85,10 @@ def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]  # tokenizers.T
     file = directory / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"--text needs {file}, which is not there. Expected a tokenizer; or pass --prompt-ids.")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises no other
+        raise ValueError(f"{file} cannot be read: {error}. Expected a tokenizer; or pass --prompt-ids.") from error
 
 
 if __name__ == "__main__":

@@ -95,14 +95,15 @@ def attend(queries: jax.Array, seen: LayerCache, visible: jax.Array, sinks: jax.
       visible: bool `[T, S]`.
       sinks: a logit per head.
 
-    Scores, what is left of them without the highest, probabilities and the result are rounded to the dtype of the
-    queries, as in transformers; XLA may leave a rounding out where it fuses.
+    Products, scores, what is left of them without the highest, probabilities and the result are rounded to the dtype of
+    the queries, as in transformers; XLA may leave a rounding out where it fuses.
     """
     batch, tokens, heads, depth = queries.shape
     shared, dtype = seen.keys.shape[2], queries.dtype
     grouped = queries.reshape(batch, tokens, shared, heads // shared, depth)
-    scores = contract("btngd,bsnd->bngts", grouped, seen.keys).astype(dtype) * depth**-0.5
-    scores = jnp.where(visible, scores, -jnp.inf)
+    products = contract("btngd,bsnd->bngts", grouped, seen.keys).astype(dtype)
+    scaled = (products.astype(jnp.float32) * depth**-0.5).astype(dtype)  # by a factor that is not rounded
+    scores = jnp.where(visible, scaled, -jnp.inf)
     sink = sinks.reshape(shared, heads // shared, 1, 1)
     highest = jnp.maximum(scores.max(-1, keepdims=True), sink)
     shares = jnp.exp((scores - highest).astype(jnp.float32))

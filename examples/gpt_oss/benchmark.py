@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +22,32 @@ from rich.table import Table
 from examples.gpt_oss.attention import LayerCache
 from examples.gpt_oss.config import Config
 from examples.gpt_oss.generate import Decoder
-from examples.gpt_oss.model import Cache, GptOss, from_tensors, named_tensors
+from examples.gpt_oss.model import Cache, GptOss, check_options, from_tensors, named_tensors
 from jax_router.provenance import provenance
 
 Row = dict[str, Any]
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses of both commands
 WARM_UP = 4  # steps before a block is timed, for what first calls with new buffers cost, recording CUDA graphs too
+
+
+@contextmanager
+def in_one_line(command: str, interrupted: str) -> Iterator[None]:
+    """End a command that cannot go on, or Ctrl-C, with a line on stderr and an exit status."""
+    try:
+        yield
+        return
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        message = str(error)
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        message = f"the device is out of memory: {message}"
+    except KeyboardInterrupt:
+        typer.echo(f"\n{interrupted}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(f"gpt_oss {command}: {message}", err=True)
+    raise typer.Exit(BAD_INPUT)
 
 
 def measure(
@@ -173,7 +194,7 @@ def command(
     ),
 ) -> None:
     """Time decode steps with random weights, for each implementation of the routers in turn."""
-    try:
+    with in_one_line("benchmark", f"interrupted; what was measured is in {output}"):
         chosen = _config(config, layers)
         names = tuple(name.strip() for name in implementations.split(","))
         if not all(names) or len(set(names)) < len(names):
@@ -183,15 +204,14 @@ def command(
         for name, value in (("tokens", tokens), ("context", context), ("rounds", rounds), ("steps", steps)):
             if value < 1:
                 raise ValueError(f"--{name} is {value}. Expected at least 1.")
+        for name in names:
+            try:
+                check_options(chosen, implementation=name)
+            except (NotImplementedError, ValueError) as error:
+                raise ValueError(f"--implementations is {implementations!r}: {error}") from error
         console = Console()
         console.print(_benchmark(chosen, names, tokens, context, rounds, steps, seed, output, console))
         console.print(f"rows: {output}", soft_wrap=True)
-    except (ValueError, OSError, NotImplementedError) as error:
-        typer.echo(f"gpt_oss benchmark: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt:
-        typer.echo(f"\ninterrupted; what was measured is in {output}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _config(directory: Path | None, layers: int | None) -> Config:

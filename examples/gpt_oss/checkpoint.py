@@ -42,8 +42,9 @@ def read_checkpoint(
     Args:
       directory: with model.safetensors, or the shards and model.safetensors.index.json, or other *.safetensors.
       expected: by its name in transformers' `GptOssForCausalLM` the shape of every tensor, and the dtype to hold it in:
-        bfloat16, float16 or float32. One of shape [..., in, out] may be stored in MXFP4, as openai/gpt-oss-20b stores
-        `...experts.gate_up_proj`: `..._blocks` [..., out, in / 32, 16] and `..._scales` [..., out, in / 32] in uint8.
+        bfloat16, float16 or float32. One of three axes, experts' [E, in, out], may be stored in MXFP4, as
+        openai/gpt-oss-20b stores `...experts.gate_up_proj`: `..._blocks` [E, out, in / 32, 16] and `..._scales`
+        [E, out, in / 32] in uint8. Others may not: those of two axes are [out, in] in the model too.
       progress: shows a task "reading N tensors", in bytes, if given.
 
     Returns:
@@ -59,7 +60,7 @@ def read_checkpoint(
     directory = safetensors_files.folder(directory)
     dtypes = {name: checks.input_dtype(f"the dtype of {name}", struct.dtype) for name, struct in expected.items()}
     stored = _stored(safetensors_files.tensor_files(directory))
-    parts = {name: _parts(name, stored) for name in expected}
+    parts = {name: _parts(name, len(struct.shape), stored) for name, struct in expected.items()}
     needed = {part: name for name, names in parts.items() for part in names}
     _check_names(directory, expected, needed, stored)
     for name in expected:
@@ -96,13 +97,13 @@ def _stored(files: Mapping[str, Path]) -> dict[str, Stored]:
     return stored
 
 
-def _parts(name: str, stored: Collection[str]) -> tuple[str, ...]:
-    """The names of what a tensor is stored as: its own, or those of blocks and scales.
+def _parts(name: str, axes: int, stored: Collection[str]) -> tuple[str, ...]:
+    """The names of what a tensor is stored as: its own, or of experts' three axes those of blocks and scales.
 
     Raises:
       ValueError: there is one of blocks and scales without the other.
     """
-    if name in stored:
+    if name in stored or axes != 3:
         return (name,)
     parts = tuple(name + ending for ending in MXFP4)
     present = [part for part in parts if part in stored]

@@ -138,8 +138,9 @@ class Config:
         missing = [name for name in _DIMENSIONS if fields.get(name) is None]
         _expect(not missing, ", ".join(missing), None, "a positive integer each")
         taken = {name: fields[name] for name in (*_DIMENSIONS, *_POSITIVE) if fields.get(name) is not None}
-        if (dtype := fields.get("dtype", fields.get("torch_dtype"))) is not None:
-            taken["dtype"] = dtype
+        for name in ("torch_dtype", "dtype"):  # the older name, where the other is null too
+            if fields.get(name) is not None:
+                taken["dtype"] = fields[name]
         if (kinds := fields.get("layer_types")) is not None:
             _expect(isinstance(kinds, list), "layer_types", kinds, f"a list of {SLIDING!r} and {FULL!r}")
             taken["layer_types"] = tuple(kinds)
@@ -173,14 +174,18 @@ def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
         _expect(turned in (None, 1), where, turned, "1.0 or none: all dimensions of a head turn")
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     of_theta = {} if theta is None else {"rope_theta": theta}
+    if given is not None and kind == "default":
+        return {**of_theta, "yarn": None}
+    # transformers takes that of the whole config before that of the object.
+    original, outer = "original_max_position_embeddings", fields.get("original_max_position_embeddings")
+    inner = Yarn.original_max_position_embeddings if given is None else rope.get(original)
+    _expect(outer in (None, inner), original, outer, f"none, or that of {name}, {inner!r}")
     if given is None:
         return of_theta
-    if kind == "default":
-        return {**of_theta, "yarn": None}
     missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
     _expect(not missing, ", ".join(f"{name}.{key}" for key in missing), None, "a number each")
-    # transformers truncates where the field is missing; beta_fast and beta_slow have the defaults of Yarn there too.
-    scaling = {"truncate": True} | {key: rope[key] for key in _YARN if rope.get(key) is not None}
+    # transformers truncates where the field is missing, but not where it is null; the others have Yarn's defaults then.
+    scaling = {"truncate": "truncate" not in rope} | {key: rope[key] for key in _YARN if rope.get(key) is not None}
     try:
         return {**of_theta, "yarn": Yarn(**scaling)}
     except ValueError as error:

@@ -36,7 +36,7 @@ class Experts(nnx.Module):
         bytes of what is selected; with more pairs they are sorted by expert for `jax.lax.ragged_dot`, which copies
         nothing but may read all experts.
         """
-        tokens, top_k = experts.shape
+        top_k = experts.shape[1]
         pairs = experts.reshape(-1)
         count = self.gate_up_proj.shape[0]
         gather = 3 * pairs.size <= count
@@ -59,11 +59,16 @@ class Experts(nnx.Module):
         outputs = product(self.activation(gate_up), self.down_proj[...], self.down_proj_bias[...])
         if not gather:
             outputs = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-        weighted = outputs.reshape(tokens, top_k, -1).astype(weights.dtype) * weights[..., None]
+        weighted = outputs.reshape(*experts.shape, x.shape[-1]).astype(weights.dtype) * weights[..., None]
         return weighted.astype(jnp.float32).sum(1).astype(x.dtype)
 
     def activation(self, gate_up: jax.Array) -> jax.Array:
-        """(up + 1) gate sigmoid(alpha gate) of `[..., 2I]` with gate and up interleaved, both clamped before."""
+        """(up + 1) gate sigmoid(alpha gate) of `[..., 2I]` with gate and up interleaved, both clamped before.
+
+        Every operation is rounded once, as in PyTorch: the product with alpha and the sigmoid are float32's, for JAX
+        rounds a Python number to the dtype of the array, and computes a sigmoid in several roundings.
+        """
         gate = jnp.minimum(gate_up[..., ::2], self.limit)
         up = jnp.clip(gate_up[..., 1::2], -self.limit, self.limit)
-        return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))
+        scaled = (gate.astype(jnp.float32) * self.alpha).astype(gate.dtype)
+        return (up + 1) * (gate * jax.nn.sigmoid(scaled.astype(jnp.float32)).astype(gate.dtype))

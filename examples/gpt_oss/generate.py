@@ -86,21 +86,23 @@ def _compiled(
 
 
 def prompt_ids(name: str, prompt: ArrayLike, config: Config) -> np.ndarray:
-    """Prompts as an array of token ids `[B, T]`.
+    """Prompts as an int32 array of token ids `[B, T]`.
 
     Args:
       name: what messages call them.
+      prompt: integers; Python's, which may have any size, in an array of objects too.
 
     Raises:
       ValueError: they are none, or not in the vocabulary.
     """
     ids = np.asarray(prompt)
     vocabulary = config.vocab_size
-    if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+    integers = np.issubdtype(ids.dtype, np.integer) or all(type(each) is int for each in ids.flat)
+    if ids.ndim != 2 or not ids.size or not integers:
         raise ValueError(f"{name} is {ids.dtype} of shape {ids.shape}. Expected integers [B, T], one or more.")
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(f"{name} has ids from {ids.min()} to {ids.max()}. Expected ids in [0, {vocabulary}).")
-    return ids
+    return ids.astype(np.int32)
 
 
 def stream(model: GptOss, prompt: ArrayLike, steps: int, *, end: Collection[int] = ()) -> Iterator[np.ndarray]:
