@@ -1,7 +1,8 @@
 """Routers in models on this GPU, as a record: the tests of every use, and decode steps of gpt-oss-20b.
 
     python scripts/models_record.py                 docs/results/models-h200.json, and .md as a page
-    python scripts/models_record.py --no-decode     the tests alone; what the record has of decoding stays
+    python scripts/models_record.py --no-decode     the tests alone; what the record has of decoding stays, also what
+                                                    a run with --no-tests beside it writes
 
 Of the tests a skipped one counts as a failure, and those that run on the GPU (`pytest.mark.gpu`, or the fixture `gpu`)
 are listed: the name of a kernel stands in ids of tests too that only lower it on a CPU. Every part of the record has
@@ -186,14 +187,12 @@ def main(
         path = output / f"models-{gpu_name(here)}.json"
         record = _read(path)
         if tests:
-            record["tests"] = run_tests(context.args)
-            _write(path, record)
+            record = _write(path, "tests", run_tests(context.args))
         if decode:
             rows: list[dict[str, Any]] = []
             for tokens in BATCHES:
                 rows += run_decode(tokens, layers, rounds, steps)
-                record["decode"] = rows
-                _write(path, record)
+                record = _write(path, "decode", rows)
     except (RuntimeError, ImportError) as error:
         typer.echo(f"models_record: {error}", err=True)
         raise typer.Exit(2) from error
@@ -219,9 +218,12 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _write(path: Path, part: str, measured: Any) -> dict[str, Any]:
+    """The record as it is now, with this part: the other one may be written meanwhile, on another GPU."""
+    record = _read(path) | {part: measured}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(record), encoding="utf-8")
+    return record
 
 
 app = typer.Typer(add_completion=False)

@@ -277,6 +277,25 @@ def test_the_tests_are_recorded_with_the_versions_of_what_they_compare_with(on_a
     assert "flax 1.2 of flax, transformers 1.2 of transformers" in (tmp_path / "models-h200.md").read_text()
 
 
+def test_a_part_that_is_written_while_the_other_runs_is_kept(on_a_gpu, tmp_path, monkeypatch) -> None:
+    decode = json.loads(max(RECORDS).read_text())["decode"]
+
+    def run_tests(_) -> dict:
+        (tmp_path / "models-h200.json").write_text(json.dumps({"decode": decode}))
+        return {
+            "provenance": FACTS,
+            "gpus": 1,
+            "passed": ["test_a.py::test_b"],
+            "on_gpu": [],
+            "failed": [],
+            "skipped": [],
+        }
+
+    monkeypatch.setattr(models_record, "run_tests", run_tests)
+    assert run(tmp_path, "--no-decode").exit_code == 0
+    assert json.loads((tmp_path / "models-h200.json").read_text()).keys() == {"tests", "decode"}
+
+
 @pytest.mark.parametrize("failing", [KeyboardInterrupt, None])
 def test_decode_steps_that_were_done_are_kept_where_later_ones_fail(on_a_gpu, tmp_path, monkeypatch, failing) -> None:
     started = []

@@ -138,7 +138,8 @@ def test_second_derivatives_are_those_of_the_formula(factor) -> None:
 
     def plain(lora_a, lora_b, kernel):
         vectors = {"bias": base.bias[...], "expert_scale": base.expert_scale[...], "experts": experts}
-        return jr.route(x, kernel + layer.scale * (lora_a @ lora_b).T, spec=spec, **vectors).weights
+        update = layer.scale * jnp.matmul(lora_a, lora_b, precision="highest").T
+        return jr.route(x, kernel + update, spec=spec, **vectors).weights
 
     def of_norm(function):
         slope = jax.grad(lambda *given: (function(*given) ** 2 * OF_WEIGHTS).sum(), (0, 1, 2))
