@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import routing_cases as cases
-from jax.sharding import AxisType
 
 import jax_router as jr
 import jax_router.export
@@ -152,15 +151,6 @@ def test_a_new_process_on_a_cpu_computes_what_was_exported(tmp_path, cuda_module
     truth = bounds.gradients(x, weight, bounds.given(logits), experts, VECTORS["expert_scale"], SPEC, of_weights)
     for index, gradient in enumerate(gradients):
         bounds.within(gradient, truth[index], rounded_to=BF16 if index < 2 else None)
-
-
-def test_a_mesh_of_one_device_is_exported_as_none_is() -> None:
-    x, weight = np.ones((4, 8), np.float32), np.eye(4, 8, dtype=np.float32)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        select = jax.jit(lambda x: jr.route(x, weight, spec=jr.RoutingSpec(2), implementation="xla").experts)
-        exported = jax.export.export(select)(x)
-    assert exported.call(x).tolist() == [[0, 1]] * 4
 
 
 def test_jax_serialises_a_kernel_only_with_the_documented_checks_disabled(cuda_module) -> None:

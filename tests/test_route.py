@@ -327,6 +327,16 @@ def test_a_symbolic_batch_of_tokens_with_recorded_experts_is_exported() -> None:
     assert_close(actual, route(x, *others, experts=experts), x, *others)
 
 
+def test_shapes_on_a_mesh_of_one_device_that_is_not_there_are_exported() -> None:
+    """As without a mesh: what calls JAX back to partition needs the devices."""
+    x, weight, *_ = six(4)
+    place = jax.sharding.NamedSharding(jax.sharding.AbstractMesh((1,), ("data",)), jax.sharding.PartitionSpec("data"))
+    on_the_mesh = (jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=place) for each in (x, weight))
+    select = functools.partial(jr.route, spec=SPEC, implementation="xla")
+    exported = jax.export.export(jax.jit(lambda *operands: select(*operands).experts))(*on_the_mesh)
+    np.testing.assert_array_equal(exported.call(x, weight), select(x, weight).experts)
+
+
 def test_nothing_is_broadcast_to_more_axes_where_jax_is_told_to_refuse_it() -> None:
     operands, others = six(3), {"implementation": "xla"}
     routing = route(*operands, **others)
