@@ -117,7 +117,7 @@ def page(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     tests, decode = record.get("tests"), record.get("decode", [])
     gpu = (tests or decode[0])["provenance"]["gpu"]
-    lines = [f"# Routers in models on {gpu or 'a CPU'}", "", "Written by `python scripts/models_record.py`."]
+    lines = [f"# Routers in models on {gpu}", "", "Written by `python scripts/models_record.py`."]
     if tests is not None:
         lines += [
             "",

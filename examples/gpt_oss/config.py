@@ -182,7 +182,7 @@ def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
     _expect(outer in (None, inner), original, outer, f"none, or that of {name}, {inner!r}")
     if given is None:
         return of_theta
-    missing = [key for key in ("factor", "original_max_position_embeddings") if rope.get(key) is None]
+    missing = [key for key in ("factor", original) if rope.get(key) is None]
     _expect(not missing, ", ".join(f"{name}.{key}" for key in missing), None, "a number each")
     # transformers truncates where the field is missing, but not where it is null; the others have Yarn's defaults then.
     scaling = {"truncate": "truncate" not in rope} | {key: rope[key] for key in _YARN if rope.get(key) is not None}
